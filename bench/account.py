@@ -15,7 +15,6 @@ chart, and what the docs show of it into figures.json.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import large
 import machine
 import memory
+import plots
 import report
 import step
 import timing
@@ -35,6 +35,7 @@ from cases import OURS
 from summary import table
 
 UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
+CONTESTANTS = [OURS, UNFUSED, *[BITSANDBYTES] * (importlib.util.find_spec("bitsandbytes") is not None)]
 LAYERS, TOKENS = 2, 512  # of the 7B shape
 ORDER = ("products", "adapters' gradients", "attention", step.HEAD, step.REST, "optimizer")
 FIGURES = ("model", "contestant", "tokens", "seconds", "peak_bytes")  # which tables of the docs are made of
@@ -56,11 +57,6 @@ def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
 
 
 MODELS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {"SmolLM2-135M": smollm2, "2 layers of Llama-7B": llama_7b}
-
-
-def contestants() -> list[str]:
-    """The contestants that can run here; ours come first."""
-    return [OURS, UNFUSED, *[BITSANDBYTES] * (importlib.util.find_spec("bitsandbytes") is not None)]
 
 
 def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
@@ -138,12 +134,7 @@ def lines(found: dict) -> str:
 
 def draw(found: dict, path: Path) -> None:
     """Draw the report: a bar for each contestant, divided into its parts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(MODELS), 1, figsize=(9, 2.6 * len(MODELS)), squeeze=False, layout="constrained")
+    figure, axes = plots.subplots(len(MODELS), 1, figsize=(9, 2.6 * len(MODELS)))
     for axis, name in zip(axes[:, 0], MODELS, strict=True):
         rows = [row for row in found["measured"] if row["model"] == name]
         for place, row in enumerate(rows):
@@ -158,25 +149,18 @@ def draw(found: dict, path: Path) -> None:
         axis.set_xlabel("seconds of a step")
         axis.set_title(name)
     axes[0, 0].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.28))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def main() -> None:
     """Run the command line."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "CONTESTANT"), help="one training, for --json")
-    parser.add_argument("--json", action="store_true", help="print the figures of --one as one line of JSON")
     args = parser.parse_args()
-    if args.one and args.json:
-        return print(json.dumps(measure(*args.one, rounds=args.rounds)))
     found: dict[str, Any] = {"machine": machine.describe()}
     found["limits"] = machine.limits(machine.Probes(), ["bfloat16"], timing.Cpu())
     found["measured"] = [
-        timing.in_own_process(__file__, "--rounds", str(args.rounds), "--one", name, contestant)
-        for name in MODELS
-        for contestant in contestants()
+        timing.in_own_process(measure, name, contestant, args.rounds) for name in MODELS for contestant in CONTESTANTS
     ]
     print(lines(found))
     if args.output:

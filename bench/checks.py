@@ -6,7 +6,6 @@ because all of 4096x14336 at M=2048 in float64 would take longer than the measur
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,14 +13,13 @@ import torch.nn.functional as F
 from qlora_native.testing import blocked_product
 from torch import Tensor
 
+from peers import PEER_ERROR
+
 ROWS = 16
 # The allowed error of qlora_native over that of fp32 accumulators in blocks, on the same rows and a sample of the
 # columns. The tests allow 1.1; here it is enough to find a wrong result.
 SLACK = 2.0
 COLUMNS = 64
-# The allowed error of a peer. It quantizes by itself, so near ties of 8-bit scales differ; `packed` rounds scales to
-# bf16.
-PEER_ERROR = 0.02
 
 
 class WrongResult(Exception):
@@ -43,11 +41,6 @@ def scales(quantized: Any) -> Tensor:
         return quantized.absmax
     nested = quantized.nested_absmax.repeat_interleave(256)[: quantized.absmax.numel()]
     return quantized.nested_code[quantized.absmax.int()] * nested + quantized.offset
-
-
-def tolerance(adapter: ModuleType) -> float:
-    """The allowed relative error of a peer."""
-    return getattr(adapter, "ERROR", PEER_ERROR)
 
 
 def rows_of(M: int) -> Tensor:

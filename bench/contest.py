@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 import checks
 import machine
 from cases import LORA_SCALING, Case
-from peers import ours
+from peers import Contestant, ours
 
 Contestants = dict[str, Callable[[int], Any]]
 WITHOUT_LORA = "without LoRA"
@@ -46,13 +45,13 @@ class Weights:
             self._exact = {dtype: self.dense(dtype).double()}  # one at a time: it is large
         return self._exact[dtype]
 
-    def copies(self, adapter: ModuleType, dtype: torch.dtype) -> list[Any]:
-        """Copies of the weight in the form of `adapter`, so many that no cache holds them all."""
-        key = (adapter.NAME, dtype)
+    def copies(self, contestant: Contestant, dtype: torch.dtype) -> list[Any]:
+        """Copies of the weight in the form of a contestant, so many that no cache holds them all."""
+        key = (contestant.name, dtype)
         if key not in self._copies:
-            held = self.quantized if adapter is ours else adapter.hold(self.weight, self.dense(dtype), dtype)
-            count = copies_needed(adapter.nbytes(held))
-            self._copies[key] = [held] + [adapter.copy(held) for _ in range(count - 1)]
+            held = self.quantized if contestant is ours else contestant.hold(self.weight, self.dense(dtype), dtype)
+            count = copies_needed(contestant.nbytes(held))
+            self._copies[key] = [held] + [contestant.copy(held) for _ in range(count - 1)]
         return self._copies[key]
 
 
@@ -61,13 +60,13 @@ def copies_needed(nbytes: int) -> int:
     return max(2, -(-CACHE_MULTIPLE * machine.cache_bytes() // nbytes))
 
 
-def contestants(case: Case, weights: Weights, adapters: Mapping[str, ModuleType]) -> Contestants:
+def contestants(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:
     """Make {name: function}: qlora_native first, then the peers that support the case.
 
     Raises:
         checks.WrongResult: a contestant's result is wrong.
     """
-    peers = [adapter for adapter in adapters.values() if adapter.supports(case)]
+    peers = [peer for peer in peers if peer.supports(case)]
     make = {
         "quantize": _quantize,
         "dequantize": _dequantize,
@@ -78,31 +77,31 @@ def contestants(case: Case, weights: Weights, adapters: Mapping[str, ModuleType]
     return make(case, weights, peers)
 
 
-def _quantize(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
+def _quantize(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:
     sources = [weights.weight] + [weights.weight.clone() for _ in range(copies_needed(weights.weight.nbytes) - 1)]
-    checks.quantized(ours.NAME, ours.quantize(weights.weight), weights.weight)
+    checks.quantized(ours.name, ours.quantize(weights.weight), weights.weight)
     for peer in peers:
         decoded = peer.dequantize(peer.quantize(weights.weight), torch.float32)
-        checks.close(peer.NAME, decoded, weights.dense(torch.float32), checks.tolerance(peer))
-    return {each.NAME: lambda i, each=each: each.quantize(sources[i % len(sources)]) for each in (ours, *peers)}
+        checks.close(peer.name, decoded, weights.dense(torch.float32), peer.error)
+    return {each.name: lambda i, each=each: each.quantize(sources[i % len(sources)]) for each in (ours, *peers)}
 
 
-def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
+def _dequantize(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:
     dtype = getattr(torch, case.dtype)
 
-    def call(adapter: ModuleType) -> Callable[[int], Tensor]:
+    def call(contestant: Contestant) -> Callable[[int], Tensor]:
         # Use the copies made for 16 bits, although the result may be wider.
-        held = weights.copies(adapter, torch.bfloat16)
-        return lambda i: adapter.dequantize(held[i % len(held)], dtype)
+        held = weights.copies(contestant, torch.bfloat16)
+        return lambda i: contestant.dequantize(held[i % len(held)], dtype)
 
-    found = {adapter.NAME: call(adapter) for adapter in (ours, *peers)}
-    checks.equal(ours.NAME, found[ours.NAME](0), weights.dense(dtype))
+    found = {contestant.name: call(contestant) for contestant in (ours, *peers)}
+    checks.equal(ours.name, found[ours.name](0), weights.dense(dtype))
     for peer in peers:
-        checks.close(peer.NAME, found[peer.NAME](0), weights.dense(dtype), checks.tolerance(peer))
+        checks.close(peer.name, found[peer.name](0), weights.dense(dtype), peer.error)
     return found
 
 
-def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
+def _product(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:
     """forward and dx, in every form of `via`, with an adapter or without."""
     dtype = getattr(torch, case.dtype)
     N, K = case.shape
@@ -110,33 +109,33 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestan
     left = torch.randn(case.M, K if forward else N).to(dtype)
     lora = _adapter(case) if case.rank else {}
 
-    def call(adapter: ModuleType, **lora: Any) -> Callable[[int], Tensor]:
-        held = weights.copies(adapter, dtype)
-        if case.via == "layer" and adapter is ours:
+    def call(contestant: Contestant, **lora: Any) -> Callable[[int], Tensor]:
+        held = weights.copies(contestant, dtype)
+        if case.via == "layer" and contestant is ours:
             layer = ours.layer(weights.weight)
             layers = [layer] + [ours.copy(layer) for _ in range(len(held) - 1)]
             return lambda i: layers[i % len(layers)](left)
-        if case.rank and adapter is not ours and lora:
-            held = [adapter.attach(one, **lora) for one in held]
+        if case.rank and contestant is not ours and lora:
+            held = [contestant.attach(one, **lora) for one in held]
             lora = {}
         if case.via == "autograd":
             x = torch.zeros(case.M, K, dtype=dtype, requires_grad=True)
             with torch.enable_grad():
-                graphs = [adapter.forward(one, x, **lora) for one in held]
+                graphs = [contestant.forward(one, x, **lora) for one in held]
             return lambda i: torch.autograd.grad(graphs[i % len(graphs)], x, left, retain_graph=True)[0]
-        if case.via == "op" and adapter is ours:
+        if case.via == "op" and contestant is ours:
             return lambda i: ours.forward_op(held[i % len(held)], left)
-        function = adapter.forward if forward else adapter.backward_input
+        function = contestant.forward if forward else contestant.backward_input
         return lambda i: function(held[i % len(held)], left, **lora)
 
-    found = {ours.NAME: call(ours, **lora)}
+    found = {ours.name: call(ours, **lora)}
     if case.rank:
         found[WITHOUT_LORA] = call(ours)
-    found |= {peer.NAME: call(peer, **lora) for peer in peers}
+    found |= {peer.name: call(peer, **lora) for peer in peers}
 
     rows = checks.rows_of(case.M)
     right = weights.exact(dtype).t() if forward else weights.exact(dtype)
-    allowed = {peer.NAME: checks.tolerance(peer) for peer in peers}
+    allowed = {peer.name: peer.error for peer in peers}
     for name, function in found.items():
         added = _low_rank(case, left[rows], lora) if case.rank and name != WITHOUT_LORA else None
         result = function(0)[rows]
@@ -148,7 +147,7 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestan
     return found
 
 
-def _product_in_format(case: Case, weights: Weights, _: list[ModuleType]) -> Contestants:
+def _product_in_format(case: Case, weights: Weights, _: Sequence[Contestant]) -> Contestants:
     """forward and dx over a weight of `case.format`, beside the same over NF4."""
     dtype = getattr(torch, case.dtype)
     N, K = case.shape
@@ -156,7 +155,7 @@ def _product_in_format(case: Case, weights: Weights, _: list[ModuleType]) -> Con
     left, rows = torch.randn(case.M, K if forward else N).to(dtype), checks.rows_of(case.M)
     function = ours.forward if forward else ours.backward_input
     found: Contestants = {}
-    for name, each in ((ours.NAME, Weights(case.shape, case.format)), (NF4, weights)):
+    for name, each in ((ours.name, Weights(case.shape, case.format)), (NF4, weights)):
         held = each.copies(ours, dtype)
         found[name] = lambda i, held=held: function(held[i % len(held)], left)
         right = each.exact(dtype).t() if forward else each.exact(dtype)
@@ -180,7 +179,7 @@ def _low_rank(case: Case, left: Tensor, lora: dict[str, Any]) -> Tensor:
     return left.double() @ a.t() @ b.t() if case.operation == "forward" else left.double() @ b @ a
 
 
-def _lora_gradients(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
+def _lora_gradients(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:
     dtype = getattr(torch, case.dtype)
     N, K = case.shape
     sizes = ((case.M, K), (case.M, N), (case.M, case.rank), (case.M, case.rank))
@@ -188,8 +187,8 @@ def _lora_gradients(case: Case, weights: Weights, peers: list[ModuleType]) -> Co
     x, dy, u, v = (argument.double() for argument in arguments)
     wanted = torch.cat(((v.t() @ x).flatten(), (LORA_SCALING * dy.t() @ u).flatten()))
     found = {
-        adapter.NAME: lambda _, adapter=adapter: adapter.lora_gradients(*arguments, LORA_SCALING)
-        for adapter in (ours, *peers)
+        contestant.name: lambda _, contestant=contestant: contestant.lora_gradients(*arguments, LORA_SCALING)
+        for contestant in (ours, *peers)
     }
     for name, function in found.items():
         checks.close(name, torch.cat([part.flatten() for part in function(0)]), wanted)

@@ -17,11 +17,11 @@ from itertools import pairwise
 
 import qlora_native as qn
 import torch
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_grouped
 from torch import Tensor
 
 import checks
-import machine
 import report
 import timing
 from cases import OURS
@@ -85,7 +85,7 @@ def experts(name: str, shape: tuple[int, int, int], lengths: Tensor, clock: timi
     if (loop := bitsandbytes_loop(weight, offsets, x)) is not None:
         forward[BITSANDBYTES] = loop
     backward = {
-        OURS: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), *no_lora, True, offsets, E)[0],
+        OURS: lambda _: _ops.linear_backward_input(dy, *op_arguments(q), *no_lora, True, offsets, E)[0],
         DENSE: lambda _: by_expert(offsets, lambda e, rows: dy[rows] @ decoded[e], (T, K)),
     }
     rows = []
@@ -112,8 +112,8 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
             ONE_ADAPTER: lambda _, a=a[0], b=b[0]: qn.linear(x, q, None, a, b),
         }
         backward = {
-            OURS: lambda _, a=a, b=b: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest, offsets, 1),
-            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest),
+            OURS: lambda _, a=a, b=b: _ops.linear_backward_input(dy, *op_arguments(q), a, b, *rest, offsets, 1),
+            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *op_arguments(q), a, b, *rest),
         }
         for product, contestants in (("Y", forward), ("dX", backward)):
             found, _ = clock.alternate(contestants, probe, BUDGET_S)
@@ -123,11 +123,8 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
 
 
 @torch.no_grad()
-def measure() -> list[dict]:
+def measure(clock: timing.Cpu, probe: Callable) -> list[dict]:
     """The rows of the report."""
-    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
-    torch.manual_seed(0)
-    clock, probe = timing.Cpu(), buffer.sum
     few = torch.randint(1, 5, (64,))
     return [
         *experts("16 experts of [1024, 2048], top 2 of 512 tokens", (16, 1024, 2048), zipf(512, 16, 2), clock, probe),

@@ -60,19 +60,12 @@ def config_of(shape: str, layers: int | None = None, **changes: Any) -> PreTrain
     return make(**{**sizes, "num_hidden_layers": layers, **changes})
 
 
-class Clock:
-    """Measures seconds by part."""
-
-    def __init__(self) -> None:
-        """Start without parts."""
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the time of the block to that of a part."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - started
 
 
 def random_values(like: Tensor) -> nn.Parameter:
@@ -115,27 +108,27 @@ def fill(model: nn.Module) -> None:
                 module.register_parameter(name, random_values(parameter))
 
 
-def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
+def quantized_model(config: PreTrainedConfig, seconds: dict[str, float]) -> nn.Module:
     """Make a model of random weights, whose layers are quantized one by one."""
     model = empty_model(config)
     for part in (*model.model.layers, model):
-        with clock.part("make weights"):
+        with timed(seconds, "make weights"):
             if config.model_type == "gpt_oss" and part is not model:
                 mxfp4_experts(part)
             fill(part)
         if part is not model:
-            with clock.part("quantize"):
+            with timed(seconds, "quantize"):
                 qn.nn.quantize_model(part, NOT_QUANTIZED, progress=False)
     return model
 
 
-def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, clock: Clock) -> float:
+def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, seconds: dict[str, float]) -> float:
     """Take one training step, and return its loss."""
-    with clock.part("forward"):
+    with timed(seconds, "forward"):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    with clock.part("backward, with the forward of every layer again"):
+    with timed(seconds, "backward, with the forward of every layer again"):
         loss.backward()
-    with clock.part("optimizer"):
+    with timed(seconds, "optimizer"):
         optimizer.step()
         optimizer.zero_grad()
     return loss.item()
@@ -153,10 +146,11 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
 
     config = config_of(shape, layers, **changes)
     torch.manual_seed(0)
-    making, step = Clock(), Clock()
+    making: dict[str, float] = {}
+    step: dict[str, float] = {}
     model = quantized_model(config, making)
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    parameters = sum(size for _, size in weights_of(model))
+    parameters = parameters_of(model)
     experts = [path for path, module in model.named_modules() if isinstance(module, qn.nn.Experts4bit)]
     lora = LoraConfig(
         r=rank,
@@ -166,14 +160,14 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
         rank_pattern=dict.fromkeys(experts, expert_rank),
         task_type="CAUSAL_LM",
     )
-    with making.part("adapters"):
+    with timed(making, "adapters"):
         model = get_peft_model(model, register(lora))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = qn.optim.AdamW8bit(trainable, lr=1e-3)
     ids = torch.randint(model.config.vocab_size, (1, tokens))
-    losses = [step_parts(model, optimizer, ids, Clock())]
+    losses = [step_parts(model, optimizer, ids, {})]
     operations = seconds_by_part(
         lambda: losses.append(step_parts(model, optimizer, ids, step)), model.config.vocab_size
     )
@@ -194,45 +188,41 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
         "rank": rank,
         "expert_rank": expert_rank if experts else None,
         "losses": losses,
-        "making_s": making.seconds,
-        "step_s": step.seconds,
+        "making_s": making,
+        "step_s": step,
         "operations_s": operations,
-        "tokens_per_s": tokens / sum(step.seconds.values()),
+        "tokens_per_s": tokens / sum(step.values()),
         "threads": torch.get_num_threads(),
     }
 
 
-def weights_of(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(name, elements) of each weight. A 4-bit weight counts its elements, not its bytes."""
-    for path, module in model.named_modules():
+def parameters_of(model: nn.Module) -> int:
+    """The elements of all weights. A 4-bit weight counts its elements, not its bytes."""
+    count = 0
+    for module in model.modules():
         if isinstance(module, (qn.nn.Linear4bit, qn.nn.Experts4bit)):
-            q = module.quantized_weight
-            yield path, torch.Size(q.shape).numel()
+            count += torch.Size(module.quantized_weight.shape).numel()
         else:
-            for name, parameter in module.named_parameters(recurse=False):
-                yield f"{path}.{name}", parameter.numel()
+            count += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return count
 
 
 def lines(found: dict) -> str:
     """The result as text."""
-    gigabytes = {name: found[name] / 2**30 for name in ("bytes_in_16_bits", "base_bytes", "peak_bytes")}
     ranks = f"rank {found['rank']}" + (f", of experts {found['expert_rank']}" if found["expert_rank"] else "")
-
-    def seconds(of: str) -> list[str]:
-        return [f"  {seconds:8.2f} s  {part}" for part, seconds in found[of].items()]
-
     text = [
         f"{found['shape']}, {found['layers']} of {found['of_layers']} layers: {found['parameters'] / 1e9:.2f} billion "
         f"parameters, {found['trainable'] / 1e6:.1f} million trainable ({ranks}), {found['threads']} threads",
-        f"in 16 bits {gigabytes['bytes_in_16_bits']:.2f} GiB, here {gigabytes['base_bytes']:.2f} GiB; "
-        f"peak of the process {gigabytes['peak_bytes']:.2f} GiB",
-        *seconds("making_s"),
-        f"a step of {found['tokens']} tokens: {found['tokens_per_s']:.1f} tokens/s, losses "
-        + ", ".join(f"{loss:.3f}" for loss in found["losses"]),
-        *seconds("step_s"),
-        "the same by part:",
-        *seconds("operations_s"),
+        f"in 16 bits {found['bytes_in_16_bits'] / 2**30:.2f} GiB, here {found['base_bytes'] / 2**30:.2f} GiB; "
+        f"peak of the process {found['peak_bytes'] / 2**30:.2f} GiB",
     ]
+    losses = ", ".join(f"{loss:.3f}" for loss in found["losses"])
+    for title, parts in (
+        ("made in", found["making_s"]),
+        (f"a step of {found['tokens']} tokens: {found['tokens_per_s']:.1f} tokens/s, losses {losses}", found["step_s"]),
+        ("the same by part:", found["operations_s"]),
+    ):
+        text += [title, *(f"  {seconds:8.2f} s  {part}" for part, seconds in parts.items())]
     return "\n".join(text)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 import timing
@@ -136,7 +137,7 @@ def l3_bytes() -> int:
 
 
 class Others:
-    """Measures how much other programs ran on the processors, which makes a run less certain. Zeros without Linux."""
+    """Measures how much other programs ran on the processors, which makes a run less certain."""
 
     def __init__(self) -> None:
         """Start to count."""
@@ -151,15 +152,9 @@ class Others:
     @staticmethod
     def _now() -> tuple[float, float, float, float]:
         """Seconds of the clock, of work on all processors, stolen, and of this process with its children."""
-        own = sum(os.times()[:4])
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        except OSError:
-            return time.perf_counter(), own, 0.0, own
-        user, nice, system, _idle, _iowait, irq, softirq, steal = (
-            int(f) / os.sysconf("SC_CLK_TCK") for f in fields[:8]
-        )
-        return time.perf_counter(), user + nice + system + irq + softirq, steal, own
+        cpu = psutil.cpu_times()
+        busy = sum(getattr(cpu, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq"))
+        return time.perf_counter(), busy, getattr(cpu, "steal", 0.0), sum(os.times()[:4])
 
 
 class Probes:

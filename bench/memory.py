@@ -2,21 +2,21 @@
 
 Each measurement runs in a process of its own, because a thread keeps its scratch memory, so only the first call shows
 it.
-
-    python bench/memory.py forward 4096 4096 2048 16      one measurement: operation N K M rank; prints bytes
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cases import LORA_RANK, SQUARE
+from peers import ours
+from timing import in_own_process
 
 FIXED_BOUND, THREAD_BOUND = 8 << 20, 1 << 20  # bytes, and bytes a thread
 
@@ -35,8 +35,7 @@ def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
     if not Path("/proc/self/clear_refs").exists():
         return
     for operation, M, rank in CALLS:
-        command = [sys.executable, __file__, operation, *map(str, (*shape, M, rank))]
-        extra, threads = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        extra, threads = in_own_process(extra_bytes, operation, *shape, M, rank)
         bound = FIXED_BOUND + threads * THREAD_BOUND
         yield {"operation": operation, "shape": shape, "M": M, "rank": rank, "bytes": extra, "bound": bound}
 
@@ -64,14 +63,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main() -> None:
-    """Run one measurement, and print the extra bytes and the threads."""
-    import torch
-
-    from peers import ours
-
-    operation = sys.argv[1]
-    N, K, M, rank = map(int, sys.argv[2:])
+def extra_bytes(operation: str, N: int, K: int, M: int, rank: int) -> tuple[int, int]:
+    """The extra bytes of the first call in this process, and its threads."""
 
     def prepared(N: int, K: int, M: int) -> Callable[[], Any]:
         """Make the inputs, and return a function that runs the operation on them."""
@@ -89,8 +82,4 @@ def main() -> None:
     with torch.no_grad():
         prepared(64, 64, 4)()  # loads code and starts the threads
         nbytes, result = grown(prepared(N, K, M))
-    print(nbytes - result.nbytes, torch.get_num_threads())
-
-
-if __name__ == "__main__":
-    main()
+    return nbytes - result.nbytes, torch.get_num_threads()

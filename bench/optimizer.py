@@ -1,22 +1,19 @@
 """A step of AdamW: ours in 8 bits against that of bitsandbytes, torch's fused AdamW, and the machine's limit.
 
-    python bench/optimizer.py [--device cuda]            both cases, in half a minute on two cores
-    python bench/run.py --operations optimizer --output  the same, as JSON under bench/results/
+    python bench/run.py --operations optimizer [--device cuda]
 
 There are two cases: the LoRA adapter of a small model, 4.9 M parameters in 360 tensors, and one tensor of 100 M. Both
 are in fp32, but the latter is in bf16 on a GPU. The limit is the bytes that must move (parameter, gradient and two
 codes in, parameter and codes out: 16 bytes in fp32) over the bandwidth of a copy, measured between the calls. Caches
 are cold, as after a backward pass (timing.py).
 
-The measurement runs in a process of its own, like a training, also within bench/run.py: what ran before in a process
-decides on which pages parameters and states lie.
+The measurement runs in a process of its own: what ran before in a process decides on which pages parameters and states
+lie.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +23,7 @@ from torch import Tensor, nn
 
 import machine
 from cases import ADAMW_ADAPTER, ADAMW_TENSOR
-from timing import Cpu, Gpu, in_own_process, set_allocator
+from timing import Cpu, Gpu, set_allocator
 
 OURS, BITSANDBYTES, FUSED = "qlora_native", "bitsandbytes", "torch fused"
 CODES_BYTES = 4  # for each parameter: the codes of both moments, in and out
@@ -45,13 +42,12 @@ ALLOWED = {OURS: 0.05, BITSANDBYTES: 0.05, FUSED: 1e-4}
 ALLOWED_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 0.04}
 
 
-def measure_alone(device: str = "cpu") -> list[dict[str, Any]]:
-    """Call measure() in a process of its own.
-
-    Raises:
-        subprocess.CalledProcessError: it failed, after printing why.
-    """
-    return in_own_process(__file__, "--device", device)
+def measure_on(device: str) -> list[dict[str, Any]]:
+    """Call measure() on a device: for a process of its own."""
+    torch.set_default_device(device)
+    set_allocator("setup")
+    probes = machine.Probes()
+    return measure(probes, Gpu(probes.flush, torch.cuda) if device == "cuda" else Cpu())
 
 
 def measure(probes: machine.Probes, clock: Cpu | Gpu, budget_s: float = 6.0) -> list[dict[str, Any]]:
@@ -135,22 +131,3 @@ def _checked(contestant: str, sizes: list[int], dtype: torch.dtype) -> Callable[
     if not error <= allowed:
         raise RuntimeError(f"{contestant}: parameters off by {error:.1e} of their movement, expected {allowed:g}")
     return lambda _: optimizer.step()
-
-
-def main() -> None:
-    """The command line."""
-    import report
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
-    args = parser.parse_args()
-    torch.set_default_device(args.device)
-    set_allocator("setup")
-    probes = machine.Probes()
-    rows = measure(probes, Gpu(probes.flush, torch.cuda) if args.device == "cuda" else Cpu())
-    print(json.dumps(rows) if args.json else report.optimizer_lines(rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,6 @@ from qlora_native.functional import attention, gated_activation, linear_cross_en
 from torch import Tensor
 
 import checks
-import machine
 import memory
 import report
 import timing
@@ -169,11 +168,8 @@ def heads(B: int, H: int, KV: int, T: int, D: int, clock: timing.Cpu, probe: Cal
     ]
 
 
-def measure() -> list[dict]:
+def measure(clock: timing.Cpu, probe: Callable) -> list[dict]:
     """The rows of the report."""
-    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
-    torch.manual_seed(0)
-    clock, probe = timing.Cpu(), buffer.sum
     return [
         loss(1024, 576, 49_152, clock, probe),
         large_loss(8192, 4096, 128_256),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,37 @@ DTYPE = "bfloat16"
 
 def draw(result: dict, folder: Path) -> None:
     """Write the plots that the rows suffice for, as PNG into `folder`. Without matplotlib there are none."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        return print(f"no plots: {error}")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    if find_spec("matplotlib") is None:
+        return print("no plots: matplotlib is not installed")
     for name, panels, function in (("speed", 2, _speed), ("roofline", 1, _roofline), ("lora", 2, _lora),
                                    ("growth", 3, _growth)):  # fmt: skip
-        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels + 0.8, 4.2), squeeze=False, layout="constrained")
+        figure, axes = subplots(1, panels, figsize=(4.6 * panels + 0.8, 4.2))
         if function(result, list(axes[0])):
             for axis in axes[0]:
                 axis.grid(alpha=0.3)
                 if axis.get_legend_handles_labels()[0]:
                     axis.legend(fontsize=8)
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=110)
-        plt.close(figure)
+            save(figure, folder / f"{name}.png")
+
+
+def subplots(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of matplotlib, and its axes [rows, columns]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG of 64 colours, which takes a third of the bytes."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _rows(result: dict, operation: str, **wanted: Any) -> list[Row]:

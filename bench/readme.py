@@ -20,7 +20,7 @@ from pathlib import Path
 import machine
 import report
 from cases import OURS
-from summary import SHORT, cell, summary, table, values
+from summary import SHORT, cell, summary, table, values, with_part
 
 ROOT = Path(__file__).parent.parent
 FINETUNE = ROOT / "bench/results/finetune.json"
@@ -112,9 +112,7 @@ def written(path: Path) -> str:
     """The text of a page with its parts made anew."""
     page = path.read_text()
     for name, make in PARTS[path].items():
-        begin, end = f"<!-- bench/readme.py{name} begins -->\n", f"<!-- bench/readme.py{name} ends -->\n"
-        before, rest = page.split(begin)
-        page = before + begin + make() + end + rest.split(end)[1]
+        page = with_part(page, f"bench/readme.py{name}", make())
     return page
 
 

@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import machine
+import timing
 from cases import OURS, STEPS, Case, Row
 from summary import LINES, MORE_LINES, summary, table
 
@@ -67,24 +70,14 @@ def load_line(load: dict[str, float]) -> str:
     return f"{noisy}other programs used {load['others']:.1%} of the processors, other guests {load['stolen']:.1%}"
 
 
-class Table:
-    """Formats rows as they come, under a heading for each shape."""
-
-    def __init__(self, limits: dict[str, float]) -> None:
-        """`limits` are those of machine.limits()."""
-        self._limits = limits
-        self._shape: tuple[int, int] | None = None
-
-    def line(self, row: Row) -> str:
-        """One row as text, after a heading if its shape is new."""
-        name, M, dtype, us, rate, limit, *peers = _cells(row, self._limits, list(PEERS))
-        text = f"{name:<28} {M:>5} {dtype[:8]:<8} {us:>10} {rate:>16} {limit:>7} "
-        text += "".join(f"{peer:>11}" for peer in peers)
-        if row.shape == self._shape:
-            return text
-        self._shape = row.shape
-        head = f"{row.shape[0]}x{row.shape[1]:<17} {'M':>11} {'dtype':<8} {'µs':>10} {'rate':>16} {'limit':>7} "
-        return "\n" + head + "".join(f"{head:>11}" for head in PEERS.values()) + "\n" + text
+def line(row: Row, limits: dict[str, float], before: Row | None) -> str:
+    """A row as text, below a heading unless the row before has the same shape; `limits` as of machine.limits()."""
+    name, M, dtype, us, rate, limit, *peers = _cells(row, limits, list(PEERS))
+    text = f"{name:<28} {M:>5} {dtype[:8]:<8} {us:>10} {rate:>16} {limit:>7} " + "".join(f"{p:>11}" for p in peers)
+    if before is not None and before.shape == row.shape:
+        return text
+    head = f"{row.shape[0]}x{row.shape[1]:<17} {'M':>11} {'dtype':<8} {'µs':>10} {'rate':>16} {'limit':>7} "
+    return f"\n{head}{''.join(f'{peer:>11}' for peer in PEERS.values())}\n{text}"
 
 
 def _cells(row: Row, limits: dict[str, float], peers: list[str]) -> tuple[str, ...]:
@@ -106,41 +99,10 @@ def memory_line(row: dict) -> str:
     )
 
 
-def step_lines(step: dict) -> str:
-    """The text about the result of step.measure()."""
-    lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
-    lora += ", kept memory" if step["memory"] == "kept" else ""
-    lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
-    for name, found in step["contestants"].items():
-        lines.append(
-            f"  {name:<24} {found['seconds']:6.2f} s  {found['tokens_per_s']:6.0f} tokens/s  loss {found['losses']}"
-        )
-    if step.get("ratio"):
-        lines.append(f"  {step['ratio']:.2f} x bitsandbytes + PEFT{_spread(step)}")
-    return "\n".join(lines)
-
-
 def _spread(step: dict) -> str:
     """The ratios of the processes of a step, if there were several."""
     ratios = step.get("ratios", ())
     return f", {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} processes" if len(ratios) > 1 else ""
-
-
-def optimizer_lines(rows: list[dict]) -> str:
-    """The text about the result of optimizer.measure()."""
-    lines = []
-    for row in rows:
-        lines.append(f"\na step of AdamW, {_parameters(row)}; copy {row['bandwidth'] / 1e9:.1f} GB/s")
-        for name, us in row["us"].items():
-            limit = f"{100 * row['limit_us'] / us:5.0f} % of the limit"
-            ratio = f"{us / row['us'][OURS]:7.2f} ×"
-            lines.append(f"  {name:<24} {us / 1e3:9.2f} ms  {limit if name == OURS else ratio}")
-    return "\n".join(lines)
-
-
-def _parameters(row: dict) -> str:
-    tensors = f"{row['tensors']} tensor{'s' * (row['tensors'] > 1)}"
-    return f"{row['parameters'] / 1e6:.1f} M parameters in {tensors}, {row['dtype']}"
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -158,16 +120,9 @@ def products(result: dict, folder: Path) -> str:
             parts += [f"![{name}](products/{name}.png)", caption]
     steps = [result[name] for name in STEPS if name in result]
     if steps:
-        parts += ["## A training step", _steps(steps)]
+        parts += ["## A training step", training_steps(steps)]
     if result.get("optimizer"):
-        rows = [
-            (_parameters(row), name, f"{us / 1e3:.2f}", f"{100 * row['limit_us'] / us:.0f} %",
-             f"{us / row['us'][OURS]:.2f} ×")
-            for row in result["optimizer"]
-            for name, us in row["us"].items()
-        ]  # fmt: skip
-        header = ("", "", "ms", "of our 8-bit step's limit", "times ours")
-        parts += ["## A step of AdamW", table(header, rows)]
+        parts += ["## A step of AdamW", optimizer(result["optimizer"])]
     if result["memory"]:
         parts += ["## Extra memory of one call", "\n".join(f"- {memory_line(row)}" for row in result["memory"])]
     if result["rows"]:
@@ -180,7 +135,19 @@ def products(result: dict, folder: Path) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
-def _steps(steps: list[dict]) -> str:
+def optimizer(measured: list[dict]) -> str:
+    """The result of optimizer.measure()."""
+    rows = []
+    for row in measured:
+        what = f"{row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensor{'s' * (row['tensors'] > 1)}, "
+        for name, us in row["us"].items():
+            limit, ratio = f"{100 * row['limit_us'] / us:.0f} %", f"{us / row['us'][OURS]:.2f} ×"
+            rows.append((what + row["dtype"], name, f"{us / 1e3:.2f}", limit, ratio))
+    return table(("", "", "ms", "of our 8-bit step's limit", "times ours"), rows)
+
+
+def training_steps(steps: list[dict]) -> str:
+    """Results of step.measure()."""
     rows = []
     for step in steps:
         for name, found in step["contestants"].items():
@@ -282,10 +249,15 @@ def head(description: dict[str, Any]) -> str:
     )
 
 
-def command_line(kind: str, description: str, measure: Callable[[], list[dict]], lines: Callable[[dict], str]) -> None:
-    """The program of a benchmark that has no argument but --output: it measures, and prints its page."""
+def command_line(kind: str, description: str, measure: Callable[..., list[dict]], lines: Callable[[dict], str]) -> None:
+    """The program of a benchmark that has no argument but --output: it measures, and prints its page.
+
+    `measure` gets the clock and the probe of timing.Cpu.alternate().
+    """
     args = parser(description).parse_args()
-    found = {"machine": machine.describe(), "measured": measure()}
+    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
+    torch.manual_seed(0)
+    found = {"machine": machine.describe(), "measured": measure(timing.Cpu(), buffer.sum)}
     if args.output:
         write(folder_of(found["machine"]) / f"{kind}.md", lines(found))
     print(lines(found))

@@ -1,15 +1,14 @@
 """Measure speed against torch's dense product, bitsandbytes and the machine's limits, all in the same process.
 
     python bench/run.py                              the whole table, in about twelve minutes on two cores
-    python bench/run.py --quick                      a few rows, in seconds
-    python bench/run.py --output                     also a report: JSON, Markdown and plots, below bench/results/
+    python bench/run.py --quick                      some cases, in seconds
+    python bench/run.py --output                     also a page with plots, and figures.json, below bench/results/
     python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
     python bench/run.py --operations forward dx --peers torch_dense decoded
                                                      whether a product is ever slower than decoding W for torch's
     python bench/run.py --busy                       beside a process that multiplies on as many threads
-    python bench/run.py --operations step            a training step of SmolLM2 (step.py)
-    python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
+    python bench/run.py --operations step optimizer  a training step of SmolLM2 (step.py), and a step of AdamW alone
     python bench/run.py --device cuda --output       a GPU, in its own table
 
 A row has the microseconds; GB/s if memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
@@ -47,7 +46,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shapes", nargs="+", type=_shape, metavar="NxK")
     add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
-    add("--peers", nargs="*", help="files of bench/peers (default: all)")
+    add("--peers", nargs="*", metavar="PEER", help="names in peers.PEERS (default: all that the device has)")
     add("--quick", action="store_true", help="4096x4096, few cases, short")
     add("--budget", type=float, metavar="SECONDS", help="a case, shared by its contestants (default: 1; quick: 0.3)")
     add("--isa", help="hold qlora_native to this instruction set (QLN_FORCE_ISA), and torch too if it is avx2")
@@ -98,17 +97,17 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     return args.shapes + [shape for shape in widths if shape not in args.shapes]
 
 
-def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
+def measure_table(args: argparse.Namespace, peers: Sequence, probes: Any, clock: Any, result: dict) -> None:
     """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
     import torch
 
     from checks import WrongResult
     from contest import Weights, contestants
-    from report import Table
+    from report import line
     from timing import set_allocator
 
     threads = torch.get_num_threads()
-    table = Table(result["limits"])
+    before = None
     # Kept memory comes last, because later calls would reuse the heap that it leaves.
     for kept in (False, True):
         setup, timed = ("kept", "kept") if kept else ("setup", "default")
@@ -120,7 +119,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
             for case in chosen:
                 torch.set_num_threads(case.threads or threads)
                 try:
-                    found = contestants(case, weights, adapters)
+                    found = contestants(case, weights, peers)
                 except WrongResult as error:
                     result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
                     print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
@@ -133,7 +132,8 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
                 us = {name: 1e6 * each.median for name, each in times.items()}
                 gb_per_s = probes.nbytes * (2 if copying else 1) / probe.median / 1e9
                 result["rows"].append(data.Row(**dataclasses.asdict(case), us=us, gb_per_s=gb_per_s))
-                print(table.line(result["rows"][-1]), flush=True)
+                print(line(result["rows"][-1], result["limits"], before), flush=True)
+                before = result["rows"][-1]
     torch.set_num_threads(threads)
 
 
@@ -151,10 +151,10 @@ def measure_alone(result: dict, name: str, measure: Callable[[], Any], lines: Ca
 def measure_steps(result: dict) -> None:
     """Measure the training steps."""
     import step
-    from report import step_lines
+    from report import training_steps
 
     for name, arguments in data.STEPS.items():
-        measure_alone(result, name, partial(step.measure_alone, **arguments), step_lines)
+        measure_alone(result, name, partial(step.measure_alone, **arguments), lambda found: training_steps([found]))
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         torch.set_default_device("cuda")
     torch.set_grad_enabled(False)
-    adapters, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
+    peers, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
     result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
     set_allocator("setup")
     others = machine.Others()
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["limits"] = machine.limits(probes, args.dtypes, clock)
     print(report.heading(result), flush=True)
     with busy_process() if args.busy else nullcontext():
-        measure_all(args, adapters, probes, clock, result)
+        measure_all(args, peers, probes, clock, result)
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))
     wrong = result.pop("wrong")
@@ -209,14 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return len(wrong)
 
 
-def measure_all(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
+def measure_all(args: argparse.Namespace, peers: Sequence, probes: Any, clock: Any, result: dict) -> None:
     """Measure and print all that the command line selects, into `result`."""
     import machine
     import memory
     import optimizer
     import report
+    from timing import in_own_process
 
-    measure_table(args, adapters, probes, clock, result)
+    measure_table(args, peers, probes, clock, result)
     # The speed of the machine changes while the table is measured: the limit is the better of two measurements.
     before, after = result["limits"], machine.limits(probes, args.dtypes, clock)
     result["limits"] = {name: max(before[name], after[name]) for name in before}
@@ -228,7 +229,7 @@ def measure_all(args: argparse.Namespace, adapters: dict, probes: Any, clock: An
             result["memory"].append(row)
             print(report.memory_line(row), flush=True)
     if "optimizer" in args.operations:
-        measure_alone(result, "optimizer", partial(optimizer.measure_alone, args.device), report.optimizer_lines)
+        measure_alone(result, "optimizer", partial(in_own_process, optimizer.measure_on, args.device), report.optimizer)
     if "step" in args.operations:
         measure_steps(result)
 

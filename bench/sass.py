@@ -1,6 +1,6 @@
 """What the CUDA kernels ask of a GPU, read from their machine code. No GPU is needed, and nothing is timed.
 
-    make sass                     compiles the kernels, and prints a table of them and of bitsandbytes'
+    make sass                     compiles the kernels, and prints a table of them
     make sass ARGS=--check        fails where a kernel spills, or is worse than results/sass.json says
     make sass ARGS=--output       writes those figures, and the tables of the READMEs below cuda/
 
@@ -18,8 +18,6 @@ The script needs NVIDIA's cuobjdump and nvdisasm, from PyPI (the extra `sass` of
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import re
 import shutil
@@ -32,7 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
-from summary import table
+from summary import table, with_part
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/sass/libqlora_native.a"
@@ -48,21 +46,15 @@ SLACK = 0.02
 
 # {kernel: the unit of its work, and how many units a thread processes in one iteration of the main loop}.
 WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], float]], ...] = (
-    # A warp's mma takes 16 of the inner dimension of 8 columns or, in ours, of 16; those of other rows take the same
-    # weights once more.
+    # A warp's mma takes 16 of the inner dimension of 16 columns; those of other rows take the same weights once more.
     (r"gemm_kernel<\w+, \w+, GemmTile<(?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     (r"small_m_gemm_kernel<\w+, (?P<rows>\d+)", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # A warpgroup's wgmma takes 16 of the inner dimension of 64 columns.
     (r"wgmma_gemm_kernel<", "weight", lambda m, loop: count(loop, "HGMMA") * 16 * 64 / 128),
-    (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # Its iterations are of 64 weights a lane; what else has a multiply-add in it is not as much as one.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
-    (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
     (r"(dequantize|panel|concatenate|check|update)_kernel<", "element", lambda m, loop: 8),
-    (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),
-    (r"kDequantizeBlockwise<.*, 8, [12]>", "element", lambda m, loop: 16),
-    (r"kOptimizerStatic8bit2StateBlockwise<", "element", lambda m, loop: 1),
 )
 
 
@@ -140,24 +132,8 @@ def faults(now: dict[str, Any], committed: dict[str, Any], same_compiler: bool =
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
-HEADER = (
-    "kernel",
-    "for",
-    "registers",
-    "spills",
-    "main loop",
-    "HMMA",
-    "a weight",
-    "an element",
-    "kinds of the main loop",
-)
-# What of bitsandbytes is set beside ours: the kernels that its 4-bit layers and its 8-bit AdamW run in bf16.
-PEER = (
-    r"gemm_4bit_(sm80_m16n8k16<__nv_bfloat16, (128, 128|128, 64|64, 64), 64>|simt<__nv_bfloat16, [1248]>)"
-    r"|kgemm_4bit_inference_naive<__nv_bfloat16"
-    r"|k(Deq|Q)uantizeBlockwise<(__nv_bfloat16, (512|64), .*2|float, 512, 64, 8, 0)>"
-    r"|kOptimizerStatic8bit2StateBlockwise<__nv_bfloat16, 0,"
-)
+HEADER = ("kernel", "for", "registers", "spills", "main loop", "HMMA", "a weight", "an element",
+          "kinds of the main loop")  # fmt: skip
 
 
 def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -177,23 +153,7 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def peer_library() -> Path | None:
-    """The newest of bitsandbytes' libraries for CUDA, where it is installed; it is read, not loaded."""
-    spec = importlib.util.find_spec("bitsandbytes")
-    if spec is None or spec.origin is None:
-        return None
-    return max(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"), default=None)
-
-
-def page(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
-    """All figures as Markdown."""
-    parts = [title, table(HEADER, rows(ours))]
-    if theirs:
-        parts += ["bitsandbytes, likewise:", table(HEADER, rows(theirs))]
-    return "\n\n".join(parts)
-
-
-BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
+MARK = "bench/sass.py"  # of the table in a page
 # What a page shows of kernels in bf16 over 4-bit weights: {page: {a kernel's name there: its name}}.
 SHOWN = {
     ROOT / "cuda/product/README.md": {
@@ -230,12 +190,6 @@ def short_table(committed: dict[str, Any], shown: dict[str, str]) -> str:
     return table(header, lines)
 
 
-def with_table(text: str, table: str) -> str:
-    """A document with the table between its marks."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table + END + rest.split(END)[1]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -266,10 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         write(version, ours)
         return 0
-    library = peer_library()
-    theirs = report(kernels(library, PEER)) if library and not args.kernels else {}
-    title = f"nvcc {version}" + (f"; bitsandbytes {importlib.metadata.version('bitsandbytes')}" if theirs else "")
-    print(page(ours, theirs, title), end="")
+    print(f"nvcc {version}\n\n{table(HEADER, rows(ours))}", end="")
     return 0
 
 
@@ -283,7 +234,7 @@ def write(version: str, found: dict[str, Any]) -> None:
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  {entries}\n}}}}\n')
     committed = json.loads(RESULTS.read_text())
     for path, shown in SHOWN.items():
-        path.write_text(with_table(path.read_text(), short_table(committed, shown)))
+        path.write_text(with_part(path.read_text(), MARK, short_table(committed, shown)))
 
 
 if __name__ == "__main__":

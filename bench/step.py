@@ -1,6 +1,6 @@
 """A training step of SmolLM2-135M: ours under PEFT, with everything fused, against bitsandbytes NF4 under stock PEFT.
 
-    python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense]
+    python bench/run.py --operations step
 
 All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
 layer, in fp32 as PEFT makes it). Ours has `fuse_loss`, `fuse_blocks` and `fuse_attention`, as in examples/finetune.py;
@@ -15,7 +15,7 @@ accumulator. Measured over three steps: 3.489, 3.453, 3.416 here; 3.488, 3.482, 
 
 The measurement runs in a process of its own, like a training, also within bench/run.py: what ran before in a process
 decides what its allocator does with freed memory (timing.set_allocator), which matters most to a stack that decodes a
-whole weight for every product. Processes still differ, so run.py takes the median of several. --keep-memory measures
+whole weight for every product. Processes still differ, so run.py takes the median of several. `keep_memory` measures
 with an allocator that returns no memory to the system.
 
 account.py says where the time of a step goes, and what is its limit.
@@ -23,11 +23,9 @@ account.py says where the time of a step goes, and what is its limit.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -55,8 +53,7 @@ def measure_alone(
     Raises:
         subprocess.CalledProcessError: a process failed, after printing why.
     """
-    arguments = ("--dropout", str(dropout), *["--keep-memory"] * keep_memory, *["--dense"] * dense)
-    return merged([in_own_process(__file__, *arguments) for _ in range(processes)])
+    return merged([in_own_process(measure, 3, dropout, dense, keep_memory) for _ in range(processes)])
 
 
 def merged(found: list[dict]) -> dict[str, object]:
@@ -276,22 +273,3 @@ def seconds_by_part(step: Callable[[], object], vocabulary: int) -> dict[str, fl
     for operation in profile.key_averages(group_by_input_shape=True):
         seconds[part_of(operation, vocabulary)] += 1e-6 * operation.self_cpu_time_total
     return seconds
-
-
-def main() -> None:
-    """The command line."""
-    import report
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
-    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
-    parser.add_argument("--keep-memory", action="store_true", help="an allocator that gives nothing back")
-    parser.add_argument("--dense", action="store_true", help="also LoRA over the bf16 weights")
-    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
-    args = parser.parse_args()
-    found = measure(args.rounds, args.dropout, args.dense, args.keep_memory)
-    print(json.dumps(found) if args.json else report.step_lines(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -164,3 +164,10 @@ def summary(results: Mapping[str, Mapping], lines: Iterable[Line] = LINES) -> st
     """The table, of {column: report}, without the lines that no report has."""
     rows = [(line.label, line.against, *(cell(line, result) for result in results.values())) for line in lines]
     return table(("", "against", *results), [row for row in rows if set(row[2:]) != {NONE}])
+
+
+def with_part(page: str, mark: str, text: str) -> str:
+    """A page with the text between the comments `MARK begins` and `MARK ends`."""
+    begin, end = f"<!-- {mark} begins -->\n", f"<!-- {mark} ends -->\n"
+    before, rest = page.split(begin)
+    return before + begin + text + end + rest.split(end)[1]

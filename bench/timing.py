@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 MIN_CALLS = 5
@@ -56,13 +57,21 @@ class Times:
         return Times(statistics.median(samples), min(samples), len(samples))
 
 
-def in_own_process(script: str, *arguments: str) -> Any:
-    """Run a script of bench/ with --json in a process of its own, and return what it prints.
+IN_OWN_PROCESS = """import importlib, json, sys
+folder, module, function, args, kwargs = json.loads(sys.argv[1])
+sys.path.insert(0, folder)
+print(json.dumps(getattr(importlib.import_module(module), function)(*args, **kwargs)))"""
+
+
+def in_own_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of bench/ in a process of its own. Arguments and result travel as JSON.
 
     Raises:
         subprocess.CalledProcessError: it failed, after printing why.
     """
-    command = [sys.executable, script, "--json", *arguments]
+    path = Path(function.__code__.co_filename)
+    call = json.dumps([str(path.parent), path.stem, function.__name__, args, kwargs])
+    command = [sys.executable, "-c", IN_OWN_PROCESS, call]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import processes
 from pairs import Example
@@ -35,17 +37,10 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 class Checkpoints:
-    """Saves a run every so many steps: `adapter/` for PEFT, and `checkpoint.pt` for the run itself.
-
-    A run that goes on from a checkpoint ends with the bits of one that was never interrupted.
-    """
+    """Saves a run: `adapter/` for PEFT, and `checkpoint.pt`, from which it goes on as if it had never stopped."""
 
     def __init__(self, args: argparse.Namespace, examples: list[Example]) -> None:
-        """Find the checkpoint in `args.output`, if there is one.
-
-        Raises:
-            SystemExit: it belongs to a run with other options or data, or `args.resume` is not set.
-        """
+        """Find the checkpoint in `args.output`, if there is one: of the same options and data, and with --resume."""
         self.adapter, self.path = args.output / "adapter", args.output / "checkpoint.pt"
         self.run = {name: str(value) for name, value in sorted(vars(args).items()) if name not in FREE}
         self.run |= {"data": str(zlib.crc32(repr(examples).encode())), "processes": str(processes.count())}
@@ -59,9 +54,7 @@ class Checkpoints:
             if (was := self.saved["run"].get(name)) != value:
                 raise SystemExit(f"--resume: expected {name} {was}, with which {self.path} was made, got {value}")
 
-    def restore(
-        self, model: PeftModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-    ) -> list[float]:
+    def restore(self, model: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> list[float]:
         """Put the run into the state of the checkpoint. Returns the losses of the steps that it has made."""
         if not self.saved:
             return []
@@ -74,13 +67,7 @@ class Checkpoints:
             torch.cuda.set_rng_state(device)
         return self.saved["losses"]
 
-    def save(
-        self,
-        model: PeftModel,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        losses: list[float],
-    ) -> None:
+    def save(self, model: PeftModel, optimizer: Optimizer, schedule: LRScheduler, losses: list[float]) -> None:
         """Save what the run is after as many steps as it has losses. All processes call this; the first one writes."""
         on_gpu = next(model.parameters()).is_cuda
         generators = processes.gather((torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None))
@@ -92,7 +79,3 @@ class Checkpoints:
             torch.save({"run": self.run, "adapter": adapter, "losses": losses, "generators": generators, **states}, new)
         with replaced(self.adapter) as new:
             model.save_pretrained(str(new), save_embedding_layers=False)
-
-    def finish(self) -> None:
-        """Remove what only an unfinished run needs."""
-        self.path.unlink(missing_ok=True)

@@ -1,20 +1,16 @@
 """A small real data set that every Python carries: the signatures and docstrings of its standard library.
 
-`pairs()` returns dictionaries with a `prompt` (a signature in its class and module), a `response` (the first paragraph
-of its docstring) and a `group` (its module). finetune.py holds out whole groups, so that no held-out pair has a
-near-twin among the training pairs. The sources are parsed, never imported.
-
-    python examples/docstrings.py > docstrings.jsonl
+A prompt is a signature in its class and module, the response the first paragraph of its docstring, and the group its
+module. finetune.py holds out whole groups, so that no held-out pair has a near-twin among the training pairs. The
+sources are parsed, never imported.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import math
 import re
-import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,31 +19,27 @@ from pathlib import Path
 # Tests, demonstrations and bundled packages are poor examples of documented library code.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
 NEAR_TWIN = 0.7  # paragraphs that share this part of their words are near-twins
-QUESTION = "Write a docstring:"
 
 
 def pairs(count: int = 5000) -> list[dict[str, str]]:
-    """Up to `count` pairs of signature and first docstring paragraph from this Python's standard library.
+    """Up to `count` pairs of `prompt`, `response` and `group`.
 
     A paragraph appears once, and not at all if another module has a near-twin of it. The choice and the order depend
     only on the text of the standard library.
-
-    Args:
-        count: the largest number of pairs.
-
-    Returns:
-        Dictionaries with the keys `prompt`, `response` and `group`.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            found += [
-                {"prompt": prompt, "response": response, "group": _family(module)}
-                for prompt, response in _documented(path, module)
-            ]
+        parts = path.relative_to(root).with_suffix("").parts
+        if not SKIPPED_FOLDERS.isdisjoint(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # a few files have broken code on purpose
+            continue
+        group = re.sub(r"^_(py)?", "", parts[0])  # decimal, _decimal and _pydecimal are one
+        for prompt, response in _visit(tree, f"# {'.'.join(parts).removesuffix('.__init__')}\n", ""):
+            found.append({"prompt": prompt, "response": response, "group": group})
     # Sorted by hash: the first 5,000 by name would be only the modules from a to t.
     found.sort(key=lambda pair: hashlib.sha256(pair["prompt"].encode()).digest())
     return _without_near_twins(found)[:count]
@@ -60,8 +52,7 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
     kept: list[dict[str, str]] = []
     by_word: dict[str, list[tuple[frozenset[str], str]]] = defaultdict(list)
     for pair, words in zip(found, words_of, strict=True):
-        # Two sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: compare only
-        # these.
+        # Sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: compare only these.
         rarest = sorted(words, key=lambda word: (frequency[word], word))
         rarest = rarest[: len(words) - math.ceil(NEAR_TWIN * len(words)) + 1]
         if not any(
@@ -75,21 +66,8 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
     return kept
 
 
-def _family(module: str) -> str:
-    """The group of a module: its package, or `decimal` for `_decimal` and `_pydecimal`."""
-    return re.sub(r"^_(py)?", "", module.split(".")[0])
-
-
-def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # a few files have broken code on purpose
-        return
-    yield from _visit(tree, f"# {module}\n", "")
-
-
 def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, response) for each class and function in `node`, directly or inside a class or an `if`."""
+    """(prompt, response) of each class and function in `node`, directly or inside a class or an `if`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.If, ast.Try)):
             yield from _visit(child, header, indent)
@@ -106,9 +84,4 @@ def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]
             continue
         paragraph = (ast.get_docstring(child) or "").strip().split("\n\n")[0].split()
         if len(paragraph) > 2:  # "Deprecated." and the like say nothing about the signature
-            yield f"{QUESTION}\n{header}{signature}", " ".join(paragraph)
-
-
-if __name__ == "__main__":
-    for pair in pairs():
-        sys.stdout.write(json.dumps(pair) + "\n")
+            yield f"Write a docstring:\n{header}{signature}", " ".join(paragraph)

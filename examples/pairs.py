@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstrings
+
 
 @dataclass(frozen=True)
 class Example:
@@ -22,24 +24,19 @@ class Example:
 def read_pairs(path: Path | None) -> list[dict[str, str]]:
     """Read the pairs of a JSON Lines file, or of the standard library if `path` is None."""
     if path is None:
-        from docstrings import pairs  # the file beside this one
-
-        return pairs()
+        return docstrings.pairs()
     found = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                pair = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SystemExit(f"{path}:{number}: not JSON ({error})") from None
-            for key in ("prompt", "response"):
-                if not isinstance(pair, dict) or not isinstance(pair.get(key), str) or not pair[key].strip():
-                    raise SystemExit(
-                        f'{path}:{number}: expected an object with a non-empty text "{key}", got {line.strip()[:100]}'
-                    )
-            found.append(pair)
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not (line := line.strip()):
+            continue
+        try:
+            pair = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{path}:{number}: not JSON ({error})") from None
+        for key in ("prompt", "response"):
+            if not isinstance(pair, dict) or not isinstance(pair.get(key), str) or not pair[key].strip():
+                raise SystemExit(f'{path}:{number}: expected an object with a non-empty text "{key}", got {line[:100]}')
+        found.append(pair)
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import oracle
 import pytest
+import torch
 
 # What CMake's find_package(nlohmann_json) would find in a system; the package of PyPI has the header alone.
 JSON_PACKAGE = """
@@ -45,4 +46,11 @@ def trainer(tmp_path_factory):
 def one_thread():
     """For small models."""
     with oracle.one_thread():
+        yield
+
+
+@pytest.fixture
+def eager():
+    """For bitsandbytes' reference code, which is under torch.compile and would call a C++ compiler for every shape."""
+    with torch.compiler.set_stance("force_eager"):
         yield

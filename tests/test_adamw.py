@@ -1,9 +1,8 @@
-"""Guards the arithmetic of AdamW8bit: that of AdamW in float64 and of bitsandbytes, and always the same bits."""
+"""Guards the arithmetic of each algorithm: that of float64, and always the same bits."""
 
 import copy
 import hashlib
-import itertools
-import warnings
+import math
 
 import pytest
 import torch
@@ -52,59 +51,110 @@ def set_gradients(params, seed, dtype=None, scale=1e-3):
         param.grad = value.to(param.grad_dtype)
 
 
-def decode(state):
-    """(m, v) in float64."""
-    found = []
-    for i, levels in zip("12", MAPS, strict=True):
-        moment = state[f"state{i}"]
-        if moment.dtype == torch.uint8:
-            scale = state[f"absmax{i}"].double().repeat_interleave(BLOCKSIZE)[: moment.numel()]
-            moment = levels.double()[moment.long()] * scale.view(moment.shape)
-        found.append(moment.double())
-    return found
-
-
 def blocks_max(x):
     blocks = torch.nn.functional.pad(x.flatten().abs(), (0, -x.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
     return blocks.max(dim=1).values
 
 
-# ---- one step against torch's AdamW in float64 -----------------------------------------------------------------------
+# ---- one step against float64 ----------------------------------------------------------------------------------------
 
 
-def check_step(optimizer, scale=1.0):
-    """Make a step, and compare every parameter and moment with torch's AdamW in float64 from the same state.
+def slots(state, count):
+    """(codes or values, absmax or None) of each moment; the slow one of AdEMAMix comes last."""
+    if count < 3:
+        return [(state[f"state{i + 1}"], state.get(f"absmax{i + 1}")) for i in range(count)]
+    scales = state.get("absmax1", (None, None))
+    fast, slow = ((state["state1"][i], scales[i]) for i in (0, 1))
+    return [fast, (state["state2"], state.get("absmax2")), slow]
 
-    Tolerances count roundings of fp32, each at most U32 of its result: a moment has four (its decay, its level times
-    absmax, 1 - beta times the gradient, the sum), a parameter three of its own and twelve of the update's terms.
-    """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    group = optimizer.param_groups[0]
-    beta1, beta2 = group["betas"]
-    before = [(p.detach().double(), p.grad.double() * scale, copy.deepcopy(optimizer.state[p])) for p in params]
+
+def decoded(state, count):
+    """The moments in float64."""
+    found = []
+    for i, (moment, scales) in enumerate(slots(state, count)):
+        if scales is not None:
+            scales = scales.double().repeat_interleave(BLOCKSIZE)[: moment.numel()]
+            moment = MAPS[i == 1].double()[moment.long()] * scales.view(moment.shape)
+        found.append(moment.double())
+    return found
+
+
+# Each oracle makes a step in float64 and returns the parameter, its moments, the sizes of the terms that these are sums
+# of, and the largest change of the parameter by roundings of fp32, each at most U32 of its result.
+
+
+def adamw(p, g, moments, t, lr, betas, weight_decay, eps, **_):
+    """By torch's AdamW. The update's terms have twelve roundings."""
+    m, v = moments
+    sizes = [betas[0] * m.abs() + (1 - betas[0]) * g.abs(), betas[1] * v + (1 - betas[1]) * g * g]
+    exact = nn.Parameter(p.clone())
+    exact.grad = g
+    optimizer = torch.optim.AdamW([exact], lr, betas, eps, weight_decay, foreach=False)
+    optimizer.state[exact] = {"step": torch.tensor(t - 1.0), "exp_avg": m, "exp_avg_sq": v}
     optimizer.step()
-    for param, (p, g, state) in zip(params, before, strict=True):
-        name = f"{param.numel()} elements, {param.dtype}"
-        m, v = decode(state) if state else (torch.zeros_like(p), torch.zeros_like(p))
-        t = int(state["step"]) if state else 0
-        terms1, terms2 = beta1 * m.abs() + (1 - beta1) * g.abs(), beta2 * v + (1 - beta2) * g * g
-        wide = nn.Parameter(p.clone())
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        oracle = torch.optim.AdamW([wide], **options, foreach=False)
-        wide.grad = g
-        oracle.state[wide] = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": v}
-        oracle.step()
+    largest = lr / (1 - betas[0] ** t) * sizes[0] / ((sizes[1] / (1 - betas[1] ** t)).sqrt() + eps)
+    return exact.detach(), [m, v], sizes, 12 * U32 * largest
 
-        correction1, correction2 = 1 - beta1 ** (t + 1), 1 - beta2 ** (t + 1)
-        update = group["lr"] / correction1 * terms1 / ((terms2 / correction2).sqrt() + group["eps"])
-        tolerance = U32 * (3 * p.abs() + 12 * update) + torch.finfo(torch.float32).smallest_normal
+
+def lion(p, g, moments, t, lr, betas, weight_decay, **_):
+    (m,) = moments
+    direction = betas[0] * m + (1 - betas[0]) * g
+    # Four roundings may turn the sign.
+    uncertain = direction.abs() < 4 * U32 * (betas[0] * m.abs() + (1 - betas[0]) * g.abs())
+    new = p * (1 - lr * weight_decay) - lr * direction.sign()
+    sizes = [betas[1] * m.abs() + (1 - betas[1]) * g.abs()]
+    return new, [betas[1] * m + (1 - betas[1]) * g], sizes, 2 * lr * uncertain + U32 * lr
+
+
+def ademamix(p, g, moments, t, lr, betas, weight_decay, eps, alpha, t_alpha=None, t_beta3=None, **_):
+    """As the paper has it: algorithm 1, with the schedules of its section 3.2."""
+    m, v, slow = moments
+    beta1, beta2, beta3 = betas
+    if t_alpha:
+        alpha = min(t * alpha / t_alpha, alpha)
+    if t_beta3 and t < t_beta3:
+        log1, log3 = math.log(beta1), math.log(beta3)
+        beta3 = math.exp(log1 * log3 / ((1 - t / t_beta3) * log3 + t / t_beta3 * log1))
+
+    def update(m, v, slow):
+        return lr * (m / (1 - beta1**t) + alpha * slow) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+    sizes = [
+        beta1 * m.abs() + (1 - beta1) * g.abs(),
+        beta2 * v + (1 - beta2) * g * g,
+        beta3 * slow.abs() + (1 - beta3) * g.abs(),
+    ]
+    m, v, slow = beta1 * m + (1 - beta1) * g, sizes[1], beta3 * slow + (1 - beta3) * g
+    # As AdamW's twelve roundings of the update's terms, and four of the slow moment's.
+    return p * (1 - lr * weight_decay) - update(m, v, slow), [m, v, slow], sizes, 16 * U32 * update(*sizes)
+
+
+ORACLES = {qn.optim.AdamW8bit: adamw, qn.optim.Lion8bit: lion, qn.optim.AdEMAMix8bit: ademamix}
+
+
+def check_step(optimizer):
+    """Make a step, and compare every parameter and moment with the oracle's from the same state.
+
+    A parameter has three roundings of its own, and a moment four: its decay, its level times absmax, 1 - beta times the
+    gradient, the sum.
+    """
+    group, oracle = optimizer.param_groups[0], ORACLES[type(optimizer)]
+    count = sum(optimizer.algorithm.moments)
+    before = [(p.detach().double(), p.grad.double(), copy.deepcopy(optimizer.state[p])) for p in group["params"]]
+    optimizer.step()
+    for param, (p, g, state) in zip(group["params"], before, strict=True):
+        name = f"{param.numel()} elements, {param.dtype}"
+        moments = decoded(state, count) if state else [torch.zeros_like(p) for _ in range(count)]
+        t = int(state["step"]) + 1 if state else 1
+        exact, expected, sizes, roundings = oracle(p, g, moments, t, **group)
+        tolerance = U32 * 3 * p.abs() + roundings + torch.finfo(torch.float32).smallest_normal
         if param.dtype != torch.float32:
-            tolerance += unit_roundoff(param.dtype) * wide.detach().abs() + torch.finfo(param.dtype).smallest_normal
-        assert_close_by_norm(f"parameter of {name}", param.detach(), wide.detach(), tolerance)
+            tolerance += unit_roundoff(param.dtype) * exact.abs() + torch.finfo(param.dtype).smallest_normal
+        assert_close_by_norm(f"parameter of {name}", param.detach(), exact, tolerance)
         new = optimizer.state[param]
-        assert int(new["step"]) == t + 1
-        for i, exact, terms in (("1", m, terms1), ("2", v, terms2)):
-            check_moment(f"moment {i} of {name}", new[f"state{i}"], new.get(f"absmax{i}"), exact, terms, MAPS[i == "2"])
+        assert int(new["step"]) == t
+        for i, (found, *moment) in enumerate(zip(slots(new, count), expected, sizes, strict=True)):
+            check_moment(f"moment {i} of {name}", *found, *moment, MAPS[i == 1])
 
 
 def check_moment(name, moment, absmax, exact, terms, levels):
@@ -122,10 +172,12 @@ def check_moment(name, moment, absmax, exact, terms, levels):
     assert_close_by_norm(f"{name}, code", torch.minimum(torch.maximum(ratio, below), above), ratio, 10 * U32 * terms)
 
 
-@pytest.mark.parametrize(("param", "grad"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_step_is_that_of_float64(param, grad):
-    optimizer = qn.optim.AdamW8bit(parameters(dtype=param), **OPTIONS)
-    for seed in range(4):
+@pytest.mark.parametrize("grad", DTYPES, ids=str)
+@pytest.mark.parametrize("param", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", ORACLES)
+def test_step_is_that_of_float64(cls, param, grad):
+    optimizer = cls(parameters(dtype=param), **ALGORITHMS[cls])
+    for seed in range(5):  # the schedules end after three
         set_gradients(optimizer.param_groups[0]["params"], seed, grad)
         check_step(optimizer)
 
@@ -236,7 +288,7 @@ def test_states_side_by_side_stay_separate():
 # ---- the 8-bit quantizer ---------------------------------------------------------------------------------------------
 
 
-def neighbours(x, count=40):
+def adjacent(x, count=40):
     """[len(x), 2 * count + 1] floats around each of x, in order: -0 and 0 count as one."""
     bits = x.view(torch.int32).long()
     position = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)[:, None] + torch.arange(-count, count + 1)
@@ -249,7 +301,7 @@ def probes(levels):
     between = torch.lerp(
         levels[:-1, None], levels[1:, None], torch.rand(1000, generator=torch.Generator().manual_seed(0))
     )
-    found = torch.cat((neighbours(midpoints.float()).flatten(), between.flatten(), levels)).clamp(float(levels[0]), 1.0)
+    found = torch.cat((adjacent(midpoints.float()).flatten(), between.flatten(), levels)).clamp(float(levels[0]), 1.0)
     # A tie takes the lower level: bucketize counts the midpoints strictly below.
     return found, torch.bucketize(found.double(), midpoints)
 
@@ -286,50 +338,6 @@ def test_code_of_second_moment_is_the_nearest():
     assert not wrong.any(), f"{values[order][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
 
 
-# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
-
-# Its quantizer on the CPU looks values up in a table of 65,536 entries over [-1, 1], which are wider than the distances
-# of the smallest levels: below this share of a block's absmax its codes are up to 7 off the nearest level's.
-COARSE = 2**-13
-MOST_COARSE = 0.01  # of all entries, so far off
-MOST_DIFFERENT = 0.03  # of the entries above COARSE, by one code
-
-
-def test_step_is_that_of_bitsandbytes():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bnb = pytest.importorskip("bitsandbytes")
-    options = {name: OPTIONS[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    ours, theirs = parameters((100, 4096, 5000, 65536)), parameters((100, 4096, 5000, 65536))
-    optimizer, peer = qn.optim.AdamW8bit(ours, **options), bnb.optim.AdamW8bit(theirs, **options)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(30):
-        with torch.no_grad():
-            for param, other in zip(ours, theirs, strict=True):
-                param.copy_(other)
-                other.grad = 1e-3 * torch.randn(param.shape, generator=generator)
-                param.grad = other.grad.clone()
-        if step > 0:
-            optimizer.load_state_dict(peer.state_dict())
-        optimizer.step()
-        peer.step()
-        for param, other in zip(ours, theirs, strict=True):
-            rounding = U32 * (4 * other.detach().abs() + 10 * OPTIONS["lr"])  # a step is at most a few lr
-            assert_close_by_norm("parameter", param.detach(), other.detach().double(), rounding)
-            state, expected = optimizer.state[param], peer.state[other]
-            for i, exact in zip("12", decode(state), strict=True):
-                if param.numel() < 4096:
-                    torch.testing.assert_close(state[f"state{i}"], expected[f"state{i}"])
-                    continue
-                torch.testing.assert_close(state[f"absmax{i}"], expected[f"absmax{i}"])
-                off = (state[f"state{i}"].int() - expected[f"state{i}"].int()).abs()
-                largest = state[f"absmax{i}"].repeat_interleave(BLOCKSIZE)[: exact.numel()]
-                fine = exact.abs() >= COARSE * largest
-                shares = (off > 1).float().mean(), off[fine].float().mean()
-                assert off[fine].max() <= 1, f"step {step}, moment {i}: {off[fine].max()} codes off"
-                assert shares[0] <= MOST_COARSE and shares[1] <= MOST_DIFFERENT, f"step {step}, moment {i}: {shares}"
-
-
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
@@ -359,13 +367,14 @@ def test_bits_are_the_same_for_any_number_of_threads():
 # ---- gradients that are not numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cls", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "2e19"])
-def test_unusable_gradient_skips_the_step(value, dtype):
+def test_unusable_gradient_skips_the_step(value, dtype, cls):
     if dtype == torch.float16 and value == "2e19":
         value = "65504"  # its largest, brought beyond the limit by a scale below
     params = parameters((300, 257, 70_001), dtype)
-    optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
+    optimizer = cls(params, **ALGORITHMS[cls])
     set_gradients(params, 0)
     optimizer.step()
     expected = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in params])

@@ -74,17 +74,6 @@ def test_bad_option_is_named_in_the_error(cls, options, error, message):
         cls(**{"params": [parameter()], **options})
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
-    same = {"amsgrad": False, "optim_bits": 32, "args": None, "block_wise": True, "percentile_clipping": 100}
-    for cls, is_paged in ((qn.optim.AdamW8bit, False), (qn.optim.PagedAdamW8bit, True)):
-        cls([parameter()], is_paged=is_paged, **same)
-        with pytest.raises(
-            ValueError, match="is_paged: expected .* the other of AdamW8bit and PagedAdamW8bit is meant"
-        ):
-            cls([parameter()], is_paged=not is_paged)
-
-
 @pytest.mark.parametrize(
     ("group", "error", "message"),
     [
@@ -318,15 +307,6 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
         assert [int(optimizer.state[param]["step"]) for param in params] == [steps + 1] * 2
 
 
-def test_strided_parameter_is_stepped_as_a_contiguous_one_is():
-    whole, columns = parameter((300, 20)), parameter((300, 20))
-    columns.data = columns.detach().t().contiguous().t()
-    for param in (whole, columns):
-        param.grad = torch.linspace(-1, 1, 6000).view(300, 20)
-        qn.optim.AdamW8bit([param]).step()
-    assert not columns.is_contiguous() and torch.equal(whole, columns)
-
-
 # ---- learning rates of the op ----------------------------------------------------------------------------------------
 
 LEARNING_RATES = [
@@ -346,16 +326,6 @@ def test_bad_learning_rate_tensor_is_named_in_the_error_of_the_op(rates, message
     with pytest.raises(ValueError, match=re.escape(message)):
         torch.ops.qlora_native.optimizer_8bit_step("adamw", *arguments, *options, *rates)
     assert torch.equal(arguments[0][0], torch.ones(3))
-
-
-def test_gradient_of_another_dtype_is_named_in_the_error():
-    param = parameter()
-    param.grad_dtype = torch.float64
-    param.grad = torch.ones_like(param, dtype=torch.float64)
-    optimizer = qn.optim.AdamW8bit([param])
-    with pytest.raises(TypeError, match=re.escape(f"grad: {FLOAT}torch.float64")):
-        optimizer.step()
-    assert not optimizer.state
 
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------

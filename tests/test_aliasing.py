@@ -20,6 +20,7 @@ def loss():
 
 
 def step():
+    """The arguments of optimizer_8bit_step."""
     lists = {name: [torch.ones(NUMEL)] for name in ("params", "grads")}
     lists |= {name: [torch.zeros(NUMEL, dtype=torch.uint8)] for name in ("state1", "state2")}
     lists |= {name: [torch.zeros(NUMEL // 256)] for name in ("absmax1", "absmax2")}
@@ -80,7 +81,7 @@ def test_operand_in_memory_that_is_written_is_named_in_the_error(op, writer, oth
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_operands_may_be_neighbours_in_memory(op):
+def test_operands_may_be_adjacent_in_memory(op):
     expected, arguments = CALLS[op](), CALLS[op]()
     at, memory = 0, torch.zeros(1 << 14, dtype=torch.uint8)
     for name, tensor in tensors_of(arguments).items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 
 N, K = 6, 64
 NAN, INF = float("nan"), float("inf")
@@ -206,8 +207,8 @@ LINEAR = [
     ({"bias": torch.ones(N, dtype=torch.int32)}, TypeError, "bias: expected a floating-point tensor, got torch.int32"),
     ({"bias": 1.0}, TypeError, "bias: expected a floating-point tensor, got float"),
     ({"bias": randn(N, **META)}, ValueError, "bias: expected a tensor on cpu, where x is, got meta"),
-    ({"lora_a": A}, TypeError, "lora_b: expected a tensor, as lora_a and lora_b come together, got NoneType"),
-    ({"lora_b": B}, TypeError, "lora_a: expected a tensor, as lora_a and lora_b come together, got NoneType"),
+    ({"lora_a": A}, TypeError, "lora_b: expected a tensor, as lora_a and lora_b are given together, got NoneType"),
+    ({"lora_b": B}, TypeError, "lora_a: expected a tensor, as lora_a and lora_b are given together, got NoneType"),
     ({"lora_a": A, "lora_b": randn(N, 4)}, ValueError, "lora_b: expected [6, 3], the rank of lora_a, got [6, 4]"),
     ({"lora_a": A, "lora_b": randn(3, N)}, ValueError, "lora_b: expected [6, 3], the rank of lora_a, got [3, 6]"),
     ({"lora_a": randn(K, 3), "lora_b": B}, ValueError, "lora_a: expected [rank, 64], got [64, 3]"),
@@ -309,7 +310,7 @@ def test_damaged_field_is_named_in_the_error_of_the_op(changes, named):
     q = damaged(**changes)
     x = torch.zeros(2, q.shape[1] if q.shape[1] < 100 else K)
     with pytest.raises((ValueError, RuntimeError), match=rf"({named}): expected"):
-        torch.ops.qlora_native.linear_forward(x, *q.op_arguments(), None, None, None, 1.0, 0.0, None)
+        torch.ops.qlora_native.linear_forward(x, *op_arguments(q), None, None, None, 1.0, 0.0, None)
     with pytest.raises((ValueError, RuntimeError), match=rf"({named}): expected"):
         q.dequantize()
 

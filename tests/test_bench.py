@@ -221,7 +221,7 @@ def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     monkeypatch.setitem(machine.SQUARES, "cpu", 64)
     limits = machine.limits(probes, args.dtypes, clock)
     assert limits == {"read": 2**20 / 8e-3, "copy": 2**21 / 8e-3} | dict.fromkeys(args.dtypes, 2 * 64**3 / 8e-3)
-    adapters, missing = peers.load(peers.DEFAULT["cuda"])
+    found, missing = peers.load(peers.DEFAULT["cuda"])
     card = {"gpu": "NVIDIA H100 80GB HBM3", "processors": 132, "l2_bytes": 50 << 20, "cuda": "13.0"}
     result = {
         "machine": {**machine.describe(), **card},
@@ -235,7 +235,7 @@ def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1)  # of a weight that small there would be thousands of copies
     with torch.no_grad():
-        run.measure_table(args, adapters, probes, clock, result)
+        run.measure_table(args, found, probes, clock, result)
     assert not result["wrong"]
     assert [row.M for row in result["rows"]] == [case.M for case in script("cases").cases(small, "cuda")]
     assert {row.gb_per_s for row in result["rows"]} == {2 * probes.nbytes / (8e-3 / clock.CALLS) / 1e9}

@@ -17,15 +17,9 @@ with warnings.catch_warnings():
 from bitsandbytes import functional as bnbf
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
+pytestmark = pytest.mark.usefixtures("eager")
 FORMATS = ("nf4", "fp4")
 WEIGHTS = ((1, 1), (1, 64), (3, 65), (7, 333), (5, 190), (96, 128), (33, 3420))
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    """Its reference code is under torch.compile, which would call a C++ compiler for every shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def bits_of(tensor):

@@ -15,7 +15,6 @@ from compressed_tensors.compressors import BaseCompressor  # noqa: E402
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
 from gguf_files import make  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
@@ -34,10 +33,6 @@ def base(tmp_path_factory):
     return folder
 
 
-def stored(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def codes_of(q):
     """int8 [N, K]: what the codes of a weight mean, in steps."""
     if q.format == "int8":
@@ -50,7 +45,7 @@ def codes_of(q):
 def test_codes_and_scales_are_those_of_quantize(base, to, blocksize, tmp_path):
     arguments = ["--model", str(base), "--out", str(tmp_path / "out"), "--to", to, "--blocksize", str(blocksize)]
     main(["export", *arguments])
-    files, config = stored(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    files, config = models.tensors_of(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
     scheme = QuantizationConfig.model_validate(config["quantization_config"]).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     layers = {name: m for name, m in models.load(base).named_modules() if isinstance(m, torch.nn.Linear)}
@@ -95,7 +90,7 @@ def test_adapter_is_merged_before_the_one_rounding(base, to, tmp_path):
     command = ["--base", str(base), "--adapter", str(tmp_path / "adapter")]
     main(["merge", *command, "--out", str(tmp_path / "out"), "--to", to, "--blocksize", "32"])
     convert(base, tmp_path / "merged", tmp_path / "adapter", "fp32", progress=False)
-    files, merged = stored(tmp_path / "out"), stored(tmp_path / "merged")
+    files, merged = models.tensors_of(tmp_path / "out"), models.tensors_of(tmp_path / "merged")
     for name in {key.removesuffix(".weight_packed") for key in files if key.endswith("_packed")}:
         q = qn.quantize(merged[f"{name}.weight"], to, 32, double_quant=False)
         packed = files[f"{name}.weight_packed"]
@@ -107,7 +102,7 @@ def test_error_reported_is_the_one_that_was_made(base, tmp_path):
     convert(base, tmp_path / "nf4", to="nf4", progress=False)
     report = convert(tmp_path / "nf4", tmp_path / "out", to="int4", blocksize=32, progress=False)
     convert(tmp_path / "nf4", tmp_path / "exact", to="fp32", progress=False)
-    files, exact = stored(tmp_path / "out"), stored(tmp_path / "exact")
+    files, exact = models.tensors_of(tmp_path / "out"), models.tensors_of(tmp_path / "exact")
     errors, weights = [], []
     for name, error in report.errors.items():
         weight = exact[f"{name}.weight"].double()

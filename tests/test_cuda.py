@@ -61,7 +61,7 @@ def test_product_runs_on_torchs_current_stream():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         late = torch.zeros_like(x)
-        torch.cuda._sleep(100_000_000)  # tens of milliseconds: a product on another stream would see the zeros
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds: a product on another stream would read the zeros
         late.copy_(x)
         y = qn.linear(late, q)
     stream.synchronize()

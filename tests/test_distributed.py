@@ -20,7 +20,8 @@ from safetensors.torch import load_file  # noqa: E402
 from sharding import FSDP_SHARDS_BYTES, leave, needs_fsdp_of_bytes, prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._loss import DeferredLogits, fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse import fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse._loss import DeferredLogits  # noqa: E402
 from qlora_native.integrations.peft import register  # noqa: E402
 
 pytestmark = [

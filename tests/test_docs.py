@@ -255,7 +255,7 @@ def test_dtype_beside_a_quantized_file_acts(checkpoint, tmp_path):
     load(checkpoint, config()).save_pretrained(tmp_path)
     theirs, ours = (load(tmp_path, quantization, torch.float32) for quantization in (None, config()))
     assert theirs.model.norm.weight.dtype == ours.model.norm.weight.dtype == torch.bfloat16
-    assert first(theirs).weight.quant_state.dtype == first(ours).compute_dtype == torch.bfloat16
+    assert first(theirs).weight.quant_state.dtype == first(ours).dtype == torch.bfloat16
 
 
 def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):

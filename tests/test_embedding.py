@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import embedding
 from qlora_native.integrations.fuse import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
@@ -53,7 +54,7 @@ def test_strided_and_many_ids_are_looked_up():
 def test_op_passes_opcheck_and_compiles():
     layer = Embedding4bit.from_embedding(embedding_of())
     rows = torch.tensor([3, 49, 3])
-    operands = (*layer.quantized_weight.op_arguments(), torch.float32, rows)
+    operands = (*op_arguments(layer.quantized_weight), torch.float32, rows)
     torch.library.opcheck(torch.ops.qlora_native.dequantize_rows.default, operands)
     assert torch.equal(torch.compile(layer, fullgraph=True)(rows), layer(rows))
 
@@ -119,7 +120,7 @@ def same_state(one, other):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_computes_what_its_decoded_weights_do(tied):
-    model = quantize_model(model_of(tied), skip=(), progress=False)
+    model = quantize_model(model_of(tied), skip=(), embeddings=True, progress=False)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert type(embed) is Embedding4bit and type(head) is Linear4bit
     assert all((one is other) == tied for one, other in zip(embed.parameters(), head.parameters(), strict=True))
@@ -145,7 +146,7 @@ def test_checkpoint_is_quantized_while_it_is_read_and_comes_back_bit_for_bit(tie
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path / "dense", quantization_config=config)
     assert type(model.get_input_embeddings()) is Embedding4bit
-    assert same_state(model, quantize_model(dense, skip=(), progress=False))
+    assert same_state(model, quantize_model(dense, skip=(), embeddings=True, progress=False))
 
     model.save_pretrained(tmp_path / "quantized")
     again = load(tmp_path / "quantized", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
@@ -157,7 +158,7 @@ def test_checkpoint_is_quantized_while_it_is_read_and_comes_back_bit_for_bit(tie
 
 
 def test_live_quantized_model_with_its_embedding_comes_back_bit_for_bit(tmp_path):
-    model = quantize_model(model_of(tied=True), skip=(), progress=False)
+    model = quantize_model(model_of(tied=True), skip=(), embeddings=True, progress=False)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
@@ -167,7 +168,7 @@ def test_live_quantized_model_with_its_embedding_comes_back_bit_for_bit(tmp_path
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapter_trains_over_a_model_without_a_16_bit_matrix(tied):
-    model = quantize_model(model_of(tied), skip=(), progress=False)
+    model = quantize_model(model_of(tied), skip=(), embeddings=True, progress=False)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     model.enable_input_require_grads()
     assert fuse_loss(model)
@@ -192,13 +193,13 @@ def test_adapter_trains_over_a_model_without_a_16_bit_matrix(tied):
     ],
 )
 def test_training_of_a_4_bit_embedding_is_named_in_the_error(config, message):
-    model = quantize_model(model_of(tied=False), skip=(), progress=False)
+    model = quantize_model(model_of(tied=False), skip=(), embeddings=True, progress=False)
     with pytest.raises(NotImplementedError, match=message):
         get_peft_model(model, LoraConfig(r=4, **config))
 
 
 def test_other_number_of_tokens_is_named_in_the_error():
-    model = quantize_model(model_of(tied=True), skip=(), progress=False)
+    model = quantize_model(model_of(tied=True), skip=(), embeddings=True, progress=False)
     assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
     with pytest.raises(ValueError, match="resize_token_embeddings: expected 128 tokens"):
         model.resize_token_embeddings(VOCABULARY + 3)

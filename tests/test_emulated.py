@@ -21,10 +21,17 @@ from qlora_native import _C
 
 TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
-# Blocks at the same time: for what passes between them, the sums of a tile that several share and the optimizer's step.
+# Blocks at the same time: for what passes between them, partial sums of a tile (stream-K) and the optimizer's step.
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
 # Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
+CONFORMANCE = ("-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "test_conformance.py")
+
+
+def orders(*schedules, others=()):
+    """Parameters of a test, of which one of each kind of order is for `make test`, and the rest for `make test-all`."""
+    thorough = pytest.mark.thorough
+    return [pytest.param(s, *others, marks=thorough if s[-2:] in (":2", ":3") else ()) for s in schedules]
 
 
 def run(*command, schedule="forward", **more):
@@ -35,26 +42,14 @@ def run(*command, schedule="forward", **more):
 # Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
 @pytest.mark.parametrize(
     ("schedule", "kernel"),
-    [(schedule, kernel) for schedule in (*SCHEDULES, CONCURRENT[0]) for kernel in ("", "wgmma")]
-    + [(schedule, "wgmma,pairs") for schedule in (SCHEDULES[-1], CONCURRENT[0])],
+    [case for kernel in ("", "wgmma") for case in orders(*SCHEDULES, CONCURRENT[0], others=(kernel,))]
+    + orders(SCHEDULES[-1], CONCURRENT[0], others=("wgmma,pairs",)),
 )
 def test_cases_pass_under_each_order_of_threads(schedule, kernel):
     step = 1 if schedule == SCHEDULES[0] and kernel == "" else EVERY
-    command = "-c", f"import test_emulated; test_emulated.run_conformance({step})"
-    shown = run(*command, schedule=schedule, QLN_FORCE_KERNEL=kernel)
+    shown = run(*CONFORMANCE, f"--every={step}", schedule=schedule, QLN_FORCE_KERNEL=kernel)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
-
-
-def run_conformance(step, *more):
-    """Every step-th of the conformance tests, in this process, which then ends. `more`: arguments of pytest."""
-
-    class Sample:
-        def pytest_collection_modifyitems(self, items):
-            items[:] = items[::step]
-
-    arguments = ["--tb=short", "-p", "no:cacheprovider", "test_conformance.py", *more]
-    sys.exit(pytest.main(arguments, plugins=[Sample()]))
 
 
 def test_bits_are_the_same_under_each_order_of_threads():
@@ -64,10 +59,10 @@ def test_bits_are_the_same_under_each_order_of_threads():
     assert len(set(digests.values())) == 1, digests
 
 
-@pytest.mark.parametrize("schedule", CONCURRENT)
+@pytest.mark.parametrize("schedule", orders(*CONCURRENT))
 def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
-    """Tiles of 16, 64 and 128 rows, whose inner dimension several blocks share, forward and backward."""
-    command = "-c", "import test_emulated; print(test_emulated.shared_tiles_digest())"
+    """Tiles of 16, 64 and 128 rows, whose K several blocks split, forward and backward."""
+    command = "-c", "import test_emulated; print(test_emulated.stream_k_digest())"
     shown = {order: run(*command, schedule=order, QLN_PRINT_CONFIG="1") for order in (SCHEDULES[0], schedule)}
     digests = {order: done.stdout.strip() for order, done in shown.items()}
     assert all(digests.values()), shown
@@ -77,7 +72,7 @@ def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
     assert shared == {"16x128", "64x128", "128x256"}, tiles
 
 
-def shared_tiles_digest():
+def stream_k_digest():
     """Products in two 16-bit dtypes. The last K is not a whole number of vectors."""
     return digest(((12, 200, 704), (40, 130, 960), (100, 130, 704), (40, 130, 333)), cases.DTYPES[1:])
 
@@ -95,7 +90,7 @@ def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.
     return total.hexdigest()
 
 
-@pytest.mark.parametrize("schedule", (*SCHEDULES[:3], *CONCURRENT))
+@pytest.mark.parametrize("schedule", orders(*SCHEDULES[:3], *CONCURRENT))
 def test_optimizer_has_the_bits_of_the_cpu(schedule):
     shown = run("-c", "import test_emulated; print(test_emulated.optimizer_digest())", schedule=schedule)
     assert shown.stdout.strip() == optimizer_digest(), shown.stderr[-2000:]
@@ -125,12 +120,19 @@ def optimizer_digest():
     ("kilobytes", "tiles"),
     [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})],
 )
-def test_each_tile_is_right_on_a_device_that_has_room_for_it(kilobytes, tiles):
-    """The large products in each of the tiles that there may be room for, under one more order of threads."""
+def test_each_tile_is_right_on_a_device_whose_shared_memory_holds_it(kilobytes, tiles):
+    """The large products in each of the tiles that may fit shared memory, under one more order of threads."""
     shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
     chosen = f"({shapes}) and (bf16 or f16)"
-    command = "-c", f"import test_emulated; test_emulated.run_conformance(1, '-s', '-k', '{chosen}')"
-    done = run(*command, schedule="random:4", QLN_EMULATED_SMEM=str(kilobytes * 1024), QLN_PRINT_CONFIG="1")
+    done = run(
+        *CONFORMANCE,
+        "-s",
+        "-k",
+        chosen,
+        schedule="random:4",
+        QLN_EMULATED_SMEM=str(kilobytes * 1024),
+        QLN_PRINT_CONFIG="1",
+    )
     assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
     assert f"{2 * len(cases.LARGE)} passed" in done.stdout, done.stdout[-1000:]
     assert set(re.findall(r"tiles of (\d+x\d+)", done.stderr)) == tiles

@@ -8,9 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 import moe  # noqa: E402
-from models import layers_of  # noqa: E402
+from models import layers_of, tensors_of  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from test_experts import families, relative  # noqa: E402
 
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
@@ -116,7 +116,7 @@ def test_strict_config_names_experts_of_an_unknown_family(tmp_path):
 
 
 def test_expert_of_another_shape_or_with_nan_is_named(folders, tmp_path):
-    state = {n: t for path in folders["olmoe"].glob("*.safetensors") for n, t in load_file(path).items()}
+    state = tensors_of(folders["olmoe"])
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     values = state[name]
     (tmp_path / "config.json").write_text((folders["olmoe"] / "config.json").read_text())

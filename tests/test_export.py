@@ -75,7 +75,7 @@ def test_bias_is_reordered_like_the_rows_of_its_weight(bases, tmp_path):
     for layer, heads in (("q", 4), ("k", 2)):
         for part in ("weight", "bias"):
             tensor, own = written[f"blk.1.attn_{layer}.{part}"], state[f"model.layers.1.self_attn.{layer}_proj.{part}"]
-            halves = tensor.view(heads, 8, 2, -1).transpose(1, 2).reshape(own.shape)  # neighbours go apart again
+            halves = tensor.view(heads, 8, 2, -1).transpose(1, 2).reshape(own.shape)  # separated again
             assert torch.equal(halves, own) and not torch.equal(tensor, own)
     assert torch.equal(written["blk.1.ffn_down.bias"], state["model.layers.1.mlp.down_proj.bias"])
 

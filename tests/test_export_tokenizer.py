@@ -140,7 +140,7 @@ def test_text_is_split_alike_into_characters(how, tmp_path):
 
 
 def best_joined(text, scores):
-    """What llama.cpp does: of all neighbours that are a token together, join those with the highest score first."""
+    """What llama.cpp does: of all adjacent tokens that form a token, join those with the highest score first."""
     parts = list(text)
     while True:
         joined = [

@@ -1,4 +1,4 @@
-"""Guards examples/finetune.py, generate.py, finetune.ipynb and their data, on a model that takes seconds."""
+"""Guards examples/finetune.py, generate.py and their data, on a model that takes seconds."""
 
 import json
 import os
@@ -74,8 +74,7 @@ def run(folder, *arguments, launcher=(), model="model", program="finetune.py"):
 @pytest.mark.parametrize(
     "options", [[], ["--format", "int4", "--no-double-quant", "--target-modules", "q_proj", "v_proj", "--dropout", "0"]]
 )
-def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
-    pytest.importorskip("matplotlib")
+def test_run_on_own_data_writes_adapter_and_figures(folder, options):
     output = folder / f"out-{len(options)}"
     shown = run(folder, "--data", folder / "data.jsonl", "--steps", "15", "--output", output, *options)
     assert shown.returncode == 0, shown.stderr
@@ -88,7 +87,7 @@ def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
     assert loss["reloaded"] == pytest.approx(loss["after"], rel=1e-6)
     assert loss["after"] < loss["before"]
     assert len(figures["losses"]) == 15
-    assert len(figures["generations"]) == 3
+    assert len(re.findall(r"^What is .*\n  before: .*\n  after:  ", shown.stdout, re.MULTILINE)) == 3
     sixteen, quantized = figures["base_weight_bytes"].values()
     shapes = LAYERS * [64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 96 * 64]
     linears = sum(shapes)
@@ -96,16 +95,11 @@ def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
     # Codes, a scale for each 64 of them, and the table of levels; double quantization has a table of 256 and an offset.
     scales = [4 * n // 64 if options else n // 64 + 4 * -(-n // 64 // 256) + 4 * 256 + 4 for n in shapes]
     assert quantized == sum(n // 2 + 4 * 16 for n in shapes) + sum(scales)
-    assert (
-        figures["parameters"]["all"]
-        == linears + 2 * len(pairs_vocabulary(folder)) * 64 + 5 * 64 + (figures["parameters"]["trainable"])
-    )
-    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (output / "adapter").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert {path.name for path in output.iterdir()} == {"adapter", "figures.json", "loss.png"}
+    assert {path.name for path in output.iterdir()} == {"adapter", "figures.json"}
 
 
 @pytest.mark.parametrize("written_by", ["quantize_model", "bitsandbytes"])
@@ -201,13 +195,11 @@ def tensors_of(output):
     return load_file(output / "adapter/adapter_model.safetensors")
 
 
-def test_adapter_stays_without_matplotlib_and_with_a_loss_that_differs(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+def test_adapter_stays_with_a_loss_that_differs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(finetune.math, "isclose", lambda *args, **options: False)  # as for a loss that is 1e-6 away
     in_this_process(folder, tmp_path / "out", *SHORT)
-    shown = capsys.readouterr()
-    assert re.search(r"no loss.png \(.*\): pip install matplotlib", shown.out)
-    assert re.search(r"warning: the loss was \d\.\d{7} before saving, and is \d\.\d{7} now", shown.err)
+    shown = capsys.readouterr().err
+    assert re.search(r"warning: the loss was \d\.\d{7} before saving, and is \d\.\d{7} now", shown)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "figures.json"}
     assert len(tensors_of(tmp_path / "out")) == 2 * 7 * LAYERS
 
@@ -274,11 +266,10 @@ import test_finetune as tests
 
 folder, output = Path({folder!r}), Path({output!r})
 tests.processes.join("cpu")
-tests.processes.join, leave, tests.processes.leave = lambda device: device, tests.processes.leave, lambda: None
+tests.processes.join = lambda device: device
 tests.in_this_process(folder, output / "whole", *tests.SAVED)
 tests.interrupted(lambda: tests.in_this_process(folder, output / "cut", *tests.SAVED), step=6)
 tests.in_this_process(folder, output / "cut", *tests.SAVED, "--resume")
-leave()
 """
 
 
@@ -347,7 +338,7 @@ def test_killed_run_leaves_whole_files(folder, tmp_path):
     assert "whole" in shown.stdout
 
 
-# ---- generate.py and the notebook ------------------------------------------------------------------------------------
+# ---- generate.py ----------------------------------------------------------------------------------------------------
 
 
 def in_4_bits(folder):
@@ -377,7 +368,7 @@ def test_generate_switches_and_merges(folder, two_adapters, tmp_path):
     adapted += [peft.PeftModel.from_pretrained(in_4_bits(folder / "model"), path) for path in two_adapters]
     adapted.append(transformers.AutoModelForCausalLM.from_pretrained(merged, quantization_config=CONFIG))
     assert sum(isinstance(module, qn.nn.Linear4bit) for module in adapted[-1].modules()) == 7 * LAYERS
-    answers = [" ".join(finetune.answers(model, tokenizer, [prompt])[0].split()) for model in adapted]
+    answers = [finetune.answers(model, tokenizer, [prompt])[0] for model in adapted]
     names = ["without an adapter", *(f"adapter-{i}: {path}" for i, path in enumerate(two_adapters, 1))]
     assert sections == {
         name: f"  {prompt}\n    {answer}" for name, answer in zip([*names, f"merged: {merged}"], answers, strict=True)
@@ -400,21 +391,6 @@ def test_bad_argument_of_generate_is_named(options, message, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         generate.arguments(["--model", "model", "--prompt", "a", *options])
     assert message in capsys.readouterr().err
-
-
-def test_notebook_runs_from_its_first_cell_to_its_last(folder, tmp_path):
-    """Without Jupyter: its code in one program, on a small model."""
-    cells = json.loads((EXAMPLES / "finetune.ipynb").read_text())["cells"]
-    assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code")
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert code.count("\nMODEL = None") == 1
-    code = code.replace("\nMODEL = None", f"\nMODEL = {str(folder / 'model')!r}")
-    code += "\nassert losses[-1] < losses[0], losses\nassert abs(before - after) < 1e-6 * before, (before, after)\n"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "step 10: loss" in shown.stdout and "loaded again" in shown.stdout
-    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
 def pairs_vocabulary(folder, name="model"):

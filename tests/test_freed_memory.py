@@ -11,9 +11,11 @@ import sys
 
 import pytest
 import torch
+from test_aliasing import step
 
 import qlora_native as qn
 from qlora_native import functional
+from qlora_native._core.weight import as_matrix, op_arguments, unchecked
 
 ops = torch.ops.qlora_native
 M, N, K, RANK = 3, 8, 128, 4
@@ -23,22 +25,11 @@ LORA = ("lora_a", "lora_b", "lora_scaling", "lora_dropout", "seed")
 
 
 def weight():
-    return dict(zip((*WEIGHT, *REST), qn.quantize(torch.randn(N, K)).op_arguments(), strict=True))
+    return dict(zip((*WEIGHT, *REST), op_arguments(qn.quantize(torch.randn(N, K))), strict=True))
 
 
 def lora():
     return dict(zip(LORA, (torch.ones(RANK, K), torch.ones(N, RANK), 1.0, 0.5, torch.tensor(7)), strict=True))
-
-
-def optimizer():
-    zeros = {"state1": torch.zeros(512, dtype=torch.uint8), "state2": torch.zeros(512, dtype=torch.uint8)}
-    scales = {"absmax1": torch.zeros(2), "absmax2": torch.zeros(2), "steps": torch.zeros((), dtype=torch.int64)}
-    lists = {name: [tensor] for name, tensor in {"params": torch.ones(512), "grads": torch.ones(512)}.items()}
-    lists |= {name: [tensor] for name, tensor in (zeros | scales).items()}
-    numbers = {"lr": [1e-3], "beta1": [0.9], "beta2": [0.99], "eps": [1e-8], "weight_decay": [0.0]}
-    one = {"inv_scale": torch.ones(1), "found_inf": torch.zeros(1), "skipped": torch.zeros(1, dtype=torch.int64)}
-    rates = {"lr_tensors": [torch.ones(1)], "lr_groups": [0]}
-    return {"algorithm": "adamw", **lists, "group_sizes": [1], **numbers, **one, **rates}
 
 
 CALLS = {
@@ -54,7 +45,7 @@ CALLS = {
         | {"v": torch.ones(M, RANK), "lora_scaling": 1.0, "lora_dropout": 0.5, "seed": torch.tensor(7)}
         | {"dtype": torch.float32}
     ),
-    "optimizer_8bit_step": optimizer,
+    "optimizer_8bit_step": step,
 }
 
 
@@ -130,18 +121,18 @@ def changed_weight(method):
     """A method of a weight whose fields are the arguments."""
     q = qn.quantize(torch.ones(N, K))
     rest = (q.shape, q.blocksize, q.format, q.dtype)
-    return lambda **tensors: method(qn.QuantizedWeight.unchecked(*tensors.values(), *rest)), q.tensors()
+    return lambda **tensors: method(unchecked(*tensors.values(), *rest)), q.tensors()
 
 
 def cast_layer():
     layer = qn.nn.Linear4bit.from_quantized(qn.quantize(torch.ones(N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     return layer, {"x": torch.ones(M, K), **adapter()}
 
 
 def experts_layer(x, **tensors):
     layer = qn.nn.Experts4bit.from_quantized(qn.quantize(torch.ones(E, N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     layer.adapters = [(tensors["lora_a"], tensors["lora_b"], 1.0)] * 2
     return layer(x, tensors["offsets"], tensors["bias"])
 
@@ -283,7 +274,7 @@ FUNCTIONS = {
     "the gradient of each loss": lambda: (gradient_of_loss("none"), {"dloss": torch.ones(M)}),
     "the gradient of a bias": lambda: (gradient_of_bias, {"dy": torch.ones(M, N)}),
     "the gradient of a norm's weight": lambda: (gradient_of_norm, {"dy": torch.ones(M, K)}),
-    "QuantizedWeight": lambda: changed_weight(lambda q: q.flat().__post_init__()),
+    "QuantizedWeight": lambda: changed_weight(lambda q: as_matrix(q).__post_init__()),
     "check_values": lambda: changed_weight(qn.QuantizedWeight.check_values),
     "to": lambda: changed_weight(lambda q: q.to("cpu")),
     "to_bitsandbytes": lambda: changed_weight(qn.QuantizedWeight.to_bitsandbytes),
@@ -318,7 +309,7 @@ FUNCTIONS = {
 
 
 def strided(tensor):
-    """The same values, but no two of them neighbours."""
+    """The same values, but no two of them adjacent."""
     return torch.stack((tensor, tensor), -1)[..., 0]
 
 

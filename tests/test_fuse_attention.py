@@ -13,6 +13,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import models  # noqa: E402
 from models import assert_same  # noqa: E402
 
 from qlora_native.integrations.fuse import _attention as integration  # noqa: E402
@@ -97,12 +98,8 @@ BATCHES = ("whole", "padded left", "padded right", "packed")
 
 
 def step(model, inputs=None):
-    """(loss, the gradients of what is trained)."""
-    model.zero_grad()
     torch.manual_seed(2)  # of dropout
-    loss = model(**(batch() if inputs is None else inputs)).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return models.step(model, **(batch() if inputs is None else inputs))
 
 
 def fused(model):
@@ -409,7 +406,7 @@ def test_code_that_knows_sdpa_by_name_stays():
     """Falcon's attention calls torch itself where the implementation is "sdpa"."""
     sizes = {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
     model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
-    with pytest.warns(UserWarning, match="FalconForCausalLM keeps its attention: its code asks for 'sdpa' by name"):
+    with pytest.warns(UserWarning, match="FalconForCausalLM keeps its attention: its code requires 'sdpa' by name"):
         assert not fuse_attention(model)
     assert implementations(model) == {"sdpa"}
 

@@ -10,10 +10,12 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import models  # noqa: E402
 from models import assert_same  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._blocks import DeferredActivation, fuse_blocks  # noqa: E402
+from qlora_native.integrations.fuse import fuse_blocks  # noqa: E402
+from qlora_native.integrations.fuse._blocks import DeferredActivation  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -48,11 +50,7 @@ def batch():
 
 
 def step(model):
-    """(loss, the gradients of what is trained)."""
-    model.zero_grad()
-    loss = model(**batch()).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return models.step(model, **batch())
 
 
 @families

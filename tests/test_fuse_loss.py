@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._loss import DeferredLogits, fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse import fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse._loss import DeferredLogits  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -66,7 +67,7 @@ def test_loss_and_gradients_are_the_models_own(family, dtype, more):
     expected = step(copy.deepcopy(model), **more)
     assert fuse_loss(model)
     outputs, gradients = step(model, **more)
-    assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.made is None
+    assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.computed is None
     assert_same((outputs, gradients), expected, dtype)
 
 
@@ -126,7 +127,7 @@ def test_heads_of_a_quantized_model_are_fused(head):
     expected = step(copy.deepcopy(model))
     assert fuse_loss(model)
     ours = step(model)
-    assert isinstance(ours[0].logits, DeferredLogits) and ours[0].logits.made is None
+    assert isinstance(ours[0].logits, DeferredLogits) and ours[0].logits.computed is None
     assert_same(ours, expected, torch.float32)
 
 
@@ -134,7 +135,7 @@ def test_head_that_multiplies_in_the_dtype_of_its_input_is_fused():
     model = qn.nn.quantize_model(make("llama"), skip=(), progress=False)
     assert fuse_loss(model)
     for dtype, fused in ((None, True), (torch.float32, True), (torch.bfloat16, False)):
-        model.lm_head.product_dtype = dtype
+        model.lm_head.compute_dtype = dtype
         assert isinstance(model(**batch()).logits, DeferredLogits) == fused
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_grouped
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
@@ -151,9 +152,9 @@ def test_opcheck_of_grouped_products():
     seed = torch.tensor(7)
     groups = (offsets_of(rows), len(rows))
     lora = (0.5, 0.25, seed)
-    torch.library.opcheck(ops.linear_forward, (x, *q.op_arguments(), bias, a, b, *lora, *groups))
+    torch.library.opcheck(ops.linear_forward, (x, *op_arguments(q), bias, a, b, *lora, *groups))
     x, a, b = x.detach(), a.detach(), b.detach()
-    torch.library.opcheck(ops.linear_backward_input, (dy, *q.op_arguments(), a, b, *lora, True, *groups))
+    torch.library.opcheck(ops.linear_backward_input, (dy, *op_arguments(q), a, b, *lora, True, *groups))
     u, v = torch.randn(sum(rows), RANK), torch.randn(sum(rows), RANK)
     torch.library.opcheck(ops.lora_gradients, (x, dy, u, v, 0.5, 0.25, seed, torch.float32, groups[0], len(rows)))
 

@@ -3,6 +3,7 @@ written once for all instruction sets is free of the intrinsics and the assembly
 """
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -22,6 +23,15 @@ MAY_INCLUDE = {
     "examples": ("cpp/include",),
     "python/bindings": ("cpp/include", "cpp/src/common"),
     "cpp/program": ("cpp/include", f"{CPU}/runtime"),
+    # An operation includes no other one.
+    **{
+        f"cuda/{room}": (*CORE, "cuda/device", "cuda/runtime")
+        for room in ("product", "quantize", "loss", "elementwise")
+    },
+    "cuda/optimizer": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
+    "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
+    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator"),
+    "cuda/emulator": ("cpp/include", "cpp/src/common", "cpp/src/paged"),
     f"{CPU}/backend": (*LOW, *ISAS, *ROOMS),
     f"{CPU}/attention": (*LOW, f"{CPU}/quantize", f"{CPU}/product"),
     f"{CPU}/product": (*LOW, f"{CPU}/quantize"),
@@ -35,10 +45,6 @@ MAY_INCLUDE = {
     "cpp/src": ("cpp/include", "cpp/src/common"),  # never a backend: it calls through backend.h
     "cpp/src/common": ("cpp/include",),
     "cpp/include": (),
-    "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
-    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
-    "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
-    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.
 INCLUDE_FOLDERS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
@@ -90,9 +96,8 @@ def test_layer_includes_only_what_it_may(layer):
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_layer_of_cpp_includes_one_above_it():
-    order = graphlib.TopologicalSorter({name: below for name, below in MAY_INCLUDE.items() if name.startswith("cpp/")})
-    assert set(order.static_order()) <= MAY_INCLUDE.keys()  # a circle raises CycleError
+def test_no_layer_includes_one_above_it():
+    assert set(graphlib.TopologicalSorter(MAY_INCLUDE).static_order()) <= MAY_INCLUDE.keys()  # a circle: CycleError
 
 
 def test_every_source_file_belongs_to_a_layer():
@@ -146,20 +151,89 @@ def test_pattern_of_intrinsics_finds_those_of_each_instruction_set(folder):
     assert any(INTRINSIC.search(line) for line in lines)
 
 
-def test_package_imports_torch_alone():
-    """What is imported only when a function is called, or only for a type checker, does not count."""
-    package = ROOT / "python/qlora_native"
+# {room of the Python package, or module in no room: the rooms and modules that it may import, beside its own}. Imports
+# inside functions and those for a type checker alone count as all others do.
+PACKAGE = ROOT / "python/qlora_native"
+LAYERS = ("_core", "functional", "_layers")
+MAY_IMPORT = {
+    "_core": (),
+    "functional": ("_core",),
+    "_layers": ("_core", "functional"),
+    "_optim": ("_core",),
+    "nn": ("_layers",),
+    "optim": ("_optim",),
+    "testing": (),
+    "integrations.fuse": (*LAYERS, "nn"),
+    "integrations.peft": (*LAYERS, "nn"),
+    "integrations.transformers": (*LAYERS, "nn", "integrations.peft"),
+    "integrations.bitsandbytes": (*LAYERS, "nn", "integrations.peft", "integrations.transformers"),
+    "convert": (*LAYERS, "integrations.transformers"),
+    "integrations": (*LAYERS, "convert", "integrations.fuse", "integrations.peft", "integrations.bitsandbytes"),
+    "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
+    "__init__": ("_core", "functional", "nn", "optim", "_loader", "integrations.fuse"),
+    "__main__": ("_core", "__init__", "convert"),
+}
+
+
+@functools.cache
+def modules():
+    """{module of the package: its file}."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def imports(module, path):
+    """(line, name) of everything that a file imports. A name of this package begins with a dot."""
+    package = module.split(".") if path.stem == "__init__" and module != "__init__" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, node.module
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level]
+            base = [*above, *(node.module.split(".") if node.module else ())]
+            for alias in node.names:
+                names = ".".join([*base, alias.name]), ".".join(base) or "__init__"
+                yield node.lineno, "." + next((name for name in names if name == "_C" or name in modules()), names[0])
+
+
+def room_of(module):
+    """The room of a module, or None."""
+    return max((room for room in MAY_IMPORT if f"{module}.".startswith(f"{room}.")), key=len, default=None)
+
+
+def test_python_modules_import_only_rooms_that_they_may():
+    wrong, found = [], 0
+    for module, path in modules().items():
+        for line, name in imports(module, path):
+            found += name[0] == "."
+            allowed = (room_of(module), *MAY_IMPORT[room_of(module)])
+            if name[0] == "." and name != "._C" and room_of(name[1:]) not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert found > 200, "the imports are not found"
+    assert not wrong, "\n".join(wrong)
+
+
+def test_python_modules_import_one_another_without_a_cycle():
+    for graph in (
+        {module: {name[1:] for _, name in imports(module, path)} - {"_C"} for module, path in modules().items()},
+        MAY_IMPORT,
+    ):
+        graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the modules of a cycle
+
+
+def test_modules_outside_the_integrations_import_torch_alone():
+    """What a function imports is a library that the user of this function has: transformers, tqdm."""
     wrong = []
-    for path in package.glob("*.py"):
+    for module, path in modules().items():
+        if room_of(module).startswith(("integrations", "convert")):
+            continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""] if node.level == 0 else [f".{node.module or ''}"]
-            else:
-                continue
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             allowed = {*sys.stdlib_module_names, "torch"}
-            for name in names:
-                if name.startswith(".integrations") or (name[0] != "." and name.partition(".")[0] not in allowed):
-                    wrong.append(f"{path.name}: {name}")
+            wrong += [f"{path.relative_to(ROOT)}: {name}" for name in names if name.partition(".")[0] not in allowed]
     assert not wrong, "\n".join(wrong)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qlora_native as qn
-from qlora_native.nn import Linear4bit, quantize_model
+from qlora_native.nn import Linear4bit, Linear8bit, quantize_model
 
 N, K = 40, 96
 LARGEST = torch.finfo(torch.float32).max
@@ -25,13 +25,18 @@ OPTIONS = [
 def layer_of(options=None, bias=True, dtype=torch.float32, shape=(N, K)):
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias, dtype=dtype)
-    return Linear4bit.from_linear(linear, **(options or {})), linear
+    options = options or {}
+    return class_for(options).from_linear(linear, **options), linear
+
+
+def class_for(options):
+    return Linear8bit if options.get("format") == "int8" else Linear4bit
 
 
 def fresh(options, **where):
     if "codebook" in options:
         options = {**options, "format": "codebook"}
-    return Linear4bit(K, N, **options, **where)
+    return class_for(options)(K, N, **options, **where)
 
 
 def x_of(dtype=torch.float32):
@@ -103,7 +108,7 @@ def test_stored_tensors_are_what_fsdp_and_peft_expect():
     assert layer.weight.shape == (N, K // 2)
     assert {t.dtype for t in buffers.values()} == {torch.float32}
     assert layer.W_q is layer.weight
-    assert layer.compute_dtype == torch.float32
+    assert layer.dtype == torch.float32
     assert layer.bias.requires_grad
     plain, _ = layer_of({"double_quant": False})
     assert "absmax" in dict(plain.named_buffers()) and plain.absmax.dtype == torch.float32
@@ -131,9 +136,9 @@ def test_float64_is_refused_at_once_and_changes_nothing(make):
     layer, twin = (make() for _ in range(2))
     message = "{}: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"
     for cast in (layer.double, lambda: layer.to(torch.float64), lambda: nn.Sequential(layer).double()):
-        with pytest.raises(TypeError, match=message.format("compute_dtype")):
+        with pytest.raises(TypeError, match=message.format("dtype")):
             cast()
-    for name in ("compute_dtype", "product_dtype"):
+    for name in ("dtype", "compute_dtype"):
         with pytest.raises(TypeError, match=message.format(name)):
             setattr(layer, name, torch.float64)
         assert getattr(layer, name) == getattr(twin, name)
@@ -188,7 +193,7 @@ def test_copy_of_a_layer_computes_the_same(options):
     same(layer, torch.load(buffer, weights_only=False))
     deep = copy.deepcopy(layer)
     assert deep.weight.data_ptr() != layer.weight.data_ptr()
-    assert deep.compute_dtype == layer.compute_dtype and deep.format == layer.format
+    assert deep.dtype == layer.dtype and deep.format == layer.format
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -220,11 +225,30 @@ def test_state_dict_comes_back_bit_for_bit(options, device, assign):
     assert isinstance(other.weight, nn.Parameter)
 
 
+def test_each_class_names_the_one_for_other_bits():
+    linear, q = nn.Linear(K, N), qn.quantize(torch.zeros(N, K), "int8")
+    for make in (
+        lambda: Linear4bit(K, N, format="int8"),
+        lambda: Linear4bit.from_linear(linear, "int8"),
+        lambda: Linear4bit.from_quantized(q),
+        lambda: Linear4bit(K, N).replace_weight(q),
+    ):
+        with pytest.raises(
+            ValueError, match="format: expected one of 4 bits in Linear4bit, got 'int8': use Linear8bit"
+        ):
+            make()
+    with pytest.raises(ValueError, match="format: expected one of 8 bits in Linear8bit, got 'nf4': use Linear4bit"):
+        Linear8bit(K, N, format="nf4")
+    assert Linear8bit(K, N).format == "int8" and "Linear8bit(" in repr(Linear8bit(K, N))
+    model = quantize_model(nn.Sequential(nn.Linear(K, N)), format="int8", progress=False)
+    assert type(model[0]) is Linear8bit
+
+
 def test_state_dict_of_another_kind_raises_an_error():
     layer, _ = layer_of()
     for options in ({"double_quant": False}, {"format": "int8"}, {"blocksize": 32}):
         other = fresh(options)
-        with pytest.raises(RuntimeError, match="Error.s. in loading state_dict for Linear4bit"):
+        with pytest.raises(RuntimeError, match="Error.s. in loading state_dict for Linear[48]bit"):
             other.load_state_dict(layer.state_dict())
     cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
     for assign in (False, True):
@@ -293,14 +317,14 @@ def test_cast_leaves_the_scales_alone(cast, dtype, options):
     for name, tensor in before.items():
         now = layer.state_dict()[name]
         assert now.dtype == tensor.dtype and torch.equal(now, tensor), name
-    assert layer.bias.dtype == layer.compute_dtype == layer.dequantize().dtype == dtype
+    assert layer.bias.dtype == layer.dtype == layer.dequantize().dtype == dtype
     assert layer(x_of(dtype)).dtype == dtype
     assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
 
 def test_bias_is_cast_to_the_dtype_of_x():
     layer, _ = layer_of(dtype=torch.bfloat16)
-    assert layer.compute_dtype == torch.bfloat16
+    assert layer.dtype == torch.bfloat16
     y = layer(x_of())
     assert y.dtype == torch.float32
     assert torch.equal(y, qn.linear(x_of(), layer.quantized_weight, layer.bias.float()))
@@ -443,7 +467,7 @@ def test_options_reach_the_layers():
     quantize_model(model, (), "fp4", 128, False, progress=False)
     for layer in model:
         assert (layer.format, layer.blocksize, layer.double_quant) == ("fp4", 128, False)
-    assert (model[0].compute_dtype, model[1].compute_dtype) == (torch.float32, torch.bfloat16)
+    assert (model[0].dtype, model[1].dtype) == (torch.float32, torch.bfloat16)
     quantize_model(model := nn.Sequential(nn.Linear(64, 64)), codebook=torch.linspace(-1, 1, 16), progress=False)
     assert model[0].format == "codebook"
     assert "format=codebook, blocksize=64, double_quant=True" in repr(model)

@@ -7,6 +7,7 @@ from peak import megabytes, peaks
 
 import qlora_native as qn
 from qlora_native._core import loss as _loss
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_cross_entropy
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
@@ -190,7 +191,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (*dense, *rest))
     q = qn.quantize(weight)
     rest = (bias, a, b, 0.5, -100, 1.0, 0.0, 0.1, 0.0, [True, False, True, True], None)
-    torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (hidden, labels, None, *q.op_arguments(), *rest))
+    torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (hidden, labels, None, *op_arguments(q), *rest))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -59,7 +59,7 @@ def call(M, N, K):
     u = torch.zeros(M, 16, dtype=dtype)
     lora = (a, b, 1.0, 0.0, None)
     experts = min(8, N)  # the same weight as that of several experts, each with an adapter
-    of_experts = qn.quantize(weight.view(experts, N // experts, K)).op_arguments()
+    of_experts = op_arguments(qn.quantize(weight.view(experts, N // experts, K)))
     groups = (torch.arange(experts + 1) * M // experts, experts)
     loras = (torch.zeros(experts, 16, K), torch.zeros(experts, N // experts, 16), 1.0, 0.0, None)
     dy_of_experts = torch.ones(M, N // experts, dtype=dtype)
@@ -67,8 +67,8 @@ def call(M, N, K):
     function = {
         "quantize": lambda: ops.quantize(weight, q.code, q.nested_code, 4, 64),
         "dequantize": lambda: (q.dequantize(dtype),),
-        "forward": lambda: ops.linear_forward(x, *q.op_arguments(), None, *lora),
-        "dx": lambda: ops.linear_backward_input(dy, *q.op_arguments(), *lora, True),
+        "forward": lambda: ops.linear_forward(x, *op_arguments(q), None, *lora),
+        "dx": lambda: ops.linear_backward_input(dy, *op_arguments(q), *lora, True),
         "experts": lambda: ops.linear_forward(x, *of_experts, None, *loras, *groups),
         "dx of experts": lambda: ops.linear_backward_input(dy_of_experts, *of_experts, *loras, True, *groups),
         "adapter": lambda: ops.lora_gradients(x, dy, u, u, 1.0, 0.0, None, torch.float32),

@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
-from models import load  # noqa: E402
+from models import load, tensors_of  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -101,8 +101,7 @@ def test_layers_say_whether_a_weight_is_transposed_and_not_the_adapter(bases, fa
     for value in (False, True):
         path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": value}))
         convert(bases[family], tmp_path / str(value), tmp_path / "adapter", "fp32", progress=False)
-        files = sorted((tmp_path / str(value)).glob("*.safetensors"))
-        written.append({n: t for file in files for n, t in load_file(file).items()})
+        written.append(tensors_of(tmp_path / str(value)))
     assert written[0].keys() == written[1].keys()
     assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
 
@@ -134,7 +133,7 @@ def test_merge_into_4_bits_reports_its_rounding(bases, tmp_path):
         errors.append((layer.dequantize(torch.float32).double() - weight).norm())
         weights.append(weight.norm())
         assert report.errors[name] == pytest.approx((errors[-1] / weights[-1]).item(), rel=1e-4)
-        assert layer.compute_dtype == torch.bfloat16
+        assert layer.dtype == torch.bfloat16
     total = torch.stack(errors).norm() / torch.stack(weights).norm()
     assert report.error == pytest.approx(total.item(), rel=1e-4)
     assert "relative to what the adapter added" in str(report)
@@ -162,10 +161,6 @@ def test_index_and_config_match_the_files(bases, tmp_path):
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
 
 LAST = "model.layers.1.mlp.down_proj.weight"
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def changed(base, out, **tensors):

@@ -252,10 +252,7 @@ def test_merge_into_4_bits_of_a_mixture_keeps_its_experts(bases, tmp_path):
     adapter_of(base, "qwen3-moe", lora(target_parameters=EXPERTS), tmp_path / "adapter")
     for to in ("bf16", "nf4"):
         convert(base, tmp_path / to, tmp_path / "adapter", to, progress=False)
-    before, merged, packed = (
-        {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
-        for folder in (base, tmp_path / "bf16", tmp_path / "nf4")
-    )
+    before, merged, packed = map(models.tensors_of, (base, tmp_path / "bf16", tmp_path / "nf4"))
     experts = [name for name in before if ".mlp.experts." in name]
     assert len(experts) == 2 * 3 * moe.E
     assert all(torch.equal(merged[name], packed[name]) for name in experts)

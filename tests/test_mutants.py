@@ -23,6 +23,7 @@ def test_each_mutant_changes_one_place_of_the_tree():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the copy is of what git lists")
 @pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="no compiler")
 def test_sample_of_mutants_is_noticed():

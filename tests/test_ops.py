@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 
 N, K, RANK = 40, 96, 4
 ops = torch.ops.qlora_native
@@ -47,7 +48,7 @@ def test_opcheck_of_quantize_and_dequantize(options):
     q = qn.quantize(torch.randn(5, 65), **options)
     weight = torch.randn(7, 64).t().bfloat16()
     torch.library.opcheck(ops.quantize, (weight, q.code, q.nested_code, q.bits, 64))
-    torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
+    torch.library.opcheck(ops.dequantize, (*op_arguments(q), torch.bfloat16))
 
 
 def test_opcheck_of_scales_in_8_bits():
@@ -64,7 +65,7 @@ def test_opcheck_of_microscaled_formats(format):
     torch.library.opcheck(
         ops.quantize_microscaled, (weight, q.blocksize), test_utils=("test_schema", "test_faketensor")
     )
-    torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
+    torch.library.opcheck(ops.dequantize, (*op_arguments(q), torch.bfloat16))
 
 
 @pytest.mark.parametrize("adapter", ["none", "rank 0", "plain", "dropout"])
@@ -76,11 +77,11 @@ def test_opcheck_of_products(options, adapter):
     dropout = 0.5 if adapter == "dropout" else 0.0
     lora = (None, None) if adapter == "none" else (a, b)
     lora = (*lora, -0.5, dropout, seed() if dropout else None)
-    torch.library.opcheck(ops.linear_forward, (x, *q.op_arguments(), bias, *lora))
-    torch.library.opcheck(ops.linear_forward, (x.detach()[0], *q.op_arguments(), None, *lora))
+    torch.library.opcheck(ops.linear_forward, (x, *op_arguments(q), bias, *lora))
+    torch.library.opcheck(ops.linear_forward, (x.detach()[0], *op_arguments(q), None, *lora))
     dy = torch.randn(2, 5, N)
     for need_dx in (True, False):
-        arguments = (dy, *q.op_arguments(), *(t.detach() if isinstance(t, torch.Tensor) else t for t in lora), need_dx)
+        arguments = (dy, *op_arguments(q), *(t.detach() if isinstance(t, torch.Tensor) else t for t in lora), need_dx)
         torch.library.opcheck(ops.linear_backward_input, arguments)
     if adapter in ("plain", "dropout"):
         u, v = torch.randn(10, RANK), torch.randn(10, RANK)
@@ -374,7 +375,7 @@ FUNCTIONS = {  # of x [2, 64]
     "gated_activation": lambda x: qn.functional.gated_activation(x, torch.ones(2, 64)),
 }
 OPS = {
-    "linear": lambda x: ops.linear_forward(x, *ONES.op_arguments(), None, None, None, 1.0, 0.0, None)[0],
+    "linear": lambda x: ops.linear_forward(x, *op_arguments(ONES), None, None, None, 1.0, 0.0, None)[0],
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, torch.tensor([1, 2]), torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0,
         0.0, 0.0, [False] * 4, None,

@@ -39,7 +39,6 @@ def build_outside(folder, package):
 # other processors: it compiles in seconds.
 @pytest.mark.parametrize(("shared", "scalar"), [pytest.param("OFF", False, marks=pytest.mark.thorough), ("ON", True)])
 def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
-    """CUDA is left out here: the wheel has it where nvcc was found."""
     cmake(
         *("-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'first'}"),
         *("-DQLN_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}", f"-DQLN_OPENMP_IN_PROGRAM={shared}"),
@@ -55,6 +54,16 @@ def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
     said = build_outside(tmp_path / "outside", package)
     assert "3 threads" in said
     assert said.startswith("qlora_native 0.") and ("on scalar" in said) == scalar, said
+
+
+def test_missing_nvcc_is_an_error_where_cuda_is_asked_for_and_none_beside_a_driver(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDACXX", "/missing")
+    configure = ("-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja")
+    assert "No CUDA backend: expected nvcc 12.4 or later, got none" in cmake(*configure)
+    with pytest.raises(AssertionError, match="QLN_CUDA: expected nvcc 12.4 or later, got none"):
+        cmake(*configure, "-DQLN_CUDA=ON")
 
 
 def test_wheel_holds_the_package(tmp_path):

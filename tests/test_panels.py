@@ -12,8 +12,10 @@ import cases
 import test_conformance as conformance
 import torch
 from test_emulated import SCHEDULES, run
+from test_kernels import check_products  # noqa: F401 (shown() calls it)
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 
 BY_PANELS = "for the application's product"
 
@@ -26,17 +28,9 @@ def shown(call, **more):
 
 
 def test_product_and_its_gradients_are_within_their_tolerance():
-    _, products = shown("check_products()")
+    _, products = shown("check_products(*test_panels.cases.many_rows())")
     backward_is_fused = sum(case.dropout > 0 for case in cases.many_rows())
     assert products.count(BY_PANELS) == 2 * len(list(cases.many_rows())) - backward_is_fused
-
-
-def check_products():
-    for case in cases.many_rows():
-        try:
-            conformance.check_product(case, by_torch=True)
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from None
 
 
 def test_weight_has_the_bits_of_dequantized():
@@ -113,7 +107,7 @@ def check_modes():
     q, x = conformance.quantize(96, 203, "nf4", 64, True), torch.randn(800, 203)
 
     def forward():
-        return torch.ops.qlora_native.linear_forward(x, *q.op_arguments(), None, None, None, 1.0, 0.0, None)[0]
+        return torch.ops.qlora_native.linear_forward(x, *op_arguments(q), None, None, None, 1.0, 0.0, None)[0]
 
     expected = forward()
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)

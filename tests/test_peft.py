@@ -352,7 +352,7 @@ def test_embedding_below_an_adapter_and_copies_that_are_trained_stay():
     model = peft.get_peft_model(models.make("llama"), options)
     expected = {name for name, m in model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name}
     expected = {name for name in expected if "up_proj" not in name}
-    qn.nn.quantize_model(model, skip=(), progress=False)
+    qn.nn.quantize_model(model, skip=(), progress=False, embeddings=True)
     assert models.layers_of(model).keys() == expected and len(expected) == 2 * 6 + 1
     assert "an adapter, or kept by PEFT" in str(qn.nn.size_report(model))
     logits(model).sum().backward()

@@ -24,7 +24,7 @@ from peft_rows import ROWS, base_model  # noqa: E402
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.peft import _methods as peft_methods  # noqa: E402
-from qlora_native.integrations.peft._dequantized import DecodedLinear4bit  # noqa: E402
+from qlora_native.integrations.peft._dequantized import DequantizedLinear4bit  # noqa: E402
 from qlora_native.integrations.peft._methods import METHODS  # noqa: E402
 from qlora_native.nn import Linear4bit  # noqa: E402
 
@@ -198,7 +198,7 @@ def check_refused(name, base, row, folder):
     shown = str(error.value).lower().replace("_", "").replace("-", "")
     assert wanted.lower().replace("-", "") in shown, f"{wanted} is not named in: {error.value}"
     assert_same_state(base, before)
-    assert not any(isinstance(module, DecodedLinear4bit) for module in base.modules())
+    assert not any(isinstance(module, DequantizedLinear4bit) for module in base.modules())
 
 
 def check_forward_and_training(ours, theirs, row):
@@ -322,7 +322,7 @@ def ia3():
 def test_layer_that_a_method_stands_over_shows_its_decoded_weight_and_keeps_its_bytes():
     layer, weight = one_layer(ia3())
     base = layer.base_layer
-    assert type(base) is DecodedLinear4bit and isinstance(base.weight, torch.nn.Parameter)
+    assert type(base) is DequantizedLinear4bit and isinstance(base.weight, torch.nn.Parameter)
     assert torch.equal(base.weight, weight) and not base.weight.requires_grad
     assert torch.equal(base.weight.data, weight)
     names = dict(base.named_parameters())
@@ -382,7 +382,7 @@ def test_failed_merge_changes_nothing():
     before = state_of(layer)
     with pytest.raises(ValueError, match="weight: expected finite values, got"):
         layer.merge()
-    assert not layer.merged and type(layer.base_layer) is DecodedLinear4bit
+    assert not layer.merged and type(layer.base_layer) is DequantizedLinear4bit
     layer.ia3_l["default"].data[1] = 1
     for name, tensor in layer.state_dict().items():
         assert "ia3_l" in name or torch.equal(tensor, before[name]), name
@@ -396,7 +396,7 @@ def test_merged_weight_in_another_format_is_the_methods_rounded_once(dtype):
     scaled = base.dequantize() * layer.ia3_l["default"]
     q = qn.quantize(scaled.to(dtype), "int4", 32, double_quant=False)
     layer.merge()
-    assert torch.equal(base.quantized_weight.codes, q.codes) and base.format == "int4" and base.compute_dtype == dtype
+    assert torch.equal(base.quantized_weight.codes, q.codes) and base.format == "int4" and base.dtype == dtype
     layer.merge()  # nothing is left to merge
     assert torch.equal(base.quantized_weight.codes, q.codes)
 

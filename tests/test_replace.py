@@ -22,16 +22,9 @@ from qlora_native.integrations.bitsandbytes import quantized_weight, replace  # 
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "eager"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    """Its reference code is under torch.compile, which would call a C++ compiler for every shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +87,7 @@ def test_codes_stored_in_another_dtype_are_shared(storage):
     replace(model)
     assert model[0].weight.data_ptr() == pointer and model[0].weight.dtype == torch.uint8
     assert torch.equal(model[0].dequantize(), weight)
-    assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].product_dtype == torch.bfloat16
+    assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].compute_dtype == torch.bfloat16
 
 
 @families

@@ -86,12 +86,14 @@ def test_bad_input_is_named_in_the_error(change, error, message):
 
 transformers = pytest.importorskip("transformers")
 
+import models  # noqa: E402
+
 from qlora_native.integrations.fuse import _rotary as rotary  # noqa: E402
 from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Whether the halves of a row are its pairs; in Cohere's neighbours are.
+# Whether the halves of a row are its pairs; in Cohere's adjacent elements are.
 FAMILIES = {"LlamaConfig": True, "Qwen3Config": True, "StableLmConfig": True, "CohereConfig": False}
 
 
@@ -116,10 +118,7 @@ def make(family):
 def step(model, **more):
     torch.manual_seed(1)
     ids = torch.randint(3, 96, (2, 9))
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **more).loss
-    loss.backward()
-    return loss.detach(), {name: each.grad.clone() for name, each in model.named_parameters()}
+    return models.step(model, input_ids=ids, labels=ids, **more)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

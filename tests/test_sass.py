@@ -190,4 +190,4 @@ def test_tables_of_the_readmes_are_those_of_the_figures(sass):
     committed = json.loads(sass.RESULTS.read_text())
     for page, shown in sass.SHOWN.items():
         text = page.read_text()
-        assert sass.with_table(text, sass.short_table(committed, shown)) == text, page
+        assert sass.with_part(text, sass.MARK, sass.short_table(committed, shown)) == text, page

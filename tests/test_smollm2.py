@@ -14,7 +14,6 @@ pytest.importorskip("gguf")
 import models  # noqa: E402
 from lora import assert_close, fused_layers  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
@@ -211,7 +210,7 @@ def test_file_means_the_same_to_bitsandbytes(folder, trained, tmp_path):
 
     ours = load(folder)
     ours.save_pretrained(tmp_path)
-    expected = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
+    expected = models.tensors_of(tmp_path)
     with torch.compiler.set_stance("force_eager"):
         stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert sum(isinstance(module, bnb.nn.Linear4bit) for module in stock.modules()) == LINEARS

@@ -105,7 +105,7 @@ def scale_of_one_block_is_anothers(x, w):
     return blocked_product(x, w)
 
 
-def one_code_is_its_neighbour(x, w):
+def one_code_is_the_adjacent_one(x, w):
     w = w.clone()
     w[7, 9] += 0.1 * w[7].abs().max()
     return blocked_product(x, w)
@@ -125,7 +125,7 @@ WRONG = (
     one_term_missing,
     last_term_missing,
     scale_of_one_block_is_anothers,
-    one_code_is_its_neighbour,
+    one_code_is_the_adjacent_one,
     sums_in_bf16,
     block_twice,
 )

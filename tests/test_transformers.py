@@ -15,7 +15,6 @@ peft = pytest.importorskip("peft")
 import models  # noqa: E402
 from models import load  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
@@ -202,7 +201,7 @@ def test_file_of_bitsandbytes_is_read_and_written_bit_for_bit(folders, family, q
     assert len(layers) == sum(isinstance(m, bnb.nn.Linear4bit) for m in stock.modules()) > 0
     assert {layer.double_quant for layer in layers.values()} == {double_quant}
     model.save_pretrained(ours)
-    written, expected = read(ours), read(theirs)
+    written, expected = models.tensors_of(ours), models.tensors_of(theirs)
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
         assert written[name].dtype == tensor.dtype and written[name].shape == tensor.shape, name
@@ -414,10 +413,6 @@ def test_model_of_which_nothing_is_quantized_is_named_with_what_it_has(folders, 
     caplog.clear()
     load(folders["llama"], quantization_config=config())
     assert "is quantized" not in caplog.text
-
-
-def read(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def bits(tensor):

@@ -1,5 +1,6 @@
 """Guards the messages about libraries: one that is missing or too old is named, with the line that installs it."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_native.integrations import _versions
+from qlora_native._core import versions
 
 try:
     import tomllib
@@ -44,16 +45,17 @@ import qlora_native.integrations.{module}
 def test_old_library_is_one_sentence(module, package, got):
     pytest.importorskip(package)
     shown = last_line(PATCHED.format(module=module, package=package, got=got))
-    least = _versions.LEAST[package]
+    min_version = versions.MIN_VERSIONS[package]
     assert shown == (
-        f'ImportError: qlora_native: this needs {package} {least} or later, got {got}: pip install "{package}>={least}"'
+        f"ImportError: qlora_native: this needs {package} {min_version} or later, got {got}: "
+        f'pip install "{package}>={min_version}"'
     )
 
 
 def test_missing_library_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(_versions.LEAST, "no-such-library", "1.0")
+    monkeypatch.setitem(versions.MIN_VERSIONS, "no-such-library", "1.0")
     with pytest.raises(ImportError, match='needs no-such-library, which is not installed: pip install "no-such-lib'):
-        _versions.require("no-such-library")
+        versions.require("no-such-library")
 
 
 def test_transformers_without_the_function_that_is_extended_is_one_sentence():
@@ -70,8 +72,8 @@ def test_transformers_without_the_function_that_is_extended_is_one_sentence():
 
 @pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
 def test_new_enough_library_passes(monkeypatch, version):
-    monkeypatch.setattr(_versions.importlib.metadata, "version", lambda name: version)
-    _versions.require("transformers")
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: version)
+    versions.require("transformers")
 
 
 def test_old_torch_is_one_sentence():
@@ -83,7 +85,7 @@ def test_bounds_are_those_of_the_extras():
     extras = PROJECT["optional-dependencies"]
     named = extras["transformers"] + extras["bitsandbytes"] + extras["export"]
     bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(named)))
-    assert {name: bounds[name] for name in _versions.LEAST} == _versions.LEAST
+    assert {name: bounds[name] for name in versions.MIN_VERSIONS} == versions.MIN_VERSIONS
 
 
 def test_command_says_its_version():
@@ -91,3 +93,20 @@ def test_command_says_its_version():
         [sys.executable, "-m", "qlora_native", "--version"], capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+", done.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("integrations.attention", "integrations.fuse", ["fuse_attention"]),
+        ("integrations.blocks", "integrations.fuse", ["fuse_blocks"]),
+        ("integrations.loss", "integrations.fuse", ["fuse_loss"]),
+        ("integrations.merge", "convert.merge", ["convert"]),
+        ("integrations.gguf", "convert.gguf", ["export_adapter", "export_model"]),
+    ],
+)
+def test_names_are_imported_from_their_first_modules_too(old, new, names):
+    pytest.importorskip("gguf" if "gguf" in old else "transformers")
+    first, now = (importlib.import_module(f"qlora_native.{module}") for module in (old, new))
+    assert first.__all__ == names
+    assert all(getattr(first, name) is getattr(now, name) for name in names)

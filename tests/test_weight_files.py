@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import models  # noqa: E402
 import moe  # noqa: E402
-from models import layers_of  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from models import layers_of, tensors_of  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from test_experts_files import errors_of_loading, load  # noqa: E402
 from test_experts_peft import names_of  # noqa: E402
 from test_transformers import config  # noqa: E402
@@ -27,10 +27,6 @@ pytestmark = [
         "ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`", "ignore:merging into", "ignore:Already merged"
     ),
 ]
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_bits(one, other):
@@ -200,7 +196,7 @@ def test_part_that_was_quantized_later_in_another_format_comes_back(tmp_path):
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_microscaled_embedding_and_the_layer_tied_to_it_come_back_bit_for_bit(format, tmp_path):
     model = in_16_bits("qwen3-moe", tmp_path / "16", tie_word_embeddings=True)
-    quantize_model(model, skip=(), format=format, progress=False)
+    quantize_model(model, skip=(), format=format, progress=False, embeddings=True)
     comes_back(model, "qwen3-moe", tmp_path / "4")
     again = load(tmp_path / "4", "qwen3-moe", quantization_config=config())
     assert isinstance(again.model.embed_tokens, Embedding4bit)

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import plots
 import report
 import summary
 
@@ -95,12 +96,12 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and the most bytes that live at once."""
+    """Counts the bytes of the storages that operations make, and the largest number of bytes that live at once."""
 
     def __init__(self, model: nn.Module) -> None:
         """Start to count. The tensors of `model` do not count."""
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.max = 0
         self._alive = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
@@ -113,7 +114,7 @@ class Peak(TorchDispatchMode):
                 storage = result.untyped_storage()
                 self._alive.add(storage._cdata)
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
+                self.max = max(self.max, self.now)
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
         return results
 
@@ -162,7 +163,7 @@ def parts_of(size: tuple[int, int, int, int], method: str) -> dict[str, int]:
             "adapters": adapters,
             "gradients": trained,
             "optimizer": sum(t.nbytes for state in stepped(model, method).state.values() for t in state.values()),
-            "activations": max(0, peak.most - trained),
+            "activations": max(0, peak.max - trained),
         }
 
 
@@ -170,8 +171,7 @@ def allocated(size: tuple[int, int, int, int], method: str) -> dict[str, int]:
     """The same model with real tensors, one training step: what torch's allocator has handed out.
 
     Returns:
-        `kept`: bytes in use after the step; `peak`: most bytes in use above that of the model, during forward and
-        backward.
+        `kept`: bytes in use after the step; `peak`: the maximum above that of the model, in forward and backward.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as made:
         model = build(size, method)
@@ -236,13 +236,8 @@ def table(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """The chart: a bar a size and method, stacked by part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(SIZES), figsize=(12, 4.2), layout="constrained")
-    for axis, size in zip(axes, SIZES, strict=True):
+    figure, axes = plots.subplots(1, len(SIZES), figsize=(12, 4.2))
+    for axis, size in zip(axes[0], SIZES, strict=True):
         bottom = [0.0] * len(METHODS)
         for part in PARTS:
             heights = [
@@ -256,21 +251,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for card in CARDS:
             axis.axhline(card, color="0.6", linewidth=0.8, linestyle=":")
         axis.set(title=f"LLaMA {size}", yscale="linear", ylim=(0, 1.12 * max(bottom)))
-    axes[0].set_ylabel("GB; dotted: cards of 24, 48 and 80 GB")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main() -> None:
-    """The command line."""
-    args = report.parser(__doc__).parse_args()
-    found = measure()
-    print(table(found))
-    if args.output:
-        report.write(report.RESULTS / "quality-footprint.md", table(found))
-        draw(found, report.RESULTS / "quality-footprint.png")
+    axes[0, 0].set_ylabel("GB; dotted: cards of 24, 48 and 80 GB")
+    axes[0, 0].legend(frameon=False)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = report.parser(__doc__).parse_args()
+    made = measure()
+    print(table(made))
+    if arguments.output:
+        report.write(report.RESULTS / "quality-footprint.md", table(made))
+        draw(made, report.RESULTS / "quality-footprint.png")

@@ -6,7 +6,7 @@
 namespace qlora_native {
 namespace {
 
-// The layout of heads, of which there are so many with so many rows.
+// Checks that x has so many heads of so many rows, and its strides.
 template <class Pointer>
 void check_heads(const BasicHeads<Pointer>& x, std::int64_t batch, std::int64_t head_dim, std::int64_t heads,
                  std::int64_t rows, const char* argument) {

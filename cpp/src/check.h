@@ -2,13 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
 
-#include "qlora_native/error.h"
+#include "common/checks.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native {
@@ -19,12 +18,12 @@ void check_pointer(const void* pointer, bool needed, const Argument& argument) {
 }
 
 // The byte offsets of so many elements fit into 64 bits.
-constexpr std::int64_t kMostElements = std::numeric_limits<std::int64_t>::max() / 8;
+constexpr std::int64_t kMaxElements = std::numeric_limits<std::int64_t>::max() / 8;
 
 // `rows` and `cols` must not be negative.
 template <class Argument>
 void check_elements(std::int64_t rows, std::int64_t cols, const Argument& argument) {
-  check(cols == 0 || rows <= kMostElements / cols, argument, "fewer than 2^60 elements",
+  check(cols == 0 || rows <= kMaxElements / cols, argument, "fewer than 2^60 elements",
         [&] { return std::to_string(rows) + " * " + std::to_string(cols); });
 }
 
@@ -32,15 +31,6 @@ template <class Argument>
 void check_dtype(DType dtype, const Argument& argument) {
   check(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16, argument, "a DType",
         static_cast<int>(dtype));
-}
-
-inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
-
-// NVFP4 has the smallest blocks of all weights. The blocks that `quantize` makes have at least 32 elements.
-constexpr int kLeastBlocksize = 16;
-inline void check_blocksize(int blocksize, const char* argument) {
-  check(blocksize >= kLeastBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
-        argument, "a power of two, 16 ... 4096", blocksize);
 }
 
 // The values are checked only on the cpu, where the host can read them.
@@ -61,7 +51,7 @@ inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check_elements(w.N, w.K, "weight.N");
   check_elements(w.count, w.N * w.K, "weight.count");
   check_bits(w.bits, "weight.bits");
-  check_blocksize(w.blocksize, "weight.blocksize");
+  check_blocksize(w.blocksize, kMinBlocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
   check_pointer(w.absmax, true, "weight.absmax");
   check_code(w.code, w.bits, stream, "weight.code");

@@ -1,4 +1,4 @@
-// The functions that the host program has set (runtime.h), for the backends that call them.
+// The functions that the application has set (runtime.h), for the backends that call them.
 #pragma once
 
 #include "qlora_native/runtime.h"

@@ -47,9 +47,9 @@ void check_tensor(const Optimizer8bitTensor& tensor, Algorithm algorithm, int gr
       [&] { return "below " + std::to_string(group_count); }, tensor.group);
   check_pointer(tensor.step, true, field("step"));
   if (stream.device == Device::cpu) {
-    constexpr std::int64_t kMostSteps = std::numeric_limits<std::int64_t>::max();  // the counter cannot exceed this
+    constexpr std::int64_t kMaxSteps = std::numeric_limits<std::int64_t>::max();  // the counter cannot exceed this
     check(*tensor.step >= 0, field("step"), ">= 0", *tensor.step);
-    check(*tensor.step < kMostSteps, field("step"), "fewer than 2^63 - 1 steps", *tensor.step);
+    check(*tensor.step < kMaxSteps, field("step"), "fewer than 2^63 - 1 steps", *tensor.step);
   }
   const bool any = tensor.elements > 0;
   check_pointer(tensor.param, any, field("param"));

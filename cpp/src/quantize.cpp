@@ -84,8 +84,7 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
   check_elements(args.elements, 1, "elements");
   check_dtype(args.dtype, "dtype");
   check_bits(args.bits, "bits");
-  check(args.blocksize >= 32, "blocksize", "a power of two, 32 ... 4096", args.blocksize);
-  check_blocksize(args.blocksize, "blocksize");
+  check_blocksize(args.blocksize, kMinQuantizeBlocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
   check_pointer(args.codes, args.elements > 0, "codes");
   check_pointer(args.absmax, args.elements > 0, "absmax");
@@ -110,8 +109,7 @@ void quantize_microscaled(const QuantizeMicroscaledArgs& args, const Stream& str
   check(args.elements >= 0, "elements", ">= 0", args.elements);
   check_elements(args.elements, 1, "elements");
   check_dtype(args.dtype, "dtype");
-  check(args.blocksize == kMxfp4Blocksize || args.blocksize == kNvfp4Blocksize, "blocksize",
-        "32, which is MXFP4's, or 16, which is NVFP4's", args.blocksize);
+  check_microscaled_blocksize(args.blocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
   check_pointer(args.codes, args.elements > 0, "codes");
   check_pointer(args.scales, args.elements > 0, "scales");

@@ -1,4 +1,4 @@
-// Decodes a quantized weight into memory, eight neighbours a thread. dequantize and the panels share this.
+// Decodes a quantized weight into memory, eight contiguous elements a thread, for dequantize and for panels.
 #pragma once
 
 #include "common/layout.h"
@@ -15,7 +15,7 @@ inline bool supports_vec8(const QuantizedWeightView& w) {
 template <int kBits>
 class Vec8Decoder {
  public:
-  // The table takes 8 KB of shared memory, so that any SM has room for eight blocks.
+  // The table has 8 KB of shared memory, so that eight blocks fit any SM.
   using Table = PairTable<4>;
   static constexpr std::size_t kSmemBytes = kBits == 4 ? Table::kPairs * sizeof(Table::Pair) : 0;
 

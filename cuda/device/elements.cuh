@@ -1,5 +1,5 @@
-// A thread of an elementwise kernel takes eight neighbouring elements at a time. These functions load and store them as
-// vectors where the address allows it, and one by one where it does not, or at the end of an array.
+// A thread of an elementwise kernel takes eight contiguous elements at a time. These functions load and store them as
+// vectors where they are aligned, and one by one elsewhere, or at the end of an array.
 #pragma once
 
 #include <bit>
@@ -7,9 +7,8 @@
 #include <utility>
 
 #include "common/host_device.h"
-#include "common/layout.h"
 #include "device/simt.cuh"
-#include "qlora_native/error.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -37,7 +36,7 @@ QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
 template <class T, int kElements>
 constexpr int kVectorElements = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
 
-// Loads eight elements from an address that vectors can be loaded from.
+// Loads eight elements from an aligned address.
 template <class T>
 __device__ __forceinline__ void load_vec8_aligned(const T* from, T (&to)[kVecSize]) {
   constexpr int kCount = kVectorElements<T, kVecSize>;
@@ -133,8 +132,7 @@ __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)
   }
 }
 
-// These load eight elements as fp32; elements from `count` on are 0. The last overload learns the element type at run
-// time.
+// These load eight elements as fp32; elements from `count` on are 0.
 template <class T>
 __device__ __forceinline__ void load_vec8_as_f32(const T* from, int count, float (&to)[kVecSize]) {
   T raw[kVecSize];
@@ -152,12 +150,6 @@ __device__ __forceinline__ void load_vec8_aligned_as_f32(const T* from, float (&
     for (int i = 0; i < kVecSize; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
   }
 }
-__device__ __forceinline__ void load_vec8_as_f32(const void* from, DType dtype, std::int64_t first, int count,
-                                                 float (&to)[kVecSize]) {
-  if (dtype == DType::f32) return load_vec8_as_f32(static_cast<const float*>(from) + first, count, to);
-  if (dtype == DType::bf16) return load_vec8_as_f32(static_cast<const Bf16*>(from) + first, count, to);
-  load_vec8_as_f32(static_cast<const F16*>(from) + first, count, to);
-}
 
 template <class T>
 __device__ __forceinline__ void store_vec8_from_f32(T* to, int count, const float (&from)[kVecSize]) {
@@ -173,14 +165,8 @@ __device__ __forceinline__ void store_vec8_aligned_from_f32(T* to, const float (
   for (int i = 0; i < kVecSize; ++i) rounded[i] = from_f32<T>(from[i]);
   store_aligned(to, rounded);
 }
-__device__ __forceinline__ void store_vec8_from_f32(void* to, DType dtype, std::int64_t first, int count,
-                                                    const float (&from)[kVecSize]) {
-  if (dtype == DType::f32) return store_vec8_from_f32(static_cast<float*>(to) + first, count, from);
-  if (dtype == DType::bf16) return store_vec8_from_f32(static_cast<Bf16*>(to) + first, count, from);
-  store_vec8_from_f32(static_cast<F16*>(to) + first, count, from);
-}
 
-// The same for one element whose type is known at run time.
+// One element whose type is known at run time.
 __device__ __forceinline__ float load_as_f32(const void* from, DType dtype, std::int64_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(from)[i];
   if (dtype == DType::bf16) return to_f32(static_cast<const Bf16*>(from)[i]);
@@ -201,24 +187,15 @@ __device__ __forceinline__ float rounded(float value) {
   return to_f32(from_f32<T>(value));
 }
 
-// Returns to each lane the largest value among `lanes` neighbouring lanes; `lanes` is a power of two.
+// Returns to each lane the largest value among `lanes` adjacent lanes; `lanes` is a power of two.
 template <class T>
 __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const T other = shfl_xor(value, mask & (lanes - 1));  // a lane asks itself where the mask leaves the neighbours
+    const T other = shfl_xor(value, mask & (lanes - 1));  // beyond `lanes` the mask is 0: a lane's own value
     value = other > value ? other : value;
   }
   return value;
-}
-
-// Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
-// the device several times over.
-inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
-  constexpr std::int64_t kBlocksPerSm = 8;
-  const std::int64_t blocks = ceil_div(items, threads);
-  const std::int64_t most = kBlocksPerSm * num_sms(stream);
-  return {.blocks = blocks < most ? blocks : most, .threads = threads};
 }
 
 }  // namespace qlora_native::QLN_CUDA

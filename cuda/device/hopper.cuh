@@ -3,14 +3,14 @@
 // instructions_hopper.cuh has the instructions, device/instructions_hopper_emulated.h their emulation. Only files of
 // product/wgmma/ include this file, because these instructions compile for no other architecture.
 //
-//   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
+//   mbarrier_init/arrive/wait()        a phase completes when all threads and all expected bytes have arrived
 //   tma_load_tile()                    copies a tile of a matrix in global memory; its bytes count at such a barrier
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
 //   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
 //   store_async()                   stores into the shared memory of a block of the cluster; its bytes count there
 //   tma_load_tile_multicast()          copies a tile to several blocks of the cluster
 //   ClusterMbarriers                   such barriers of a block of the cluster, to arrive at
-//   prefetch_map(), prefetch_sector()  bring nearer what is loaded soon
+//   prefetch_map(), prefetch_sector()  prefetch a tensor map, and a sector of global memory into L2
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once

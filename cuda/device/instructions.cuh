@@ -1,121 +1,13 @@
-// Implements simt.cuh for a device: host code calls the CUDA runtime, and each instruction that has no name in C++ has
-// a function of its own. The comments in device/instructions_emulated.h say what each function does.
+// Implements simt.cuh by PTX: each instruction that has no name in C++ is a function here. The comments in
+// instructions_emulated.h say what each function does.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <bit>
 #include <type_traits>
 
-#include "qlora_native/runtime.h"
-#include "runtime/check.h"
-
 namespace qlora_native::cuda {
-
-// ---- launches and memory, for host code ----
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Stream& stream) : current_(stream.index) {}
-
- private:
-  CurrentDevice current_;
-};
-
-inline cudaStream_t handle_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
-
-// A block may use so much shared memory without asking for more.
-constexpr std::size_t kDefaultMaxSmemBytes = 48 * 1024;
-
-// Raises the kernel's limit of shared memory on this device, unless an earlier launch has asked for as much.
-template <auto kKernel>
-void raise_smem_limit(std::size_t bytes, int device) {
-  constexpr int kDevices = 64;  // for a device beyond them, every launch asks
-  static std::atomic<std::size_t> asked[kDevices];
-  const bool is_remembered = device >= 0 && device < kDevices;
-  if (is_remembered && asked[device].load(std::memory_order_relaxed) >= bytes) return;
-  QLN_CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  if (is_remembered) asked[device].store(bytes, std::memory_order_relaxed);
-}
-
-// Graphs have such launches from CUDA 12.3 on, and any launch may be captured into one.
-inline bool supports_programmatic_launch(const Stream& stream) {
-  int major = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
-  return major >= 9 && driver_version() >= kCuda123;
-}
-
-template <class... Parameters>
-void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
-                   std::type_identity_t<Parameters>... arguments) {
-  if constexpr ((sizeof(Parameters) + ... + 0) > kPortableParameterBytes) check_driver_takes_large_parameters();
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  void* pointers[] = {&arguments...};
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
-                               .blockDim = dim3(static_cast<unsigned>(shape.threads)),
-                               .dynamicSmemBytes = shape.smem_bytes,
-                               .stream = handle_of(stream),
-                               .attrs = attributes,
-                               .numAttrs = 0};
-  if (shape.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  }
-  if (shape.programmatic_launch && supports_programmatic_launch(stream)) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  QLN_CHECK_CUDA(cudaLaunchKernelExC(&config, function, pointers));
-}
-template <auto kKernel, class... Args>
-void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
-  if (shape.blocks == 0) return;
-  if (shape.smem_bytes > kDefaultMaxSmemBytes) raise_smem_limit<kKernel>(shape.smem_bytes, stream.index);
-  launch_kernel(kKernel, shape, stream, args...);
-}
-
-// A Workspace takes this memory if the application gives none (memory.cu).
-DeviceMemory allocate_workspace(std::size_t bytes, const Stream& stream);
-void release_workspace(const DeviceMemory& memory, const Stream& stream);
-// Only the emulator needs these (device/instructions_emulated.h); on a device they do nothing.
-inline void make_reachable(const DeviceMemory&, std::size_t) {}
-inline void make_unreachable(const DeviceMemory&) {}
-inline void poison(void*, std::size_t) {}
-struct DeviceWork {
-  DeviceWork() {}
-};
-template <class Args, class Run>
-void with_device_tensors(const Args& args, const Run& run) {
-  run(args);
-}
-
-inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream& stream) {
-  QLN_CHECK_CUDA(cudaMemsetAsync(data, byte, bytes, handle_of(stream)));
-}
-
-inline int num_sms(const Stream& stream) {
-  int count = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.index));
-  return count;
-}
-
-// The most shared memory that a block may ask for.
-inline std::size_t max_smem_bytes(const Stream& stream) {
-  int bytes = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.index));
-  return static_cast<std::size_t>(bytes);
-}
-// The shared memory of each block that the device keeps for itself. dynamic_smem() begins behind it, or at address 0.
-inline std::size_t reserved_smem_bytes(const Stream& stream) {
-  int bytes = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrReservedSharedMemoryPerBlock, stream.index));
-  return static_cast<std::size_t>(bytes);
-}
 
 // ---- who a thread is ----
 
@@ -157,8 +49,8 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* flag)
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
-// An acquiring load invalidates the first-level cache, which the multiply uses. So wait_for() polls with relaxed loads,
-// and does one acquiring load when the value has come.
+// An acquiring load invalidates the L1 cache, which the multiply uses. So wait_for() polls with relaxed loads, and does
+// one acquiring load at the end.
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* flag) {
   std::uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -287,7 +179,7 @@ __device__ __forceinline__ V load_shared(const SharedAddress& from) {
 template <class V>
 __device__ __forceinline__ void store_shared(const SharedAddress& to, const V& value) {
   if constexpr (std::is_same_v<V, Vector<float, 4>>) {
-    // ptxas takes a move to an integer register for a use of wgmma's sums before the wait for them.
+    // ptxas takes a move to an integer register for a use of wgmma's accumulators before the wait for them.
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(value.at[0]), "f"(value.at[1]),
                  "f"(value.at[2]), "f"(value.at[3])
                  : "memory");
@@ -305,7 +197,7 @@ __device__ __forceinline__ void store_shared(const SharedAddress& to, const V& v
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {  // bypasses the first-level cache, because one block alone uses each byte
+  if constexpr (kBytes == 16) {  // bypasses the L1 cache, because one block alone uses each byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                  : "memory");
   } else {

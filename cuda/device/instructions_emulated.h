@@ -1,29 +1,14 @@
-// The emulator: it implements simt.cuh for the host's compiler. A kernel runs on the CPU and computes the values that a
-// device would compute, up to the rounding inside an mma. The emulator tests indexing, synchronization and layout; it
-// says nothing about speed. The rules:
-//
-//   - Threads are fibers. They meet in sync_threads() and in everything that a warp does together. Lanes that meet at
-//     different calls, or never, end the process with file and line.
-//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
-//     depend on it. Under "concurrent" blocks run at the same time, and stores become visible late (fibers.h).
-//   - cp_async only queues a copy, and cp_async_wait does it. Shared memory, and memory of a Workspace, begins as NaN.
-//   - A vector that is loaded from or stored to a misaligned address ends the process.
-//   - The device's memory is apart from the host's; memory.h says how that is enforced.
+// Implements simt.cuh over the emulator, whose rules emulator/fibers.h has: a kernel computes the values that a device
+// would compute, up to the rounding inside an mma.
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
-#include <tuple>
 #include <type_traits>
 
 #include "common/float16.h"
-#include "emulator/call_memory.h"
 #include "emulator/fibers.h"
-#include "emulator/memory.h"
-#include "qlora_native/runtime.h"
 
 #define __global__
 #define __device__
@@ -34,64 +19,6 @@
 #define __constant__ static
 
 namespace qlora_native::cuda_emulated {
-
-// ---- launches and memory, for host code ----
-
-// While an object of this class lives, host code may access the device's memory in the device's place. An application
-// that computes a dense product in a stream needs one.
-using emulator::DeviceWork;
-
-template <auto kKernel, class... Args>
-void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
-  int number = 0;
-  (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
-  emulator::launch({.blocks = shape.blocks,
-                    .threads = shape.threads,
-                    .smem_bytes = shape.smem_bytes,
-                    .cluster = shape.cluster,
-                    .programmatic_launch = shape.programmatic_launch,
-                    .next_programmatic_launch = shape.next_programmatic_launch,
-                    .thread = [all = std::tuple<Args...>(args...)] { std::apply(kKernel, all); }});
-}
-
-// On a device this makes the stream's device current; here it does nothing.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Stream&) {}
-};
-
-// A Workspace takes this memory if the application gives none.
-inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
-  return {.data = emulator::allocate_on_device(bytes, "a workspace")};
-}
-inline void release_workspace(const DeviceMemory& memory, const Stream&) {
-  emulator::check_no_pending_grid();
-  emulator::release_on_device(memory.data);
-}
-// Memory that the application gives is reachable for kernels from make_reachable() until make_unreachable().
-inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
-  emulator::register_managed(memory.data, bytes, "a workspace in the application's memory");
-}
-inline void make_unreachable(const DeviceMemory& memory) {
-  emulator::check_no_pending_grid();
-  emulator::unregister_managed(memory.data);
-}
-// Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
-inline void poison(void* memory, std::size_t bytes) {
-  const DeviceWork work;
-  emulator::poison(memory, bytes);
-}
-
-inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
-  emulator::check_argument("fill_bytes", 1, data);
-  emulator::run_pending_grid();
-  const DeviceWork work;
-  std::memset(data, byte, bytes);
-}
-
-inline int num_sms(const Stream&) { return emulator::num_sms(); }
-inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
-inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
 // ---- who a thread is ----
 
@@ -108,7 +35,7 @@ T* dynamic_smem() {
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
-// `exchange` reads and changes what every lane has brought.
+// `exchange` reads and changes the operands of all lanes.
 template <class Lane, class Exchange>
 void collective(Lane& lane, const Exchange&, Site site) {
   emulator::warp_collective(
@@ -151,9 +78,9 @@ inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current(
   collective(
       value,
       [](std::uint32_t* const* lanes) {
-        std::uint32_t most = 0;
-        for (int i = 0; i < kWarp; ++i) most = *lanes[i] > most ? *lanes[i] : most;
-        for (int i = 0; i < kWarp; ++i) *lanes[i] = most;
+        std::uint32_t max = 0;
+        for (int i = 0; i < kWarp; ++i) max = *lanes[i] > max ? *lanes[i] : max;
+        for (int i = 0; i < kWarp; ++i) *lanes[i] = max;
       },
       site);
   return value;
@@ -176,7 +103,7 @@ inline bool is_last_to_arrive(std::uint32_t* counter, int count, Site site = Sit
 
 // A kernel that has called this in every block lets a kernel begin that is launched with programmatic_launch.
 inline void griddepcontrol_launch_dependents() {}
-// Waits until the kernel launched before this one has ended. Does nothing if this one does not begin early.
+// Waits until the kernel launched before this one has ended. Does nothing without programmatic_launch.
 inline void griddepcontrol_wait(Site site = Site::current()) { emulator::griddepcontrol_wait(site); }
 
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
@@ -217,7 +144,7 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
 // On a device this keeps a value in a register that the compiler would otherwise compute again in each step of a loop.
 inline std::uint32_t in_register(std::uint32_t value) { return value; }
 inline std::uint64_t in_register(std::uint64_t value) { return value; }
-// An address in shared memory. On a device it has 32 bits, so adding to it or flipping its bits takes one instruction.
+// An address in shared memory. On a device it has 32 bits, so an addition or an XOR is one instruction.
 struct SharedAddress {
   std::byte* address;
   explicit SharedAddress(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
@@ -234,13 +161,13 @@ struct SharedAddress {
     return SharedAddress(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
-// Dynamic shared memory from kRowsBegin on. The block must have asked for so much more, because dynamic_smem() may
+// Dynamic shared memory from kRowsBegin on. The launch must request kRowsBegin bytes more, because dynamic_smem() may
 // begin anywhere before. With kIsKnown a device's compiler knows this address.
 template <class T, bool kIsKnown = false>
 T* dynamic_smem_for_rows() {
   auto* const smem = dynamic_smem<std::byte>();
   const auto before = static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(smem)) & 0xFFFF;
-  if (before > kRowsBegin) emulator::fail("shared memory begins behind the place for a table of rows");
+  if (before > kRowsBegin) emulator::fail("shared memory begins behind the address of a table of rows");
   return reinterpret_cast<T*>(smem + before);
 }
 // Moves the address on by `bytes` if a < b.
@@ -324,7 +251,7 @@ inline float larger_or_nan(float a, float b) {
 
 // ---- tensor cores ----
 
-// Loads four 8x8 matrices of 16-bit elements. Lane 8i+j brings the address of row j of matrix i. r[i] becomes two
+// Loads four 8x8 matrices of 16-bit elements. Lane 8i+j gives the address of row j of matrix i. r[i] becomes two
 // elements of matrix i: row lane/4, columns 2*(lane%4) and 2*(lane%4)+1. With kTranspose they are elements of the
 // transposed matrix.
 template <bool kTranspose>

@@ -1,11 +1,10 @@
-// Implements hopper.cuh for a device: each instruction of sm_90a has a function of its own. The comments in
-// device/instructions_hopper_emulated.h say what each does. Only files of cuda/product/wgmma/ include this one, because
-// no other architecture has these instructions.
+// Implements hopper.cuh by PTX: each instruction of sm_90a is a function here. The comments in
+// instructions_hopper_emulated.h say what each does. Only files of cuda/product/wgmma/ include this one, because no
+// other architecture has these instructions.
 #pragma once
 
 #include <cuda.h>
 
-#include "common/host_device.h"
 #include "device/instructions.cuh"
 
 namespace qlora_native::cuda {
@@ -22,14 +21,6 @@ class TensorMap {
  private:
   CUtensorMap map_;
 };
-
-// Whether the device has these instructions: no other one, not even a later one, runs code for sm_90a.
-inline bool is_hopper(const Stream& stream) {
-  int major = 0, minor = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, stream.index));
-  return major == 9 && minor == 0;
-}
 
 // ---- barriers ----
 

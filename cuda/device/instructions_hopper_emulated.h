@@ -1,7 +1,9 @@
-// Implements hopper.cuh on the emulator (async.h says which mistakes it finds).
+// Implements hopper.cuh over the emulator (emulator/async.h says which mistakes it finds).
 #pragma once
 
-#include "common/host_device.h"
+#include <memory>
+#include <string>
+
 #include "device/instructions_emulated.h"
 #include "qlora_native/error.h"
 
@@ -24,12 +26,6 @@ class TensorMap {
   TileSource source_;
 };
 
-// The emulated device is a Hopper if QLN_FORCE_KERNEL names wgmma.
-inline bool is_hopper(const Stream&) {
-  const char* const forced = std::getenv("QLN_FORCE_KERNEL");
-  return forced != nullptr && std::string_view(forced).starts_with("wgmma");
-}
-
 // ---- barriers ----
 
 inline std::uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
@@ -47,7 +43,7 @@ inline void mbarrier_arrive(std::uint64_t* barrier) { emulator::mbarrier_arrive(
 inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
   emulator::mbarrier_arrive(barrier, bytes);
 }
-// Waits until the phase of this parity is complete. It is the phase under way or the one before, which is complete.
+// Waits until the phase of this parity is complete. It is the current phase or the one before, which is complete.
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site = Site::current()) {
   emulator::mbarrier_wait(barrier, parity, site);
 }
@@ -88,7 +84,7 @@ inline void tma_load_tile_multicast(void* to, const TensorMap& map, int row, int
   emulator::load_tile_to_blocks(to, map.source(), row, col, barrier, ranks);
 }
 inline void prefetch_map(const TensorMap&) {}
-// Asks for the kSectorBytes of global memory around an address, so that L2 has them when they are loaded.
+// Prefetches the kSectorBytes of global memory around an address into L2.
 inline void prefetch_sector(const std::byte* global) {
   static_cast<void>(*static_cast<const volatile std::byte*>(global));
 }
@@ -96,7 +92,7 @@ inline void fence_proxy_async() { emulator::publish_shared_stores(); }
 
 // ---- products of a warpgroup ----
 
-// Must come before the first product, and again after registers that products use may have been changed.
+// Must precede the first product, and again each one after registers that products use may have been changed.
 inline void wgmma_fence() { emulator::wgmma_queue().fence(); }
 
 // d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. The lanes of a warp hold a
@@ -127,12 +123,12 @@ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_d
   emulator::wgmma_queue().add(lane.product, thread_index() % (4 * kWarp), a, d, kCols / 2);
 }
 inline void wgmma_commit() { emulator::wgmma_queue().commit(); }
-// Waits until at most kGroupsLeft groups of products are under way.
+// Waits until at most kGroupsLeft groups of products are in flight.
 template <int kGroupsLeft>
 void wgmma_wait() {
   emulator::wgmma_queue().wait(kGroupsLeft);
 }
-// Waits until no group is under way; then d may be read.
+// Waits until no group is in flight; then d may be read.
 template <int kSums>
 void wgmma_wait_for(float (&)[kSums]) {
   wgmma_wait<0>();

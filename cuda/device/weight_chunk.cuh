@@ -1,10 +1,10 @@
-// A chunk of a quantized weight on its way into a product: 32 neighbours of a row, as codes (16 bytes where they have 4
-// bits) and their scale.
+// A chunk of a quantized weight, which a product loads: 32 contiguous elements of a row, as codes (16 bytes where they
+// have 4 bits) and their scale.
 //
 // Where K is a multiple of 32 ("aligned"), a chunk begins at a multiple of 32 elements, so its codes are 16-byte
 // vectors in global memory, and it lies in one block of the weight. Elsewhere its codes are gathered one by one, and a
 // block may end in the middle of the chunk. Two blocks cannot end there, because a block has at least 32 elements:
-// products with smaller blocks take another way (config.cpp).
+// products with smaller blocks have another kernel (config.cpp).
 #pragma once
 
 #include "common/layout.h"
@@ -198,9 +198,9 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
 }
 
 // The two values that a byte of codes stands for. A table of all 256 bytes in shared memory gives them with one load.
-// It has kCopies copies and lanes take turns among these, so that fewer lanes ask the same bank at once; with 16
-// copies, none do. The pairs of a byte begin kStride pairs behind those of the byte before. Where that distance is 256
-// bytes and the table begins at kRowsBegin (SharedAddress), one instruction makes an address from a byte.
+// It has kCopies copies, of which lane i reads copy i % kCopies, so that bank conflicts are fewer; with 16 copies there
+// are none. The pairs of a byte begin kStride pairs behind those of the byte before. Where that distance is 256 bytes
+// and the table begins at kRowsBegin (SharedAddress), one instruction makes an address from a byte.
 template <int kCopies, int kStride = kCopies>
 class PairTable {
  public:

@@ -25,9 +25,9 @@ __device__ float sum_of_block(float value, Shared& shared) {
   return sum;
 }
 
-// Calls body(first, count) for each eight elements of a row that this thread takes; the last may be fewer.
+// Calls body(first, count) for each vector of a row that this thread takes; the last one may have fewer elements.
 template <class Body>
-__device__ __forceinline__ void for_each_eight(std::int64_t N, const Body& body) {
+__device__ __forceinline__ void for_each_vec8(std::int64_t N, const Body& body) {
   for (std::int64_t first = std::int64_t{thread_index()} * kVecSize; first < N; first += kThreads * kVecSize)
     body(first, static_cast<int>(N - first < kVecSize ? N - first : kVecSize));
 }
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormArgs ar
     const T* const x = static_cast<const T*>(args.x.data) + row * args.x.stride;
     T* const y = static_cast<T*>(args.y.data) + row * args.y.stride;
     float squares = 0.0f;
-    for_each_eight(N, [&](std::int64_t first, int count) {
+    for_each_vec8(N, [&](std::int64_t first, int count) {
       float values[kVecSize];
       load_vec8_as_f32(x + first, count, values);
 #pragma unroll
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormArgs ar
     });
     const float r = 1.0f / sqrtf(sum_of_block(squares, shared) / static_cast<float>(N) + args.eps);
     if (thread_index() == 0) args.r[row] = r;
-    for_each_eight(N, [&](std::int64_t first, int count) {
+    for_each_vec8(N, [&](std::int64_t first, int count) {
       float values[kVecSize];
       load_weighted(x, weight, args.shift, first, count, values);
 #pragma unroll
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const RmsNo
     T* const dx = static_cast<T*>(args.dx.data) + row * args.dx.stride;
     const float r = args.r[row];
     float dot = 0.0f;
-    for_each_eight(N, [&](std::int64_t first, int count) {
+    for_each_vec8(N, [&](std::int64_t first, int count) {
       float values[kVecSize], gradients[kVecSize];
       load_vec8_as_f32(x + first, count, values);
       load_weighted(dy, weight, args.shift, first, count, gradients);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const RmsNo
       for (int i = 0; i < kVecSize; ++i) dot += values[i] * r * gradients[i];
     });
     const float mean = sum_of_block(dot, shared) / static_cast<float>(N);
-    for_each_eight(N, [&](std::int64_t first, int count) {
+    for_each_vec8(N, [&](std::int64_t first, int count) {
       float values[kVecSize], gradients[kVecSize];
       load_vec8_as_f32(x + first, count, values);
       load_weighted(dy, weight, args.shift, first, count, gradients);

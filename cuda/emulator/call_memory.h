@@ -2,16 +2,12 @@
 // copies them to the device's memory, runs the call on the copies, and copies the results back.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include "common/layout.h"
-#include "common/optimizer.h"
-#include "qlora_native/cross_entropy.h"
-#include "qlora_native/elementwise.h"
-#include "qlora_native/linear.h"
-#include "qlora_native/optimizer.h"
-#include "qlora_native/quantize.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native::cuda_emulated {
 
@@ -22,8 +18,8 @@ class CallMemory {
   CallMemory& operator=(const CallMemory&) = delete;
   ~CallMemory();
 
-  // add() is called once for each tensor, in any order. A null pointer adds nothing. A pointer to const means that the
-  // call only reads the tensor.
+  // add() is called for each tensor, in any order. A null pointer adds nothing. A pointer to const means that the call
+  // only reads the tensor.
   template <class T>
   void add(T*& pointer, std::int64_t count) {
     add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(sizeof(T)), 0, !std::is_const_v<T>);
@@ -32,11 +28,9 @@ class CallMemory {
   void add(T*& pointer, DType dtype, std::int64_t count) {
     add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(size_of(dtype)), 0, !std::is_const_v<T>);
   }
-  template <class Pointer>
-  void add(BasicMatrix<Pointer>& matrix) {
-    const auto size = static_cast<std::int64_t>(size_of(matrix.dtype));
-    add_rows(&matrix.data, matrix.data, matrix.rows, matrix.cols * size, matrix.stride * size,
-             !std::is_const_v<std::remove_pointer_t<Pointer>>);
+  template <class... Pointers>
+  void add(BasicMatrix<Pointers>&... matrices) {
+    (add_matrix(matrices), ...);
   }
 
   // To be called after the last add(): allocates memory, copies the tensors, and points the arguments at the copies.
@@ -59,6 +53,12 @@ class CallMemory {
       for (std::int64_t row = 0; row < rows; ++row) f(host + row * stride_bytes, device + row * stride_bytes);
     }
   };
+  template <class Pointer>
+  void add_matrix(BasicMatrix<Pointer>& matrix) {
+    const auto size = static_cast<std::int64_t>(size_of(matrix.dtype));
+    add_rows(&matrix.data, matrix.data, matrix.rows, matrix.cols * size, matrix.stride * size,
+             !std::is_const_v<std::remove_pointer_t<Pointer>>);
+  }
   void add_rows(void* pointer, const void* host, std::int64_t rows, std::int64_t row_bytes, std::int64_t stride_bytes,
                 bool is_written);
 
@@ -66,162 +66,13 @@ class CallMemory {
   std::byte* memory_ = nullptr;  // on the device
 };
 
-// ---- the tensors of each operation; a pointer that the operation does not use becomes null ----
-
-inline void add_tensors(CallMemory& memory, QuantizedWeightView& w) {
-  memory.add(w.codes, (w.elements() * w.bits + 7) / 8);
-  if (w.bits == 8) w.code = nullptr;
-  memory.add(w.code, 16);
-  if (w.nested_absmax == nullptr) {
-    memory.add(w.absmax, DType::f32, w.blocks());
-    w.nested_code = w.offset = nullptr;
-    return;
-  }
-  memory.add(reinterpret_cast<const std::uint8_t*&>(w.absmax), w.blocks());
-  memory.add(w.nested_absmax, ceil_div(w.blocks(), w.nested_blocksize));
-  memory.add(w.nested_code, 256);
-  memory.add(w.offset, 1);
-}
-inline void add_tensors(CallMemory& memory, LoraView& lora, std::int64_t N, std::int64_t K) {
-  memory.add(lora.a, lora.dtype, lora.count * lora.rank * K);
-  memory.add(lora.b, lora.dtype, lora.count * N * lora.rank);
-  memory.add(lora.device_seed, 1);
-}
-inline void add_tensors(CallMemory& memory, RowGroups& groups) {
-  if (groups.count == 0) groups.offsets = nullptr;
-  memory.add(groups.offsets, groups.count + 1);
-}
-inline void add_tensors(CallMemory& memory, LinearForwardArgs& args) {
-  add_tensors(memory, args.weight);
-  add_tensors(memory, args.groups);
-  add_tensors(memory, args.lora, args.weight.N, args.weight.K);
-  memory.add(args.x);
-  memory.add(args.bias, args.x.dtype, args.weight.count * args.weight.N);
-  memory.add(args.y);
-  memory.add(args.u);
-}
-inline void add_tensors(CallMemory& memory, LinearBackwardInputArgs& args) {
-  add_tensors(memory, args.weight);
-  add_tensors(memory, args.groups);
-  add_tensors(memory, args.lora, args.weight.N, args.weight.K);
-  memory.add(args.dy);
-  memory.add(args.dx);
-  memory.add(args.v);
-}
-inline void add_tensors(CallMemory& memory, LoraGradientsArgs& args) {
-  add_tensors(memory, args.groups);
-  args.lora.a = args.lora.b = nullptr;
-  add_tensors(memory, args.lora, args.dy.cols, args.x.cols);
-  memory.add(args.x);
-  memory.add(args.dy);
-  memory.add(args.u);
-  memory.add(args.v);
-  memory.add(args.da, args.lora.dtype, args.lora.count * args.lora.rank * args.x.cols);
-  memory.add(args.db, args.lora.dtype, args.lora.count * args.dy.cols * args.lora.rank);
-}
-inline void add_tensors(CallMemory& memory, CrossEntropyArgs& args) {
-  memory.add(args.logits);
-  memory.add(args.labels, args.logits.rows);
-  memory.add(args.loss, args.logits.rows);
-  memory.add(args.log_probability, args.logits.rows);
-  memory.add(args.row_gradients, args.logits.rows);
-}
-inline void add_tensors(CallMemory& memory, GatedActivationArgs& args) {
-  memory.add(args.gate);
-  memory.add(args.up);
-  memory.add(args.h);
-}
-inline void add_tensors(CallMemory& memory, GatedActivationBackwardArgs& args) {
-  memory.add(args.gate);
-  memory.add(args.up);
-  memory.add(args.dh);
-  memory.add(args.dgate);
-  memory.add(args.dup);
-}
-inline void add_tensors(CallMemory& memory, RmsNormArgs& args) {
-  memory.add(args.x);
-  memory.add(args.weight, args.x.dtype, args.x.cols);
-  memory.add(args.y);
-  memory.add(args.r, args.x.rows);
-}
-inline void add_tensors(CallMemory& memory, RmsNormBackwardArgs& args) {
-  memory.add(args.x);
-  memory.add(args.weight, args.x.dtype, args.x.cols);
-  memory.add(args.dy);
-  memory.add(args.r, args.x.rows);
-  memory.add(args.dx);
-}
-inline void add_tensors(CallMemory& memory, QuantizeArgs& args) {
-  memory.add(args.weight, args.dtype, args.elements);
-  if (args.bits == 8) args.code = nullptr;
-  memory.add(args.code, 16);
-  memory.add(args.codes, (args.elements * args.bits + 7) / 8);
-  memory.add(args.absmax, ceil_div(args.elements, args.blocksize));
-  memory.add(args.non_finite, 1);
-}
-inline void add_tensors(CallMemory& memory, QuantizeAbsmaxArgs& args) {
-  memory.add(args.absmax, args.blocks);
-  memory.add(args.nested_code, 256);
-  memory.add(args.codes, args.blocks);
-  memory.add(args.nested_absmax, ceil_div(args.blocks, args.nested_blocksize));
-  memory.add(args.offset, 1);
-}
-inline void add_tensors(CallMemory& memory, QuantizeMicroscaledArgs& args) {
-  memory.add(args.weight, args.dtype, args.elements);
-  memory.add(args.codes, (args.elements + 1) / 2);
-  memory.add(args.scales, ceil_div(args.elements, args.blocksize));
-  memory.add(args.nested_code, 256);
-  memory.add(args.non_finite, 1);
-}
-inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
-  add_tensors(memory, args.weight);
-  memory.add(args.out, args.dtype, args.elements());
-  memory.add(args.rows, args.row_count);
-}
-// Adds only the moments that the algorithm has, because the other pointers may hold anything.
-inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {
-  const std::int64_t n = tensor.elements;
-  memory.add(tensor.param, tensor.param_dtype, n);
-  memory.add(tensor.grad, tensor.grad_dtype, n);
-  const bool in_8_bits = tensor.absmax1 != nullptr;
-  for (int moment = 0; moment < kMaxMoments; ++moment) {
-    void*& state = state_of(tensor, moment);
-    float*& absmax = absmax_of(tensor, moment);
-    if (moment >= moments_of(algorithm)) {
-      state = absmax = nullptr;
-    } else if (in_8_bits) {
-      memory.add(reinterpret_cast<std::uint8_t*&>(state), n);
-      memory.add(absmax, ceil_div(n, kOptimizer8bitBlocksize));
-    } else {
-      memory.add(state, DType::f32, n);
-    }
-  }
-  memory.add(tensor.step, 1);
-}
-
+// Runs a call on copies of its tensors in the device's memory. add_tensors(CallMemory&, Args&) adds each of its
+// tensors.
 template <class Args, class Run>
 void with_device_tensors(const Args& args, const Run& run) {
   CallMemory memory;
   Args copy = args;
   add_tensors(memory, copy);
-  memory.move_to_device();
-  run(copy);
-  memory.copy_back();
-}
-// The lists of tensors and groups stay in the host's memory; the addresses in them become the device's.
-template <class Run>
-void with_device_tensors(const Optimizer8bitArgs& args, const Run& run) {
-  CallMemory memory;
-  std::vector<Optimizer8bitTensor> tensors(args.tensors, args.tensors + args.count);
-  std::vector<Optimizer8bitGroup> groups(args.groups, args.groups + args.group_count);
-  Optimizer8bitArgs copy = args;
-  copy.tensors = tensors.data();
-  copy.groups = groups.data();
-  for (Optimizer8bitTensor& tensor : tensors) add_tensors(memory, tensor, args.algorithm);
-  for (Optimizer8bitGroup& group : groups) memory.add(group.device_lr, 1);
-  memory.add(copy.inv_scale, 1);
-  memory.add(copy.found_inf, 1);
-  memory.add(copy.skipped, 1);
   memory.move_to_device();
   run(copy);
   memory.copy_back();

@@ -297,7 +297,7 @@ std::size_t max_smem_bytes() { return device_attribute("QLN_EMULATED_SMEM", "byt
 
 int num_sms() {
   constexpr int kDefault = 3;
-  return static_cast<int>(device_attribute("QLN_EMULATED_MULTIPROCESSORS", "a number of SMs", kDefault));
+  return static_cast<int>(device_attribute("QLN_EMULATED_SMS", "a number of SMs", kDefault));
 }
 
 namespace {

@@ -1,7 +1,15 @@
-// The emulator runs kernels on a machine without a GPU. It knows no kernel and no operation: it has what a device has,
-// and device/ builds the instructions that a kernel calls on it.
+// The emulator runs kernels on a machine without a GPU. It tests indexing, synchronization and layout, and says nothing
+// about speed. It knows no kernel and no operation: device/ implements the instructions that a kernel calls over it,
+// and runtime/ the launches. The rules:
 //
-// The threads of a block are fibers, which one host thread runs, each until it waits for others or ends.
+//   - The threads of a block are fibers, which one host thread runs, each until it waits for others or ends. Threads
+//     that meet at different calls, or never, end the process with file and line.
+//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
+//     depend on it.
+//   - cp_async only queues a copy, and cp_async_wait does it. Shared memory begins as NaN.
+//   - A vector that is loaded from or stored to a misaligned address ends the process.
+//   - The device's memory is apart from the host's (memory.h). Barriers, tiles by TMA and wgmma have rules of their own
+//     (async.h), and so have clusters (cluster.cpp).
 //
 // Under the schedules forward, reverse and random a fiber runs until it waits, and a block starts when all blocks
 // before it have ended or wait for others. Under random some warps are held back while others run. These schedules find
@@ -82,7 +90,7 @@ struct Grid {
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
 // with less.
 std::size_t max_smem_bytes();
-// How many SMs the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
+// How many SMs the device has: QLN_EMULATED_SMS, or 3, which are so few that several blocks of
 // a persistent grid wait for each other.
 int num_sms();
 // The shared memory of each block that the device keeps for itself.

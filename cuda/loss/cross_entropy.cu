@@ -12,8 +12,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Collects of a row's z the largest element, the sum of e^(z - largest), and the sum of z.
-struct Total {
+// Online softmax of a row's z: the largest element, the sum of e^(z - largest), and the sum of z.
+struct Softmax {
   float largest = -kInfinity, exponentials = 0.0f, sum = 0.0f;
 
   __device__ void add(float z) {
@@ -26,19 +26,19 @@ struct Total {
       exponentials += expf(z - largest);
     }
   }
-  __device__ void add(const Total& other) {
+  __device__ void add(const Softmax& other) {
     sum += other.sum;
-    const float most = fmaxf(largest, other.largest);
-    if (most == -kInfinity) return;
-    exponentials = exponentials * expf(largest - most) + other.exponentials * expf(other.largest - most);
-    largest = most;
+    const float larger = fmaxf(largest, other.largest);
+    if (larger == -kInfinity) return;
+    exponentials = exponentials * expf(largest - larger) + other.exponentials * expf(other.largest - larger);
+    largest = larger;
   }
   // A row has no softmax if all of it is -inf, or if it has a NaN or inf.
   __device__ bool is_finite() const { return fabsf(largest) < kInfinity && sum == sum; }
 };
 
 struct Shared {
-  Total warp_totals[kWarps];
+  Softmax warps[kWarps];
   float logit;  // of the label
 };
 
@@ -47,23 +47,25 @@ __device__ float capped(const CrossEntropyArgs& args, float logit) {
   return args.softcap == 0.0f ? scaled : args.softcap * tanhf(scaled / args.softcap);
 }
 
-// Returns the row's total to every thread.
+// Returns the row's softmax to every thread.
 template <class T>
-__device__ Total total_of(const CrossEntropyArgs& args, const T* logits, Shared& shared) {
-  Total total;
-  for (std::int64_t i = thread_index(); i < args.logits.cols; i += kThreads) total.add(capped(args, to_f32(logits[i])));
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    Total other;
-    other.largest = shfl_xor(total.largest, mask);
-    other.exponentials = shfl_xor(total.exponentials, mask);
-    other.sum = shfl_xor(total.sum, mask);
-    total.add(other);
+__device__ Softmax softmax_of(const CrossEntropyArgs& args, const T* logits, Shared& shared) {
+  Softmax softmax;
+  for (std::int64_t i = thread_index(); i < args.logits.cols; i += kThreads) {
+    softmax.add(capped(args, to_f32(logits[i])));
   }
-  if (thread_index() % kWarp == 0) shared.warp_totals[thread_index() / kWarp] = total;
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    Softmax other;
+    other.largest = shfl_xor(softmax.largest, mask);
+    other.exponentials = shfl_xor(softmax.exponentials, mask);
+    other.sum = shfl_xor(softmax.sum, mask);
+    softmax.add(other);
+  }
+  if (thread_index() % kWarp == 0) shared.warps[thread_index() / kWarp] = softmax;
   sync_threads();
-  Total row_total;
-  for (int warp = 0; warp < kWarps; ++warp) row_total.add(shared.warp_totals[warp]);
-  return row_total;
+  Softmax row_softmax;
+  for (int warp = 0; warp < kWarps; ++warp) row_softmax.add(shared.warps[warp]);
+  return row_softmax;
 }
 
 template <class T>
@@ -76,12 +78,12 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const CrossEntr
     const bool ignored = label == args.ignore_index, in_range = label >= 0 && label < V;
     sync_threads();  // the row before has been read from `shared`
     if (thread_index() == 0) shared.logit = !ignored && in_range ? to_f32(logits[label]) : kNaN;
-    const Total total = total_of(args, static_cast<const T*>(logits), shared);
-    const float lse = total.is_finite() ? total.largest + logf(total.exponentials) : kNaN;
+    const Softmax softmax = softmax_of(args, static_cast<const T*>(logits), shared);
+    const float lse = softmax.is_finite() ? softmax.largest + logf(softmax.exponentials) : kNaN;
     const float z = capped(args, shared.logit);
     if (thread_index() == 0) {
       float loss = lse - (1.0f - args.label_smoothing) * z + args.z_loss * lse * lse;
-      if (args.label_smoothing > 0.0f) loss -= args.label_smoothing / static_cast<float>(V) * total.sum;
+      if (args.label_smoothing > 0.0f) loss -= args.label_smoothing / static_cast<float>(V) * softmax.sum;
       args.loss[row] = ignored ? 0.0f : loss;
       if (args.log_probability != nullptr) args.log_probability[row] = ignored ? 0.0f : z - lse;
     }

@@ -7,12 +7,12 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// The tables that decode and encode moments by one dynamic map. They lie in shared memory, because lanes look up
-// different entries, which constant memory would serve one after the other.
+// The tables that decode and encode moments by one dynamic map. They are in shared memory, because lanes look up
+// different entries, and constant memory would serve these one after the other.
 template <bool kSigned>
 struct alignas(kVectorBytes) MapTables {
   std::array<float, 256> levels = kSigned ? kDynamicMap : kUnsignedDynamicMap;
-  CodeTable<kSigned> sums;
+  CodeTable<kSigned> codes;
 };
 struct MomentTables {
   MapTables<true> signed_map;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void each_moment(const F& f) {
   if constexpr (Rule::kMoments > 2) f(std::integral_constant<int, 2>());
 }
 
-// A lane's eight elements of a whole block: neighbours, which vectors load and store.
+// A lane's eight elements of a whole block: they are contiguous, and vectors load and store them.
 template <class T, class Rule>
 struct Contiguous {
   const UpdateItem<Rule>& item;
@@ -119,14 +119,14 @@ struct Strided {
 };
 
 template <bool kSigned>
-__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& sums,
+__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& table,
                                                            const float (&values)[kVecSize], float inverse) {
   Vector<std::uint32_t, 2> words;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     std::uint32_t code[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) code[j] = code_in_byte_2(sums, values[4 * i + j] * inverse);
+    for (int j = 0; j < 4; ++j) code[j] = code_in_byte_2(table, values[4 * i + j] * inverse);
     words.at[i] = pick_bytes(pick_bytes(code[0], code[1], 0x62), pick_bytes(code[2], code[3], 0x62), 0x5410);
   }
   return words;
@@ -139,14 +139,13 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
                                             const MomentTables& tables, std::uint32_t block) {
   constexpr int kMoments = Rule::kMoments;
   const UpdateItem<Rule>& item = elements.item;
-  // Each lane computes with the scale of one moment only, its neighbours with those of the others. The lanes exchange
-  // the results.
-  const int own_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
-  float* const absmax = item.absmax[own_moment] + block;
-  const float scale = *absmax * Rule::decode_factor(c, own_moment);
-  float kept[kMoments], param[kVecSize], grad[kVecSize], m[kMoments][kVecSize], most[kMoments] = {};
+  // A lane loads and computes the scale of one moment only. Shuffles give it those of the others.
+  const int lane_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
+  float* const absmax = item.absmax[lane_moment] + block;
+  const float scale = *absmax * Rule::decode_factor(c, lane_moment);
+  float scales[kMoments], param[kVecSize], grad[kVecSize], m[kMoments][kVecSize], max[kMoments] = {};
 #pragma unroll
-  for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
+  for (int k = 0; k < kMoments; ++k) scales[k] = shfl(scale, k);
   elements.load_param(param);
   elements.load_grad(grad);
   Vector<std::uint32_t, 2> codes[kMoments];
@@ -156,27 +155,27 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
   for (int i = 0; i < kVecSize; ++i) {
     float moments[kMoments];
     each_moment<Rule>([&](auto k) {
-      moments[k()] = tables.for_moment<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * kept[k()];
+      moments[k()] = tables.for_moment<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * scales[k()];
     });
     param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
 #pragma unroll
     for (int k = 0; k < kMoments; ++k) {
       m[k][i] = moments[k];
-      most[k] = fmaxf(most[k], is_signed(k) ? fabsf(moments[k]) : moments[k]);
+      max[k] = fmaxf(max[k], is_signed(k) ? fabsf(moments[k]) : moments[k]);
     }
   }
   elements.store_param(param);
   std::uint32_t bits[kMoments];
 #pragma unroll
-  for (int k = 0; k < kMoments; ++k) bits[k] = max_of_warp(std::bit_cast<std::uint32_t>(most[k]));
-  std::uint32_t own_bits = bits[0];
+  for (int k = 0; k < kMoments; ++k) bits[k] = max_of_warp(std::bit_cast<std::uint32_t>(max[k]));
+  std::uint32_t lane_bits = bits[0];
 #pragma unroll
-  for (int k = 1; k < kMoments; ++k) own_bits = own_moment == k ? bits[k] : own_bits;
-  const auto largest = std::bit_cast<float>(own_bits);
-  if (lane_index() < kMoments) *absmax = largest;  // all lanes have read the old one before they met in max_of_warp()
+  for (int k = 1; k < kMoments; ++k) lane_bits = lane_moment == k ? bits[k] : lane_bits;
+  const auto largest = std::bit_cast<float>(lane_bits);
+  if (lane_index() < kMoments) *absmax = largest;  // max_of_warp() has waited until all lanes had read the old one
   const float inverse = inverse_absmax(largest);
   each_moment<Rule>([&](auto k) {
-    elements.store_codes(item.state[k()], encode(tables.for_moment<k()>().sums, m[k()], shfl(inverse, k())));
+    elements.store_codes(item.state[k()], encode(tables.for_moment<k()>().codes, m[k()], shfl(inverse, k())));
   });
 }
 

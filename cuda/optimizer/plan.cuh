@@ -32,13 +32,13 @@ struct StepArgs {
   TensorStep* steps;        // one for each tensor of the step
 };
 
-// The items of a launch. Their blocks are numbered one after the other: first the whole blocks that vectors can reach,
-// then the others.
-template <class Item, int kMost>
+// The items of a launch. Their blocks are numbered one after the other: first the whole, aligned blocks, which vectors
+// load, then the others.
+template <class Item, int kMax>
 struct BlockList {
   std::uint32_t count, whole_blocks, blocks;
-  std::uint32_t begin[kMost + 1];  // the first block of each item; from `count` on, the number of blocks
-  Item items[kMost];
+  std::uint32_t begin[kMax + 1];  // the first block of each item; from `count` on, the number of blocks
+  Item items[kMax];
 
   // 32 bits are enough for the number of blocks, because no memory holds a thousand billion elements.
   void add(const Item& item, std::int64_t item_blocks, bool is_whole) {
@@ -47,7 +47,7 @@ struct BlockList {
     blocks += static_cast<std::uint32_t>(item_blocks);
     if (is_whole) whole_blocks = blocks;
   }
-  void end() { std::fill(begin + count, begin + kMost + 1, blocks); }
+  void end() { std::fill(begin + count, begin + kMax + 1, blocks); }
 };
 
 struct CheckItem {
@@ -57,11 +57,11 @@ struct CheckItem {
   std::uint16_t last;     // elements in the item's last block
   std::uint8_t dtype, group;
 };
-constexpr int kMostChecks = 1024, kMostGroups = 32;
+constexpr int kMaxChecks = 1024, kMaxGroups = 32;
 struct CheckArgs {
   StepArgs shared;
-  Optimizer8bitGroup groups[kMostGroups];
-  BlockList<CheckItem, kMostChecks> list;
+  Optimizer8bitGroup groups[kMaxGroups];
+  BlockList<CheckItem, kMaxChecks> list;
 };
 
 template <class Rule>
@@ -75,29 +75,29 @@ struct UpdateItem {
   std::uint8_t param_dtype, grad_dtype;
 };
 template <class Rule>
-constexpr int kMostUpdates = Rule::kMoments <= 2 ? 512 : 256;
+constexpr int kMaxUpdates = Rule::kMoments <= 2 ? 512 : 256;
 template <class Rule>
 struct UpdateArgs {
   StepArgs shared;
   std::int64_t* skipped;           // null if another launch counts skipped steps
   std::uint32_t tensors_to_count;  // how many tensors' counters this launch advances
-  BlockList<UpdateItem<Rule>, kMostUpdates<Rule>> list;
+  BlockList<UpdateItem<Rule>, kMaxUpdates<Rule>> list;
 };
-// The most bytes of parameters that a kernel may have.
-constexpr std::size_t kParameterBytes = 32764;
-static_assert(sizeof(CheckArgs) <= kParameterBytes && sizeof(UpdateArgs<AdamW>) <= kParameterBytes &&
-              sizeof(UpdateArgs<Lion>) <= kParameterBytes && sizeof(UpdateArgs<AdEMAMix>) <= kParameterBytes);
+// The bytes of parameters that a kernel may have.
+constexpr std::size_t kMaxParameterBytes = 32764;
+static_assert(sizeof(CheckArgs) <= kMaxParameterBytes && sizeof(UpdateArgs<AdamW>) <= kMaxParameterBytes &&
+              sizeof(UpdateArgs<Lion>) <= kMaxParameterBytes && sizeof(UpdateArgs<AdEMAMix>) <= kMaxParameterBytes);
 
 __device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
 
 // Calls f(item, block, is_last, is_new) for each of this warp's blocks in [first, end). `block` counts from the start
 // of the item, `is_last` says whether it is the item's last one, and `is_new` whether the warp had another item before.
 // The warp searches for the item only when it has passed the end of the one before.
-template <int kThreads, class Item, int kMost, class F>
-__device__ __forceinline__ void each_block(const BlockList<Item, kMost>& list, std::uint32_t first, std::uint32_t end,
+template <int kThreads, class Item, int kMax, class F>
+__device__ __forceinline__ void each_block(const BlockList<Item, kMax>& list, std::uint32_t first, std::uint32_t end,
                                            const F& f) {
   constexpr std::uint32_t kWarps = kThreads / kWarp;
-  static_assert(std::has_single_bit(static_cast<unsigned>(kMost)));
+  static_assert(std::has_single_bit(static_cast<unsigned>(kMax)));
   const std::uint32_t step = static_cast<std::uint32_t>(grid_blocks()) * kWarps;
   std::uint32_t item = 0, begin = 0, item_end = 0;
   for (std::uint32_t block = first + static_cast<std::uint32_t>(block_index()) * kWarps + thread_index() / kWarp;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void each_block(const BlockList<Item, kMost>& list, s
     if (is_new) {
       item = 0;  // becomes the last item that begins at `block` or before
 #pragma unroll 1
-      for (std::uint32_t jump = kMost / 2; jump > 0; jump /= 2) {
+      for (std::uint32_t jump = kMax / 2; jump > 0; jump /= 2) {
         if (list.begin[item + jump] <= block) item += jump;
       }
       begin = list.begin[item];
@@ -122,16 +122,16 @@ struct Piece {
 };
 using Pieces = std::vector<Piece>;
 
-// The pieces of all parts whose dtype is `dtype`, the whole ones first. in_vectors(tensor) says whether vectors can
-// reach the tensor.
-template <class InVectors>
+// The pieces of all parts whose dtype is `dtype`, the whole ones first. supports_vectors(tensor) says whether vectors
+// can load the tensor.
+template <class SupportsVectors>
 Pieces pieces_of(const std::vector<UpdatePart>& parts, DType Optimizer8bitTensor::* dtype_of, DType dtype,
-                 const InVectors& in_vectors) {
+                 const SupportsVectors& supports_vectors) {
   Pieces whole, rest;
   for (const UpdatePart& part : parts) {
     const Optimizer8bitTensor& tensor = part.tensor;
     if (tensor.*dtype_of != dtype) continue;
-    const std::int64_t elements = in_vectors(tensor) ? tensor.elements / kBlock * kBlock : 0;
+    const std::int64_t elements = supports_vectors(tensor) ? tensor.elements / kBlock * kBlock : 0;
     if (elements > 0) whole.push_back({{segment_of(tensor, 0, elements), part.index}, true});
     if (elements > 0 && elements == tensor.elements) continue;
     rest.push_back({{segment_of(tensor, elements, tensor.elements - elements), part.index}, false});

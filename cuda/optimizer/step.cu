@@ -1,16 +1,17 @@
 // optimizer_8bit_step: two kernels step hundreds of tensors. check_kernel checks every gradient, because a single
 // unusable one stops the whole step. In it, a thread for each tensor also computes the coefficients of that tensor's
 // step. update_kernel then does the step and counts it. (A single kernel would have to wait between the two for all of
-// its own blocks. So it could have only as many blocks as fit the device at once, and it would need four times the
+// its own blocks. So it could have only as many blocks as are resident at once, and it would need four times the
 // registers of a check.)
 //
 // The kernels' parameters describe the tensors, so that a CUDA graph keeps them. They are lists of limited length (512
-// for AdamW and Lion), in which a tensor may take two places. The learning rate, the gradients' scale and the count of
+// for AdamW and Lion), in which a tensor may have two entries. The learning rate, the gradients' scale and the count of
 // steps change from step to step, so kernels read them from the device's memory.
 //
-// A warp takes a block of 256 elements at a time. There are two classes of blocks. The first are whole blocks of arrays
-// that vector loads can reach; the kernel is compiled for each of their dtypes. The second are all others: the end of a
-// tensor, and tensors that are unaligned, of mixed dtypes, or with fp32 moments. They follow in the same launch.
+// A warp takes a block of 256 elements at a time. There are two classes of blocks. The first are whole blocks of
+// aligned arrays, which vectors load; the kernel is compiled for each of their dtypes. The second are all others: the
+// end of a tensor, and tensors that are unaligned, of mixed dtypes, or with fp32 moments. They follow in the same
+// launch.
 #include <algorithm>
 #include <map>
 #include <vector>
@@ -114,10 +115,10 @@ template <class T, class Rule>
 void launch_update(UpdateArgs<Rule>& args, const Stream& stream) {
   constexpr int kThreads = kUpdateThreads<Rule>;
   constexpr std::int64_t kWarps = kThreads / kWarp;
-  // No more blocks than the device holds at once, so that each fills its tables only once. At least one, even if there
-  // is nothing to update, because it counts the step.
-  const std::int64_t most = kUpdateBlocks * num_sms(stream);
-  const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(args.list.blocks, kWarps), 1, most);
+  // No more blocks than are resident at once, so that each fills its tables only once. At least one, even if there is
+  // nothing to update, because it counts the step.
+  const std::int64_t max_blocks = kUpdateBlocks * num_sms(stream);
+  const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(args.list.blocks, kWarps), 1, max_blocks);
   launch<update_kernel<T, Rule>>({.blocks = blocks, .threads = kThreads, .smem_bytes = kTableBytes<Rule>}, stream,
                                  args);
   args.tensors_to_count = 0;
@@ -139,18 +140,18 @@ void check_gradients(const Pieces& pieces, const Optimizer8bitGroup* groups, con
                      const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
     CheckArgs args{.shared = shared, .groups = {}, .list = {}};
-    std::map<int, std::uint8_t> places;  // from a group's index to its place in args.groups
-    for (; next < pieces.size() && args.list.count < kMostChecks; ++next) {
+    std::map<int, std::uint8_t> slots;  // from a group's index to its index in args.groups
+    for (; next < pieces.size() && args.list.count < kMaxChecks; ++next) {
       const auto& [tensor, index] = pieces[next].part;
-      const auto [place, is_new] = places.try_emplace(tensor.group, static_cast<std::uint8_t>(places.size()));
-      if (place->second == kMostGroups) break;
-      if (is_new) args.groups[place->second] = groups[tensor.group];
+      const auto [slot, is_new] = slots.try_emplace(tensor.group, static_cast<std::uint8_t>(slots.size()));
+      if (slot->second == kMaxGroups) break;
+      if (is_new) args.groups[slot->second] = groups[tensor.group];
       args.list.add({.grad = tensor.grad,
                      .counter = tensor.step,
                      .tensor = static_cast<std::uint32_t>(index),
                      .last = last_of(tensor),
                      .dtype = static_cast<std::uint8_t>(tensor.grad_dtype),
-                     .group = place->second},
+                     .group = slot->second},
                     ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
     }
     args.list.end();
@@ -164,7 +165,7 @@ template <class T, class Rule>
 void update(const Pieces& pieces, UpdateArgs<Rule>& args, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
     args.list.count = args.list.whole_blocks = args.list.blocks = 0;
-    for (; next < pieces.size() && args.list.count < kMostUpdates<Rule>; ++next) {
+    for (; next < pieces.size() && args.list.count < kMaxUpdates<Rule>; ++next) {
       const auto& [tensor, index] = pieces[next].part;
       UpdateItem<Rule> item{.param = tensor.param,
                             .grad = tensor.grad,
@@ -213,13 +214,13 @@ void step(const Optimizer8bitArgs& args, const Stream& stream) {
                            .list = {}};
   paged.run([&](const std::vector<UpdatePart>& parts) {
     each_dtype([&]<class T>(DType dtype) {
-      const auto in_vectors = [](const Optimizer8bitTensor& t) {
-        bool found = t.absmax1 != nullptr && t.param_dtype == t.grad_dtype && is_vector_aligned(t.param) &&
-                     is_vector_aligned(t.grad);
-        for (int k = 0; k < Rule::kMoments; ++k) found &= is_vector_aligned(state_of(t, k));
-        return found;
+      const auto supports_vectors = [](const Optimizer8bitTensor& t) {
+        bool supported = t.absmax1 != nullptr && t.param_dtype == t.grad_dtype && is_vector_aligned(t.param) &&
+                         is_vector_aligned(t.grad);
+        for (int k = 0; k < Rule::kMoments; ++k) supported &= is_vector_aligned(state_of(t, k));
+        return supported;
       };
-      update<T, Rule>(pieces_of(parts, &Optimizer8bitTensor::param_dtype, dtype, in_vectors), updates, stream);
+      update<T, Rule>(pieces_of(parts, &Optimizer8bitTensor::param_dtype, dtype, supports_vectors), updates, stream);
     });
   });
   if (args.count == 0) launch_update<float, Rule>(updates, stream);  // even a step without tensors may be skipped

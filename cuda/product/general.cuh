@@ -8,6 +8,7 @@
 
 #include "device/elements.cuh"
 #include "device/simt.cuh"
+#include "runtime/launch.h"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -12,6 +12,8 @@
 #include "product/general.cuh"
 #include "product/groups.cuh"
 #include "product/sources.cuh"
+#include "runtime/launch.h"
+#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -14,6 +14,8 @@
 #include "product/config.h"
 #include "product/dropout.cuh"
 #include "product/groups.cuh"
+#include "runtime/launch.h"
+#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -1,7 +1,6 @@
-// dequantize: a thread decodes eight neighbours, which share a scale, by vector loads and stores. Double-quantized
-// scales are decoded on the way. Elements that vectors cannot reach are decoded one by one; in an array as it is
-// usually allocated these are at most the last seven. With a list of rows, as for an embedding, each row has its own
-// eights.
+// dequantize: a thread decodes eight contiguous elements, which share a scale, by vector loads and stores. Elements
+// that are not aligned are decoded one by one; in an array as it is usually allocated these are at most the last seven.
+// With a list of rows, as for an embedding, each row of the result is divided into vectors.
 #include "device/decode.cuh"
 #include "runtime/operations.h"
 
@@ -12,7 +11,7 @@ constexpr int kThreads = 256;
 
 struct Dequantize {
   DequantizeArgs args;
-  std::int64_t vector_elements;  // the first so many of the weight, or of each row, are decoded eight at a time
+  std::int64_t vector_elements;  // these first ones, of the weight or of each row, are decoded eight at a time
   WeightScales scales;
 };
 
@@ -65,8 +64,7 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
   if (args.elements() == 0) return;
   const bool by_rows = args.rows != nullptr, in_vectors = supports_vec8(w) && is_aligned(args.out, kVectorBytes);
   Dequantize d{.args = args, .vector_elements = 0, .scales = scales_of(w)};
-  if (in_vectors && by_rows)
-    d.vector_elements = w.K % kVecSize == 0 ? w.K : 0;  // else rows begin in the middle of an eight
+  if (in_vectors && by_rows) d.vector_elements = w.K % kVecSize == 0 ? w.K : 0;  // else rows begin within a vector
   if (in_vectors && !by_rows) d.vector_elements = w.elements() / kVecSize * kVecSize;
   LaunchShape shape =
       looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kVecSize), kThreads, stream);

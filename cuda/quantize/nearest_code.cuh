@@ -11,8 +11,8 @@ namespace qlora_native::QLN_CUDA {
 
 // Finds a code by counting the midpoints below an element. The count begins at the element's bucket (CodebookBuckets)
 // and goes on by binary search: one step if no two midpoints share a bucket, two for fp4, which has three in the bucket
-// around 0, and four if all midpoints share one. Each table that a warp looks up at once has at most 32 words, so two
-// lanes that use the same bank read the same word.
+// around 0, and four if all midpoints share one. Each of the arrays has at most 32 words, so that lookups are free of
+// bank conflicts: two lanes that use the same bank read the same word.
 class NearestCodes {
  public:
   struct alignas(CodebookBuckets::kCount) Table {
@@ -42,8 +42,8 @@ class NearestCodes {
           here += bucket_bits(midpoint[m]) == bucket;
         }
         start[i] = static_cast<std::uint8_t>(before * kBytes);
-        const auto most = static_cast<int>(max_of_warp(static_cast<std::uint32_t>(here)));
-        if (i == 0) step = most > 7 ? 8 : most > 3 ? 4 : most > 1 ? 2 : 1;
+        const auto max = static_cast<int>(max_of_warp(static_cast<std::uint32_t>(here)));
+        if (i == 0) step = max > 7 ? 8 : max > 3 ? 4 : max > 1 ? 2 : 1;
       }
       sync_threads();
     }
@@ -85,7 +85,7 @@ class NearestCodes {
   }
   __device__ __forceinline__ SharedAddress start_of(float t) const {
     const std::uint32_t bucket = static_cast<std::uint32_t>(bucket_bits(t)) % CodebookBuckets::kCount;
-    // The table begins at a multiple of kCount, so flipping bits adds.
+    // The table begins at a multiple of kCount, so XOR adds.
     return table_.at(load_shared<std::uint8_t>(table_.xor_swizzled(bucket)));
   }
 

@@ -1,6 +1,6 @@
-// quantize_absmax: the first kernel sums up for the mean, the second computes the codes. There are partial sums in
-// double, whose number does not depend on the device, so that every device has the same mean. A warp encodes a nested
-// block.
+// quantize_absmax: the first kernel makes partial sums for the mean, the second computes the codes. The partial sums
+// are doubles, and their number does not depend on the device, so that every device has the same mean. A warp encodes a
+// nested block.
 #include "common/codebook.h"
 #include "common/layout.h"
 #include "device/elements.cuh"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMostParts = 256;  // the number of partial sums: enough blocks to read at full speed
+constexpr int kMaxParts = 256;  // the number of partial sums: enough blocks to read at full speed
 constexpr std::int64_t kPartElements = 4096;
 
 __device__ double sum_of_lanes(double value) {
@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
-  static_assert(kThreads >= kMostParts && kThreads == 256);  // a thread for each part, and for each level
+  static_assert(kThreads >= kMaxParts && kThreads == 256);  // a thread for each part, and for each level
   const std::int64_t wanted = ceil_div(args.blocks, kPartElements);
-  const int parts = static_cast<int>(wanted < kMostParts ? wanted : kMostParts);
+  const int parts = static_cast<int>(wanted < kMaxParts ? wanted : kMaxParts);
   const Workspace sums(static_cast<std::size_t>(parts) * sizeof(double), stream);
   auto* const data = reinterpret_cast<double*>(sums.data());
   launch<partial_sums_kernel>({parts, kThreads, kWarps * sizeof(double)}, stream, args, data);

@@ -3,7 +3,6 @@
 #include "common/microscaling.h"
 #include "device/elements.cuh"
 #include "runtime/operations.h"
-#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {
@@ -17,13 +16,13 @@ __device__ std::uint32_t magnitude_bits(float value) { return std::bit_cast<std:
 // complement of the maximum.
 template <class T>
 __global__ void __launch_bounds__(kThreads) absmax_kernel(const QuantizeMicroscaledArgs args, std::uint64_t* absmax) {
-  std::uint32_t most = 0;
+  std::uint32_t max_bits = 0;
   for (std::int64_t e = block_index() * kThreads + thread_index(); e < args.elements; e += grid_blocks() * kThreads) {
     const std::uint32_t magnitude = magnitude_bits(to_f32(static_cast<const T*>(args.weight)[e]));
-    most = magnitude > most ? magnitude : most;
+    max_bits = magnitude > max_bits ? magnitude : max_bits;
   }
-  most = max_of_lanes(most, kWarp);
-  if (thread_index() % kWarp == 0) atomic_min(absmax, ~std::uint64_t{most});
+  max_bits = max_of_lanes(max_bits, kWarp);
+  if (thread_index() % kWarp == 0) atomic_min(absmax, ~std::uint64_t{max_bits});
 }
 
 template <class T, int kBlocksize>
@@ -40,18 +39,18 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t blocks = ceil_div(args.elements, kBlocksize);
   for (std::int64_t block = block_index() * kThreads + thread_index(); block < blocks;
        block += grid_blocks() * kThreads) {
-    const std::int64_t begin = block * kBlocksize, left = args.elements - begin;
+    const std::int64_t begin = block * kBlocksize, remaining = args.elements - begin;
     const T* const weight = static_cast<const T*>(args.weight) + begin;
     float w[kBlocksize];
-    std::uint32_t most = 0;
+    std::uint32_t max_bits = 0;
 #pragma unroll
     for (int i = 0; i < kBlocksize; ++i) {
-      w[i] = i < left ? to_f32(weight[i]) : 0.0f;
-      most = magnitude_bits(w[i]) > most ? magnitude_bits(w[i]) : most;
+      w[i] = i < remaining ? to_f32(weight[i]) : 0.0f;
+      max_bits = magnitude_bits(w[i]) > max_bits ? magnitude_bits(w[i]) : max_bits;
     }
-    if (most >= kInfinity) {  // no codes are written, because the caller throws
+    if (max_bits >= kInfinity) {  // no codes are written, because the caller throws
 #pragma unroll 1
-      for (int i = 0; i < kBlocksize && i < left; ++i) {
+      for (int i = 0; i < kBlocksize && i < remaining; ++i) {
         if (magnitude_bits(to_f32(weight[i])) < kInfinity) continue;
         atomic_add(reinterpret_cast<std::uint64_t*>(&args.non_finite->count), 1);
         atomic_min(reinterpret_cast<std::uint64_t*>(&args.non_finite->first), static_cast<std::uint64_t>(begin + i));
@@ -59,10 +58,10 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     std::uint8_t codes[kBlocksize / 2];
-    args.scales[block] = encode_block<kBlocksize>(w, std::bit_cast<float>(most), global_scale, codes);
+    args.scales[block] = encode_block<kBlocksize>(w, std::bit_cast<float>(max_bits), global_scale, codes);
 #pragma unroll
     for (int i = 0; i < kBlocksize / 2; ++i) {
-      if (2 * i < left) args.codes[begin / 2 + i] = codes[i];
+      if (2 * i < remaining) args.codes[begin / 2 + i] = codes[i];
     }
   }
 }

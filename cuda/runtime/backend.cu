@@ -1,7 +1,7 @@
 // The table of the backend, "cuda" or "cuda_emulated". Each operation runs while its stream's device is current.
 #include "backend.h"
 
-#include "device/simt.cuh"
+#include "runtime/device_tensors.h"
 #include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {

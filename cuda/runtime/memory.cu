@@ -4,8 +4,8 @@
 #include <map>
 #include <mutex>
 
-#include "device/simt.cuh"
 #include "runtime/capture.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda {
 namespace {

@@ -1,8 +1,10 @@
-// The operations in the backend's table (backend.cu), and the folder of each. Their arguments have been checked.
+// The operations in the backend's table (backend.cu), and the folder of each. Their arguments have been checked. What
+// their host code calls is included, too.
 #pragma once
 
 #include "backend.h"
-#include "device/simt.cuh"
+#include "runtime/launch.h"
+#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -2,7 +2,9 @@
 // one (runtime.h), else from the backend.
 #pragma once
 
+#include "device/simt.cuh"
 #include "hooks.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -42,9 +44,9 @@ __global__ void clear_kernel(T* at, std::int64_t count) {
   for (std::int64_t i = thread_index(); i < count; i += block_threads()) at[i] = T{};
 }
 
-// The flags and tickets that blocks of a call's kernels share. They begin as 0: by one memset before all of the
-// kernels; or, if the first kernel waits for the one before it where it takes its first ticket, by a kernel beside
-// which that one may begin (LaunchShape::programmatic_launch), so that its launch costs no time.
+// The flags and tickets that blocks of a call's kernels share. A memset before all of the kernels sets them to 0. Where
+// the first kernel calls griddepcontrol_wait() before it takes a ticket, a kernel does that instead, which the first
+// one may overlap (LaunchShape::programmatic_launch), so that its launch costs no time.
 class Counters {
  public:
   Counters(std::int64_t count, const Stream& stream, bool next_programmatic_launch = false)

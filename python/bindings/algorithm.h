@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "qlora_native/error.h"
+#include "common/checks.h"
 #include "qlora_native/optimizer.h"
 
 namespace qlora_native {

@@ -9,7 +9,7 @@
 namespace qlora_native {
 namespace {
 
-// A tensor [batch, heads, rows, head_dim] as heads. It is copied if the elements of a row are not neighbours, or rows
+// A tensor [batch, heads, rows, head_dim] as heads. It is copied if the elements of a row are not contiguous, or rows
 // overlap; `storage` keeps the copy.
 struct HeadsOfTensor {
   Tensor storage;

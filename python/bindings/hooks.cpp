@@ -67,22 +67,22 @@ void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
   const auto matrix = [&](const auto& m) {
     return tensor_over(m.data, m.dtype, {m.rows, m.cols}, {m.stride, 1}, device);
   };
-  const auto row_stride = args.transpose_w ? stride : 1, col_stride = args.transpose_w ? 1 : stride;
-  const Tensor left = matrix(args.x), out = matrix(args.out);
+  const auto w_row_stride = args.transpose_w ? stride : 1, w_col_stride = args.transpose_w ? 1 : stride;
+  const Tensor x = matrix(args.x), out = matrix(args.out);
   const auto expect_success = [&](AOTITorchError error) {
     if (error == TORCH_SUCCESS) return;
     throw Unavailable("torch's product [" + std::to_string(args.x.rows) + ", " + std::to_string(inner) + "] . [" +
                       std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
   };
   if (args.accumulate) {
-    const Tensor right = tensor_over(args.w.data, args.w.dtype, {inner, cols}, {col_stride, row_stride}, device);
-    return expect_success(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+    const Tensor w = tensor_over(args.w.data, args.w.dtype, {inner, cols}, {w_col_stride, w_row_stride}, device);
+    return expect_success(aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), w.get(), 1.0, 1.0));
   }
-  const Tensor weight = tensor_over(args.w.data, args.w.dtype, {cols, inner}, {row_stride, col_stride}, device);
+  const Tensor weight = tensor_over(args.w.data, args.w.dtype, {cols, inner}, {w_row_stride, w_col_stride}, device);
   OptionalTensor bias;
   if (args.bias != nullptr) bias = tensor_over(args.bias, args.out.dtype, {cols}, {1}, device);
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(left), from(weight), from(bias), from(out)};
+  std::array<StableIValue, 4> stack{from(x), from(weight), from(bias), from(out)};
   expect_success(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference to `out` and releases it
 }

@@ -6,7 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "qlora_native/qlora_native.h"
+#include "common/layout.h"
+#include "qlora_native/linear.h"
+#include "qlora_native/quantize.h"
 #include "rows.h"
 #include "tensors.h"
 
@@ -16,11 +18,10 @@ void install_torch_hooks();  // hooks.cpp
 
 namespace {
 
-constexpr int kNestedBlocksize = 256;
-
 // ---- tensors to views ----------------------------------------------------------------------------------------------
 
-// The arguments that describe a quantized weight, in the order of the schemas.
+// The arguments that describe a quantized weight, in the order of the schemas (QLN_WEIGHT). Each op spells them again,
+// because TORCH_BOX unpacks torch's stack by the types of a function's parameters.
 struct WeightTensors {
   Tensor codes, absmax;
   OptionalTensor nested_absmax, nested_code, offset, code;
@@ -30,8 +31,8 @@ struct WeightTensors {
 
 QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
-  check(w.bits == 4 || w.bits == 8, "bits", "4 or 8", w.bits);
-  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 16 ... 4096", w.blocksize);
+  check_bits(w.bits, "bits");
+  check_blocksize(w.blocksize, kMinBlocksize, "blocksize");
   check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", w.N);
   check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", w.K);
   check(w.count >= 1 && w.count < kLimit / w.N, "weights", "at least 1, and N * weights below 2^31", w.count);
@@ -42,8 +43,7 @@ QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   view.count = w.count;
   view.bits = static_cast<int>(w.bits);
   view.blocksize = static_cast<int>(w.blocksize);
-  view.nested_blocksize = kNestedBlocksize;
-  const std::int64_t bytes = w.bits == 8 ? view.elements() : (view.elements() + 1) / 2;
+  const std::int64_t bytes = bytes_of_codes(view.elements(), view.bits);
   const auto f32 = [&](const OptionalTensor& tensor, std::int64_t numel, const char* argument) {
     check(tensor.has_value(), argument, "a tensor", "None");
     return static_cast<const float*>(data_of(*tensor, ScalarType::Float, numel, like, argument));
@@ -52,8 +52,7 @@ QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   const ScalarType absmax_type = w.nested_absmax ? ScalarType::Byte : ScalarType::Float;
   view.absmax = data_of(w.absmax, absmax_type, view.blocks(), like, "absmax");
   if (w.nested_absmax) {
-    const std::int64_t nested_blocks = (view.blocks() + kNestedBlocksize - 1) / kNestedBlocksize;
-    view.nested_absmax = f32(w.nested_absmax, nested_blocks, "nested_absmax");
+    view.nested_absmax = f32(w.nested_absmax, ceil_div(view.blocks(), view.nested_blocksize), "nested_absmax");
     view.nested_code = f32(w.nested_code, 256, "nested_code");
     view.offset = f32(w.offset, 1, "offset");
   }
@@ -123,12 +122,11 @@ std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& r
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax, const Tensor& nested_code) {
   const std::int64_t blocks = absmax.numel();
   Tensor codes = new_tensor(absmax, {blocks}, ScalarType::Byte);
-  Tensor nested_absmax = new_tensor(absmax, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
+  Tensor nested_absmax = new_tensor(absmax, {ceil_div(blocks, kNestedBlocksize)}, ScalarType::Float);
   Tensor offset = torch::stable::new_zeros(absmax, {}, ScalarType::Float);
   QuantizeAbsmaxArgs args;
   args.absmax = static_cast<const float*>(data_of(absmax, ScalarType::Float, blocks, absmax, "absmax"));
   args.blocks = blocks;
-  args.nested_blocksize = kNestedBlocksize;
   args.nested_code = static_cast<const float*>(data_of(nested_code, ScalarType::Float, 256, absmax, "nested_code"));
   args.codes = static_cast<std::uint8_t*>(codes.data_ptr());
   args.nested_absmax = static_cast<float*>(nested_absmax.data_ptr());
@@ -140,16 +138,14 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& weight, const OptionalTensor& code,
                                                                const OptionalTensor& nested_code, std::int64_t bits,
                                                                std::int64_t blocksize) {
-  check(bits == 4 || bits == 8, "bits", "4 or 8", bits);
-  check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", blocksize);
+  check_bits(bits, "bits");
+  check_blocksize(blocksize, kMinQuantizeBlocksize, "blocksize");
   check_memory(weight, "weight");
   const Tensor source = torch::stable::contiguous(weight);
   const Stream stream = stream_of(weight);
   const std::int64_t elements = source.numel();
-  const std::int64_t blocks = (elements + blocksize - 1) / blocksize;
-
-  Tensor codes = new_tensor(weight, {bits == 8 ? elements : (elements + 1) / 2}, ScalarType::Byte);
-  Tensor absmax = new_tensor(weight, {blocks}, ScalarType::Float);
+  Tensor codes = new_tensor(weight, {bytes_of_codes(elements, static_cast<int>(bits))}, ScalarType::Byte);
+  Tensor absmax = new_tensor(weight, {ceil_div(elements, blocksize)}, ScalarType::Float);
   Tensor non_finite = new_tensor(weight, {2}, ScalarType::Long);
   static_assert(sizeof(NonFinite) == 2 * sizeof(std::int64_t));
   QuantizeArgs args;
@@ -176,12 +172,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_microscaled_op(const Tensor& weight, std::int64_t blocksize) {
-  check(blocksize == 16 || blocksize == 32, "blocksize", "32, which is MXFP4's, or 16, which is NVFP4's", blocksize);
+  check_microscaled_blocksize(blocksize, "blocksize");
   check_memory(weight, "weight");
   const Tensor source = torch::stable::contiguous(weight);
   const std::int64_t elements = source.numel();
-  Tensor codes = new_tensor(weight, {(elements + 1) / 2}, ScalarType::Byte);
-  Tensor scales = new_tensor(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Byte);
+  Tensor codes = new_tensor(weight, {bytes_of_codes(elements, 4)}, ScalarType::Byte);
+  Tensor scales = new_tensor(weight, {ceil_div(elements, blocksize)}, ScalarType::Byte);
   Tensor nested_code = new_tensor(weight, {256}, ScalarType::Float);
   Tensor non_finite = new_tensor(weight, {2}, ScalarType::Long);
   QuantizeMicroscaledArgs args;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "algorithm.h"
+#include "common/layout.h"
 #include "common/optimizer.h"
 #include "tensors.h"
 
@@ -35,8 +36,8 @@ std::vector<int> groups_of(const std::vector<std::int64_t>& group_sizes, std::si
 }
 
 // Walks through a list of state tensors, one parameter after the other. A tensor belongs to one parameter, or is flat
-// and belongs to several in turn. In a flat one each parameter has whole blocks of kOptimizer8bitBlocksize elements, at
-// least one.
+// and belongs to several, one after another. In a flat one each parameter has whole blocks of kOptimizer8bitBlocksize
+// elements, at least one.
 class StateCursor {
  public:
   StateCursor(const Tensors& tensors, const char* list, const Tensor& like)
@@ -174,7 +175,7 @@ void optimizer_8bit_step_op(StringHandle algorithm_name, const Tensors& params, 
     const auto name = [&](const char* list) { return ListItem{list, static_cast<std::int64_t>(i)}; };
     const ScalarType param_type = params[i].scalar_type(), grad_type = grads[i].scalar_type();
     const std::int64_t elements = params[i].numel();
-    const std::int64_t blocks = (elements + kOptimizer8bitBlocksize - 1) / kOptimizer8bitBlocksize;
+    const std::int64_t blocks = ceil_div(elements, kOptimizer8bitBlocksize);
     tensor.elements = elements;
     tensor.group = group_of[i];
     tensor.param_dtype = dtype_of(param_type, name("params"));

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "algorithm.h"
+#include "common/layout.h"
 
 namespace py = pybind11;
 
@@ -75,7 +76,7 @@ std::vector<py::capsule> arrays(const Paged& paged, std::size_t index) {
   Optimizer8bitTensor tensor;
   paged.arena->place(index, tensor);
   std::vector<py::capsule> found;
-  const std::int64_t blocks = (state.elements + kOptimizer8bitBlocksize - 1) / kOptimizer8bitBlocksize;
+  const std::int64_t blocks = ceil_div(state.elements, kOptimizer8bitBlocksize);
   const int moments_in_state1 = tensor.state3 != nullptr ? 2 : 1;
   found.push_back(array(paged, tensor.state1, state.in_8_bits ? kByte : kFloat, moments_in_state1 * state.elements));
   if (tensor.state2 != nullptr) {

@@ -56,12 +56,12 @@ inline Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argumen
 }
 
 // The first touch of a fresh page costs more than what is written to it: decoding into 32 MB that the allocator has
-// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
-// results do, as numpy's arrays, from the same size on.
-inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
+// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB on request, so results
+// request them, as numpy's arrays do, from the same size on.
+inline void request_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr std::int64_t kLeastBytes = 4 << 20;
-  if (bytes < kLeastBytes || !tensor.is_cpu()) return;
+  constexpr std::int64_t kMinBytes = 4 << 20;
+  if (bytes < kMinBytes || !tensor.is_cpu()) return;
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
   const std::uintptr_t first = (begin + page - 1) / page * page, end = begin + static_cast<std::uintptr_t>(bytes);
@@ -71,7 +71,7 @@ inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_un
 
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   Tensor tensor = torch::stable::new_empty(like, sizes, type);
-  ask_for_huge_pages(tensor, tensor.numel() * static_cast<std::int64_t>(tensor.element_size()));
+  request_huge_pages(tensor, tensor.numel() * static_cast<std::int64_t>(tensor.element_size()));
   return tensor;
 }
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "qlora_native/error.h"
+#include "common/checks.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

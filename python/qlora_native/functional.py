@@ -5,8 +5,9 @@ Also what a language model computes around its products: attention, gated activa
 
 from ._core.attention import attention
 from ._core.elementwise import gated_activation, rms_norm
-from ._core.linear import dequantize, embedding, linear, linear_grouped, quantize
+from ._core.linear import linear, linear_grouped
 from ._core.loss import linear_cross_entropy
+from ._core.quantize import dequantize, embedding, quantize
 from ._core.rotary import rotary_embedding
 
 __all__ = [

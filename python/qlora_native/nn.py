@@ -5,7 +5,8 @@
 
 from ._layers.embedding import Embedding4bit
 from ._layers.experts import Experts4bit
-from ._layers.linear import Linear4bit, quantize_model
+from ._layers.linear import Linear4bit, Linear8bit
+from ._layers.quantize_model import quantize_model
 from ._layers.sizes import SizeReport, size_report
 
-__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
+__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "Linear8bit", "SizeReport", "quantize_model", "size_report"]

@@ -42,7 +42,7 @@ class AdamW8bit(Optimizer8bit):
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
         bitsandbytes_arguments: further arguments of bitsandbytes' optimizers (amsgrad, optim_bits, args, is_paged, and
-            in older versions block_wise and percentile_clipping). Only values that ask for what this optimizer does are
+            in older versions block_wise and percentile_clipping). Only values with which it does what this one does are
             accepted.
 
     Raises:
@@ -113,7 +113,7 @@ class Lion8bit(Optimizer8bit):
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep an fp32 moment. Applies when a parameter is first stepped.
         bitsandbytes_arguments: further arguments of bitsandbytes' Lion8bit (args, is_paged, and in older versions
-            block_wise and percentile_clipping). Only values that ask for what this optimizer does are accepted.
+            block_wise and percentile_clipping). Only values with which it does what this one does are accepted.
 
     Raises:
         TypeError, ValueError: as in AdamW8bit.

@@ -1,8 +1,8 @@
 """Is a computed product right? A bound and a yardstick that follow from the operands, for the tests and for your own.
 
 An element y[m,n] is the sum of K products x[m,k] * w[n,k], taken in fp32 and rounded once to a dtype with unit roundoff
-u. Neither check below asks what another library makes of the same operands: each machine has another library, and it
-may round more or less than ours.
+u. Neither check below depends on what another library makes of the same operands: each machine has another library,
+and it may round more or less than ours.
 
 **The bound: how far off may one element be?** In whatever order a sum is taken, it is a binary tree, and each node
 rounds a partial sum T_i. To first order the error is
@@ -96,13 +96,13 @@ def chain_length(terms: int, dtype: torch.dtype) -> int:
 
 
 def product_tolerance(
-    left: Tensor, right: Tensor, expected: Tensor, dtype: torch.dtype, chain: int | None = None
+    x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype, chain: int | None = None
 ) -> Tensor:
-    """The error that each element of left . right^T may have.
+    """The error that each element of x . weight^T may have.
 
     Args:
-        left: [M, K] the operands as they were multiplied.
-        right: [N, K] likewise.
+        x: [M, K] the operands as they were multiplied.
+        weight: [N, K] likewise.
         expected: [M, N] the product in float64.
         dtype: of the activations and of the result.
         chain: the largest number of additions that a term goes through, by default `chain_length`. K is right for any
@@ -111,9 +111,9 @@ def product_tolerance(
     Returns:
         [M, N] in float64, with room for the smallest number that `dtype` (and fp32) holds.
     """
-    left, right = left.double(), right.double()
-    norms = left.norm(dim=1, keepdim=True) * right.norm(dim=1)
-    levels = chain_length(left.shape[1], dtype) if chain is None else chain
+    x, weight = x.double(), weight.double()
+    norms = x.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+    levels = chain_length(x.shape[1], dtype) if chain is None else chain
     sums = SUM_FACTOR * levels**0.5 * unit_roundoff(torch.float32) * norms
     return unit_roundoff(dtype) * expected.abs() + sums + torch.finfo(dtype).smallest_normal
 
@@ -142,40 +142,36 @@ def assert_close_by_norm(name: str, actual: Tensor, expected: Tensor, tolerance:
         )
 
 
-def blocked_product(left: Tensor, right: Tensor, block: int = BLOCK) -> Tensor:
-    """left . right^T by fused multiply-adds in fp32, in blocks of the inner dimension: the same bits on every machine.
+def blocked_product(x: Tensor, weight: Tensor, block: int = BLOCK) -> Tensor:
+    """x . weight^T by fused multiply-adds in fp32, in blocks of the inner dimension: the same bits on every machine.
 
     It is slow, so give it a sample of the rows of both.
 
     Args:
-        left: [M, K] in fp32, bf16 or fp16.
-        right: [N, K] likewise.
+        x: [M, K] in fp32, bf16 or fp16.
+        weight: [N, K] likewise.
         block: terms that are added up one by one, starting from zero. With K the sum is one chain.
 
     Returns:
-        [M, N] in fp32, on the device of `left`.
+        [M, N] in fp32, on the device of `x`.
     """
-    (M, K), N = left.shape, len(right)
+    (M, K), N = x.shape, len(weight)
     block = max(1, min(block, K))
     blocks = -(-K // block)
     padding = (0, blocks * block - K)  # adding a zero rounds nothing
-    left, right = (torch.nn.functional.pad(t.double(), padding).view(len(t), blocks, block) for t in (left, right))
-    sums = torch.zeros(blocks, M, N, device=left.device)
-    for x, w in zip(left.permute(2, 1, 0), right.permute(2, 1, 0), strict=True):
+    x, weight = (torch.nn.functional.pad(t.double(), padding).view(len(t), blocks, block) for t in (x, weight))
+    partial_sums = torch.zeros(blocks, M, N, device=x.device)
+    for x_k, w_k in zip(x.permute(2, 1, 0), weight.permute(2, 1, 0), strict=True):
         # In float64 the product of two fp32 is exact, and the sum's first rounding there almost never shows.
-        sums = (sums + x[:, :, None] * w[:, None, :]).float()
-    total = torch.zeros(M, N, device=left.device)
-    for partial in sums:
+        partial_sums = (partial_sums + x_k[:, :, None] * w_k[:, None, :]).float()
+    total = torch.zeros(M, N, device=x.device)
+    for partial in partial_sums:
         total = total + partial
     return total
 
 
 def assert_error_ratio(
-    name: str,
-    errors: Sequence[float],
-    yardsticks: Sequence[float],
-    elements: int,
-    ratio: float = ERROR_RATIO,
+    name: str, errors: Sequence[float], yardsticks: Sequence[float], elements: int, ratio: float = ERROR_RATIO
 ) -> None:
     """Raise AssertionError if the median of errors / yardsticks exceeds `ratio` by more than chance explains.
 

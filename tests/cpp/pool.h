@@ -1,4 +1,4 @@
-// A thread pool for tests, with the number of threads that a test asks for.
+// A thread pool for tests, with a number of threads that a test chooses.
 #pragma once
 
 #include <cstdint>

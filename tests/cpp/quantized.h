@@ -34,7 +34,7 @@ class Quantized {
     absmax.resize(static_cast<std::size_t>(blocks));
     if (format.microscaled || double_quant) {
       absmax_codes.resize(absmax.size());
-      nested_absmax.assign((absmax.size() + 255) / 256, 1.0f);
+      nested_absmax.assign((absmax.size() + qlora_native::kNestedBlocksize - 1) / qlora_native::kNestedBlocksize, 1.0f);
       nested_code.resize(256);
     }
     if (format.microscaled) {

@@ -1,5 +1,5 @@
-// Guards CodeTable, by which the CUDA kernels quantize an optimizer's moments: the codes agree with the midpoints of the
-// map, for every float from half of the level nearest to 0 up to a rounding error beyond 1.
+// Guards CodeTable, by which the CUDA kernels quantize an optimizer's moments: the codes agree with the midpoints of
+// the map, for every float from half of the level nearest to 0 up to a rounding error beyond 1.
 #include <cmath>
 #include <cstdio>
 

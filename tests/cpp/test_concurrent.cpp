@@ -1,7 +1,7 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
-// (cuda/emulator/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
-// results have the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1
-// on a failure.
+// (cuda/emulator/fibers.h). Several blocks make partial sums of a tile (stream-K), and a kernel passes a workspace to
+// the next: the results have the same bits as when one block runs after the other. To be run with
+// QLN_BACKEND=cuda_emulated; exits 1 on a failure.
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -14,15 +14,12 @@
 
 #include "backend.h"
 #include "common/codebook.h"
-#include "common/float16.h"
 #include "common/layout.h"
 #include "expect.h"
 #include "product/config.h"
 #include "qlora_native/qlora_native.h"
 #include "quantized.h"
-
-namespace qn = qlora_native;
-using qn::DType;
+#include "tensor.h"
 
 namespace {
 
@@ -32,6 +29,8 @@ void append(Bytes& all, const void* data, std::size_t bytes) {
   const auto* const begin = static_cast<const std::uint8_t*>(data);
   all.insert(all.end(), begin, begin + bytes);
 }
+
+void append(Bytes& all, const Tensor& tensor) { append(all, tensor.bytes().data(), tensor.bytes().size()); }
 
 // Whether `run` gives the same result under each order.
 template <class Name>
@@ -48,47 +47,6 @@ bool has_the_same_bits(const std::function<Bytes()>& run, const Name& name) {
   unsetenv("QLN_SCHEDULE");
   return same;
 }
-
-struct Random {
-  std::uint64_t state = 1;
-  float next() {  // in [-1, 1)
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
-  }
-};
-
-// A matrix without gaps, in memory that is aligned for vectors.
-class Tensor {
- public:
-  Tensor(DType dtype, std::int64_t rows, std::int64_t cols)
-      : dtype_(dtype), rows_(rows), cols_(cols), words_((bytes() + sizeof(Word) - 1) / sizeof(Word)) {}
-  Tensor& fill(Random& random, float scale) {
-    for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
-      const float value = scale * random.next();
-      if (dtype_ == DType::f32) {
-        reinterpret_cast<float*>(data())[i] = value;
-      } else {
-        reinterpret_cast<std::uint16_t*>(data())[i] =
-            dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value);
-      }
-    }
-    return *this;
-  }
-  std::byte* data() { return words_.data()->bytes; }
-  const std::byte* data() const { return words_.data()->bytes; }
-  qn::ConstMatrix in() const { return {data(), dtype_, rows_, cols_, cols_}; }
-  qn::Matrix out() { return {data(), dtype_, rows_, cols_, cols_}; }
-  void append_to(Bytes& all) const { append(all, data(), bytes()); }
-
- private:
-  struct alignas(64) Word {
-    std::byte bytes[64];
-  };
-  std::size_t bytes() const { return static_cast<std::size_t>(rows_ * cols_) * qn::size_of(dtype_); }
-  DType dtype_;
-  std::int64_t rows_, cols_;
-  std::vector<Word> words_;
-};
 
 // ---- products ----
 
@@ -115,7 +73,7 @@ Bytes results(const Case& c) {
   const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank;
   const DType dtype = c.dtype;
   const std::vector<std::int64_t> offsets = c.groups > 0 ? c.offsets() : std::vector<std::int64_t>();
-  Random random;
+  Random random(1);
   Tensor weight(DType::f32, c.weights() * N, K), x(dtype, M, K), dy(dtype, M, N), bias(dtype, c.weights(), N),
       a(DType::f32, c.adapters() * rank, K), b(DType::f32, c.adapters() * N, rank);
   for (Tensor* tensor : {&weight, &x, &dy, &bias, &a, &b}) tensor->fill(random, 1.0f);
@@ -136,8 +94,8 @@ Bytes results(const Case& c) {
   qn::linear_forward({.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out()});
   qn::linear_backward_input({.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out()});
   Bytes all;
-  y.append_to(all);
-  dx.append_to(all);
+  append(all, y);
+  append(all, dx);
   qn::linear_forward(
       {.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out(), .u = u.out()});
   qn::linear_backward_input(
@@ -153,14 +111,13 @@ Bytes results(const Case& c) {
   for (const auto* codes : {&quantized.codes, &quantized.absmax_codes}) append(all, codes->data(), codes->size());
   append(all, quantized.nested_absmax.data(), quantized.nested_absmax.size() * sizeof(float));
   append(all, &quantized.offset, sizeof(float));
-  for (const Tensor* tensor : {&y, &u, &dx, &v, &da, &db}) tensor->append_to(all);
+  for (const Tensor* tensor : {&y, &u, &dx, &v, &da, &db}) append(all, *tensor);
   return all;
 }
 
-// The cases are: few rows; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
-// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which
-// several blocks share through a workspace. Then come the same for rows in groups, with their own weights or only with
-// their own adapters.
+// The cases are: M = 4; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
+// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which are
+// split-K products. The same follows for rows in groups that have each a weight and an adapter, or only an adapter.
 constexpr Case kCases[] = {
     {4, 200, 704, DType::bf16, 16},
     {12, 200, 704, DType::bf16, 70},
@@ -189,8 +146,8 @@ void products_have_the_same_bits() {
   }
 }
 
-// Without shared tiles the cases would not test the flags.
-void several_blocks_share_a_tile() {
+// Otherwise the cases would not test the flags.
+void several_blocks_compute_a_tile() {
   for (const Case& each : kCases) {
     if (each.dtype == DType::f32 || each.M / each.weights() <= qn::kGemvRows) continue;
     qn::ProductShape shape{.rows = each.M,
@@ -226,7 +183,7 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
   std::vector<Tensor> tensors;  // for each size: the parameter, its gradient, three of codes, three of absmax
   std::vector<std::int64_t> steps(sizes.size());
   std::vector<qn::Optimizer8bitTensor> views;
-  Random random;
+  Random random(1);
   for (const std::int64_t elements : sizes) {
     const DType dtype = elements == kInBf16 ? DType::bf16 : DType::f32;
     for (int i = 0; i < 2; ++i) tensors.push_back(Tensor(dtype, 1, elements).fill(random, 1.0f));
@@ -234,7 +191,10 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
       tensors.emplace_back(DType::f16, 1, (elements + 1) / 2);
       std::memset(tensors.back().data(), i == 1 ? 0 : 127, static_cast<std::size_t>(elements));
     }
-    for (int i = 0; i < 3; ++i) tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
+    for (int i = 0; i < 3; ++i) {
+      tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
+      std::memset(tensors.back().data(), 0, tensors.back().bytes().size());
+    }
   }
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     Tensor* const its = &tensors[8 * i];
@@ -246,16 +206,16 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
                      .state1 = its[2].data(),
                      .state2 = its[3].data(),
                      .state3 = its[4].data(),
-                     .absmax1 = reinterpret_cast<float*>(its[5].data()),
-                     .absmax2 = reinterpret_cast<float*>(its[6].data()),
-                     .absmax3 = reinterpret_cast<float*>(its[7].data()),
+                     .absmax1 = static_cast<float*>(its[5].data()),
+                     .absmax2 = static_cast<float*>(its[6].data()),
+                     .absmax3 = static_cast<float*>(its[7].data()),
                      .step = &steps[i]});
   }
   const qn::Optimizer8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
   std::int64_t skipped = 0;
   for (int step = 0; step < 3; ++step) {
-    auto& last_grad = reinterpret_cast<float*>(tensors[tensors.size() - 7].data())[sizes.back() - 1];
-    const float kept = last_grad;
+    auto& last_grad = static_cast<float*>(tensors[tensors.size() - 7].data())[sizes.back() - 1];
+    const float saved = last_grad;
     if (step == 1) last_grad = 1e30f;
     qn::optimizer_8bit_step({.tensors = views.data(),
                              .count = static_cast<std::int64_t>(views.size()),
@@ -263,11 +223,11 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
                              .group_count = 1,
                              .skipped = &skipped,
                              .algorithm = algorithm});
-    last_grad = kept;
+    last_grad = saved;
     EXPECT(skipped == (step == 0 ? 0 : 1));
   }
   Bytes all;
-  for (const Tensor& tensor : tensors) tensor.append_to(all);
+  for (const Tensor& tensor : tensors) append(all, tensor);
   for (const std::int64_t step : steps) EXPECT(step == 2);
   return all;
 }
@@ -296,7 +256,7 @@ void learning_rate_that_is_no_number_skips_the_step() {
 }  // namespace
 
 int main() {
-  several_blocks_share_a_tile();
+  several_blocks_compute_a_tile();
   products_have_the_same_bits();
   optimizer_has_the_same_bits();
   learning_rate_that_is_no_number_skips_the_step();

@@ -579,7 +579,7 @@ std::vector<Case> cases() {
                        .bias = true,
                        .rank = format == 0 ? 16 : 0,
                        .dropout = 0.125f});
-    // More panels of few rows than go into one total.
+    // More panels, at few rows, than go into one total.
     all.push_back({.M = 8, .N = 1700, .K = 70, .dtype = dtype});
   }
   // More rows of X, and more ranks of U, than are packed at once.

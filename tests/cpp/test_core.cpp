@@ -192,8 +192,8 @@ void large_output_has_the_bits_of_a_small_one() {
     std::size_t space = memory.size();
     EXPECT(std::align(64, bytes, aligned, space) != nullptr);
     char* const shifted = static_cast<char*>(aligned) + bytes + size;
-    EXPECT(qn::written_past_caches(aligned, bytes) && !qn::written_past_caches(shifted, bytes));
-    EXPECT(!qn::written_past_caches(aligned, qn::stream_bytes(qn::caches()) - 1));
+    EXPECT(qn::wants_streaming_stores(aligned, bytes) && !qn::wants_streaming_stores(shifted, bytes));
+    EXPECT(!qn::wants_streaming_stores(aligned, qn::stream_bytes(qn::caches()) - 1));
     qn::dequantize({.weight = view, .dtype = dtype, .out = aligned});
     qn::dequantize({.weight = view, .dtype = dtype, .out = shifted});
     EXPECT(std::memcmp(aligned, shifted, bytes) == 0);
@@ -504,8 +504,8 @@ struct Optimizer {
   std::vector<std::uint8_t> codes1 = std::vector<std::uint8_t>(300), codes2 = codes1;
   std::vector<float> m = std::vector<float>(70), v = m;
   std::int64_t steps[2] = {0, 0}, skipped = 0;
-  qn::AdamW8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
-  qn::AdamW8bitTensor tensors[2];
+  qn::Optimizer8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
+  qn::Optimizer8bitTensor tensors[2];
 
   Optimizer() {
     Random random;
@@ -522,7 +522,7 @@ struct Optimizer {
                     .step = &steps[i]};
     }
   }
-  qn::AdamW8bitArgs args() {
+  qn::Optimizer8bitArgs args() {
     return {.tensors = tensors, .count = 2, .groups = &group, .group_count = 1, .skipped = &skipped};
   }
 };
@@ -530,7 +530,7 @@ struct Optimizer {
 void adamw_steps_or_skips_as_a_whole() {
   Optimizer optimizer;
   const std::vector<float> before[2] = {optimizer.params[0], optimizer.params[1]};
-  qn::adamw_8bit_step(optimizer.args());
+  qn::optimizer_8bit_step(optimizer.args());
   // The first step moves by lr against the sign of the gradient, because with bias corrections m / sqrt(v) is +-1.
   double worst = 0.0;
   for (int i = 0; i < 2; ++i) {
@@ -546,18 +546,18 @@ void adamw_steps_or_skips_as_a_whole() {
   const std::vector<float> after = optimizer.params[0];
   for (float bad : {NAN, INFINITY, -INFINITY, 2e19f}) {
     optimizer.grads[1].back() = bad;
-    qn::adamw_8bit_step(optimizer.args());
+    qn::optimizer_8bit_step(optimizer.args());
   }
   optimizer.grads[1].back() = 0.5f;
   const float found_inf = 1.0f;
-  qn::AdamW8bitArgs args = optimizer.args();
+  qn::Optimizer8bitArgs args = optimizer.args();
   args.found_inf = &found_inf;
-  qn::adamw_8bit_step(args);
+  qn::optimizer_8bit_step(args);
   EXPECT(optimizer.skipped == 5 && optimizer.steps[0] == 1 && same_bits(optimizer.params[0], after));
 
   Optimizer large;
   large.grads[1].back() = 0x1.fffffep63f;  // the largest gradient that is usable
-  qn::adamw_8bit_step(large.args());
+  qn::optimizer_8bit_step(large.args());
   EXPECT(large.skipped == 0 && large.steps[0] == 1);
 
   // A learning rate in memory replaces the one in the group. It is read anew in each step.
@@ -566,38 +566,38 @@ void adamw_steps_or_skips_as_a_whole() {
   given.group.lr = double{lr};
   read.group.device_lr = &lr;
   for (int i = 0; i < 2; ++i) {
-    qn::adamw_8bit_step(given.args());
-    qn::adamw_8bit_step(read.args());
+    qn::optimizer_8bit_step(given.args());
+    qn::optimizer_8bit_step(read.args());
     EXPECT(same_bits(given.params[0], read.params[0]) && same_bits(given.params[1], read.params[1]));
     given.group.lr = double{lr = 0.003f};
   }
 
-  using Change = std::function<void(Optimizer&, qn::AdamW8bitArgs&)>;
+  using Change = std::function<void(Optimizer&, qn::Optimizer8bitArgs&)>;
   const auto refused = [](const std::string& argument, const Change& change) {
     expect_error(argument, [&change] {
       Optimizer damaged;
-      qn::AdamW8bitArgs args = damaged.args();
+      qn::Optimizer8bitArgs args = damaged.args();
       change(damaged, args);
-      qn::adamw_8bit_step(args);
+      qn::optimizer_8bit_step(args);
     });
   };
-  refused("count", [](Optimizer&, qn::AdamW8bitArgs& args) { args.count = -1; });
-  refused("tensors", [](Optimizer&, qn::AdamW8bitArgs& args) { args.tensors = nullptr; });
-  refused("groups", [](Optimizer&, qn::AdamW8bitArgs& args) { args.groups = nullptr; });
-  refused("skipped", [](Optimizer&, qn::AdamW8bitArgs& args) { args.skipped = nullptr; });
-  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = -1e-3; });
-  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = NAN; });
+  refused("count", [](Optimizer&, qn::Optimizer8bitArgs& args) { args.count = -1; });
+  refused("tensors", [](Optimizer&, qn::Optimizer8bitArgs& args) { args.tensors = nullptr; });
+  refused("groups", [](Optimizer&, qn::Optimizer8bitArgs& args) { args.groups = nullptr; });
+  refused("skipped", [](Optimizer&, qn::Optimizer8bitArgs& args) { args.skipped = nullptr; });
+  refused("groups[0].lr", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.lr = -1e-3; });
+  refused("groups[0].lr", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.lr = NAN; });
   static constexpr float kBelow = -1e-3f;
-  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.device_lr = &kBelow; });
-  refused("groups[0].beta1", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta1 = 1.0; });
-  refused("groups[0].beta2", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta2 = -0.1; });
-  refused("groups[0].eps", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.eps = INFINITY; });
-  refused("groups[0].weight_decay", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.weight_decay = -1.0; });
-  refused("tensors[1].group", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[1].group = 1; });
-  refused("tensors[1].grad", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[1].grad = nullptr; });
-  refused("tensors[0].absmax2", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].absmax2 = nullptr; });
-  refused("tensors[0].step", [](Optimizer& o, qn::AdamW8bitArgs&) { o.steps[0] = -1; });
-  refused("tensors[0].elements", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].elements = -1; });
+  refused("groups[0].lr", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.device_lr = &kBelow; });
+  refused("groups[0].beta1", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.beta1 = 1.0; });
+  refused("groups[0].beta2", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.beta2 = -0.1; });
+  refused("groups[0].eps", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.eps = INFINITY; });
+  refused("groups[0].weight_decay", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.weight_decay = -1.0; });
+  refused("tensors[1].group", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[1].group = 1; });
+  refused("tensors[1].grad", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[1].grad = nullptr; });
+  refused("tensors[0].absmax2", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[0].absmax2 = nullptr; });
+  refused("tensors[0].step", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.steps[0] = -1; });
+  refused("tensors[0].elements", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[0].elements = -1; });
 }
 
 // Fields that an algorithm does not have are not read, and those that it has are checked.
@@ -664,7 +664,7 @@ void grids_cover_every_element_evenly() {
       for (std::int64_t threads : {1, 2, 3, 16})
         for (std::int64_t tasks_per_thread : {1, 8}) {
           const qn::Grid grid = qn::make_grid(rows, columns, limits, threads, tasks_per_thread);
-          EXPECT(grid.row_part <= limits.most_rows && grid.column_tile <= limits.widest_tile);
+          EXPECT(grid.row_part <= limits.max_rows && grid.column_tile <= limits.max_tile);
           EXPECT((grid.row_parts - 1) * grid.row_part < rows && rows <= grid.row_parts * grid.row_part);
           EXPECT((grid.column_tiles - 1) * grid.column_tile < columns &&
                  columns <= grid.column_tiles * grid.column_tile);
@@ -681,8 +681,8 @@ void blocks_fit_the_caches_of_the_machine() {
   EXPECT(found.second >= 4 << 10 && found.last >= found.second);
   const qn::Caches small{.second = 256 << 10, .last = 6 << 20};
   const qn::Caches large{.second = 2 << 20, .last = 256 << 20};
-  EXPECT(qn::for_second_level(32, 1, small) == 8 && qn::for_second_level(2, 1, small) == 1);
-  EXPECT(qn::for_second_level(32, 1, large) == 32);
+  EXPECT(qn::scaled_to_l2(32, 1, small) == 8 && qn::scaled_to_l2(2, 1, small) == 1);
+  EXPECT(qn::scaled_to_l2(32, 1, large) == 32);
   EXPECT(qn::stream_bytes(small) == 3 << 20 && qn::stream_bytes(large) == 16 << 20);
 }
 

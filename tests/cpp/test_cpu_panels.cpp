@@ -1,5 +1,6 @@
 // Guards products by panels of decoded W on the CPU (cpu/product/panels-inl.h), over a dense product that is a plain
-// loop: what they ask of it, and that their results are near those in float64. tests/test_kernels.py runs them over torch.
+// loop: the calls that they make, and that their results are near those in float64. tests/test_kernels.py runs them
+// over torch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -31,20 +32,20 @@ void set(const qn::Matrix& m, std::int64_t i, std::int64_t j, float value) {
 }
 
 // The memory of X, or of dY, and how many products multiplied rows of it.
-struct Left {
+struct DenseOperand {
   const char *begin, *end;
   int products = 0;
 };
-Left left;
+DenseOperand dense_operand;
 
 // Sums in float64, rounded once.
 void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   const std::int64_t rows = args.x.rows, inner = args.x.cols;
   const auto* data = static_cast<const char*>(args.x.data);
-  left.products += data >= left.begin && data < left.end;
+  dense_operand.products += data >= dense_operand.begin && data < dense_operand.end;
   EXPECT(args.out.rows == rows && !(args.accumulate && args.bias != nullptr));
   EXPECT((args.transpose_w ? args.w.cols : args.w.rows) == inner);
-  EXPECT(args.w.rows * args.w.stride * static_cast<std::int64_t>(qn::size_of(args.w.dtype)) <= qn::kPanelBytes);
+  EXPECT(args.w.rows * args.w.stride * static_cast<std::int64_t>(qn::size_of(args.w.dtype)) <= qn::cpu::kPanelBytes);
   const qn::ConstMatrix bias{args.bias, args.out.dtype, 1, args.out.cols, args.out.cols};
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < args.out.cols; ++j) {
@@ -78,12 +79,12 @@ void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype,
   const qn::LoraView lora{.rank = s.rank, .a = a.data(), .b = b.data(), .scaling = 0.5f};
 
   const auto run = [&](const Tensor& from, std::int64_t cols, bool wanted, Tensor& low_rank, auto call) {
-    left = {from.bytes().data(), from.bytes().data() + from.bytes().size()};
+    dense_operand = {from.bytes().data(), from.bytes().data() + from.bytes().size()};
     Tensor out(dtype, s.M, cols, 2);
     call(out.out(), wanted ? low_rank.out() : qn::Matrix{});
     EXPECT(out.keeps_to_its_columns());
-    // No other product has so many rows: its left operand was not copied.
-    EXPECT(left.products >= (s.rank > 0 ? 2 : 1));
+    // No other product has so many rows: its x was not copied.
+    EXPECT(dense_operand.products >= (s.rank > 0 ? 2 : 1));
     return out;
   };
   const auto check = [&](const Tensor& from, std::int64_t cols, bool forward) {
@@ -167,13 +168,14 @@ void failed_product_is_an_error_and_the_next_call_is_right() {
 int main() {
   setenv("QLN_FORCE_KERNEL", "panels", 1);
   unsetenv("QLN_BACKEND");
-  if (qn::current_isa() == "scalar") return kSkipped;  // it has one way
+  if (qn::current_isa() == "scalar") return kSkipped;  // it has one kernel
   qn::set_dense_gemm(dense_gemm);
   for (const DType dtype : kDTypes) {
     for (const Shape s : {Shape{3, 5, 70, 0}, {40, 130, 64, 1}, {17, 66, 200, 70}})
       result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, s);
     // More rows of U and V than there is memory for at once.
-    const std::int64_t rank = 40, rows = qn::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
+    const std::int64_t rank = 40,
+                       rows = qn::cpu::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
     result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, {rows + rows / 3, 9, 10, rank});
   }
   failed_product_is_an_error_and_the_next_call_is_right();

@@ -19,7 +19,7 @@ namespace {
 constexpr double kUnit = 0x1p-24;
 constexpr double kUnits = 8.0;
 // Exponentials below about e^-88 are computed as 0 (exp-inl.h).
-constexpr double kLeastExponential = 1e-38;
+constexpr double kMinExponential = 1e-38;
 
 struct Shape {
   std::int64_t rows, N, gap;
@@ -59,7 +59,7 @@ Function function_of(qn::Activation activation, double x) {
   const double curved = x * s * rest * slope;
   // An absolute error of the argument becomes a relative error of the exponential.
   const double units = kUnits * kUnit * (1.0 + std::fabs(a));
-  const double floor = kLeastExponential * std::fabs(x);
+  const double floor = kMinExponential * std::fabs(x);
   return {x * s, s + curved, units * std::fabs(x * s) + floor,
           units * (s + std::fabs(curved)) + kUnits * kUnit * std::fabs(x * s * slope) + floor * slope};
 }

@@ -1,6 +1,7 @@
 // Guards the emulator: it computes what a device would, and finds planted mistakes. A kernel that must end the process
 // runs in a child process, whose message is read. The test is compiled a second time with AddressSanitizer, which finds
 // reads and writes out of bounds.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,42 +12,25 @@
 
 #include "death_message.h"
 #include "device/simt.cuh"
+#include "emulator.h"
+#include "emulator/call_memory.h"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
-// Memory that the test and its kernels share.
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
-const std::vector<std::string> kConcurrent = {"concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4",
-                                              "concurrent:5"};
-const std::vector<std::string> kSchedules = [] {
-  std::vector<std::string> all = {"forward", "reverse", "random:1", "random:2", "random:3"};
-  all.insert(all.end(), kConcurrent.begin(), kConcurrent.end());
-  return all;
-}();
-
-// The results of `run` under each schedule.
 template <class Result>
-std::vector<Result> under_each_schedule(const std::function<Result()>& run,
-                                        const std::vector<std::string>& schedules = kSchedules) {
+std::vector<Result> results_of_schedules(const std::function<Result()>& run,
+                                         const std::vector<std::string>& schedules = kSchedules) {
   std::vector<Result> results;
-  for (const std::string& schedule : schedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    results.push_back(run());
-  }
-  unsetenv("QLN_SCHEDULE");
+  under_each_schedule([&] { results.push_back(run()); }, schedules);
   return results;
 }
 
 template <class Result>
 bool all_equal(const std::vector<Result>& results, const Result& expected) {
-  for (const Result& result : results) {
-    if (!(result == expected)) return false;
-  }
-  return true;
+  return std::count(results.begin(), results.end(), expected) == static_cast<std::ptrdiff_t>(results.size());
 }
 
 std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
@@ -97,11 +81,11 @@ Managed<int> rounds() {
 void missing_barrier_is_found_by_the_schedule() {
   Managed<float> expected(128);
   for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(reversed<true>), expected));
-  EXPECT(!all_equal(under_each_schedule<Managed<float>>(reversed<false>), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(reversed<true>), expected));
+  EXPECT(!all_equal(results_of_schedules<Managed<float>>(reversed<false>), expected));
   const Managed<int> right = rounds<true>();
-  EXPECT(all_equal(under_each_schedule<Managed<int>>(rounds<true>), right));
-  EXPECT(!all_equal(under_each_schedule<Managed<int>>(rounds<false>), right));
+  EXPECT(all_equal(results_of_schedules<Managed<int>>(rounds<true>), right));
+  EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<false>), right));
 }
 
 __global__ void two_barriers_kernel(int) {
@@ -151,7 +135,7 @@ void lanes_meet() {
   };
   Managed<int> expected(64);
   for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
-  EXPECT(all_equal(under_each_schedule<Managed<int>>(run), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<int>>(run), expected));
   Managed<int> out(1);
   const std::string words = death_message([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
   EXPECT(contains(words, "lanes of a warp meet at different calls"));
@@ -160,7 +144,7 @@ void lanes_meet() {
 
 // ---- asynchronous copies ----
 
-// A sum over in[4][32] through a ring of two buffers; kLeft groups may still be under way when a buffer is read.
+// A sum over in[4][32] through a ring of two buffers; kLeft groups may still be in flight when a buffer is read.
 template <int kLeft>
 __global__ void ring_kernel(const float* in, float* out) {
   float* ring = dynamic_smem<float>();
@@ -193,8 +177,8 @@ Managed<float> ring() {
 void missing_wait_is_found() {
   Managed<float> expected(32);
   for (int i = 0; i < 128; ++i) expected[(i + 31) % 32] += static_cast<float>(i * i % 97);
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(ring<1>), expected));
-  for (const auto& result : under_each_schedule<Managed<float>>(ring<2>)) EXPECT(result != expected);
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(ring<1>), expected));
+  for (const auto& result : results_of_schedules<Managed<float>>(ring<2>)) EXPECT(result != expected);
 }
 
 __global__ void partial_copy_kernel(const float* in, float* out) {
@@ -219,21 +203,21 @@ void copies_fill_with_zeros_and_must_be_aligned() {
 // Blocks add to a running sum in the order of their tickets; or in the order of their indices, which is a mistake,
 // because blocks begin in any order.
 template <bool kTickets>
-__global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* turn, float* sum) {
+__global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* next, float* sum) {
   std::uint32_t& order = *dynamic_smem<std::uint32_t>();
   if (thread_index() == 0) {
     order = static_cast<std::uint32_t>(kTickets ? take_ticket(ticket) : block_index());
-    wait_for(turn, order);
+    wait_for(next, order);
   }
   sync_threads();
   if (thread_index() == 0) {
     *sum = *sum * 0.5f + static_cast<float>(order);
-    signal(turn, order + 1);
+    signal(next, order + 1);
   }
 }
 
-// Blocks pass partial sums to another block, as in a product whose tiles several blocks share: each block but the last
-// stores its sums and raises a flag, and the last one adds all sums in order. Each Mistake is a planted one.
+// Blocks pass partial sums to another block, as in stream-K: each block but the last stores its partial sums and raises
+// a flag, and the last one adds all of them in order. Each Mistake is a planted one.
 enum class Mistake {
   none,
   flag_before_sums,        // the flag is raised before the sums are stored
@@ -243,13 +227,13 @@ enum class Mistake {
   sums_without_barrier,    // no barrier between the thread that waits and the other threads
   flags_that_stay_raised,  // the flags are not reset between two launches
 };
-constexpr int kSharers = 4, kSharedSums = 64 * 4;  // the blocks, and the sums of each: four in a thread
+constexpr int kBlocks = 4, kPartialSums = 64 * 4;  // the blocks, and the partial sums of each: four in a thread
 
 template <Mistake kMistake>
-__global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* flags, float* out) {
+__global__ void partial_sums_kernel(const float* in, float* sums, std::uint32_t* flags, float* out) {
   const int t = thread_index();
   const std::int64_t block = block_index();
-  if (block < kSharers - 1) {
+  if (block < kBlocks - 1) {
     const auto raise = [&] {
       if (t != 0) return;
       if constexpr (kMistake == Mistake::flag_without_release) {
@@ -259,53 +243,53 @@ __global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* f
       }
     };
     if constexpr (kMistake == Mistake::flag_before_sums) raise();
-    for (int i = 4 * t; i < kSharedSums; i += 4 * block_threads()) {
-      store_vector<float, 4>(sums + block * kSharedSums + i, load_vector<float, 4>(in + block * kSharedSums + i));
+    for (int i = 4 * t; i < kPartialSums; i += 4 * block_threads()) {
+      store_vector<float, 4>(sums + block * kPartialSums + i, load_vector<float, 4>(in + block * kPartialSums + i));
     }
     if constexpr (kMistake != Mistake::flag_without_barrier) sync_threads();
     if constexpr (kMistake != Mistake::flag_before_sums) raise();
     return;
   }
-  auto own = load_vector<float, 4>(in + block * kSharedSums + 4 * t);
-  for (int other = 0; other < kSharers - 1; ++other) {
+  auto total = load_vector<float, 4>(in + block * kPartialSums + 4 * t);
+  for (int other = 0; other < kBlocks - 1; ++other) {
     const auto wait = [&] {
       if (t == 0) wait_for(flags + other, 1);
       if constexpr (kMistake != Mistake::sums_without_barrier) sync_threads();
     };
     if constexpr (kMistake != Mistake::sums_before_flag) wait();
-    const auto theirs = load_vector<float, 4>(sums + other * kSharedSums + 4 * t);
+    const auto partial = load_vector<float, 4>(sums + other * kPartialSums + 4 * t);
     if constexpr (kMistake == Mistake::sums_before_flag) wait();
-    for (int i = 0; i < 4; ++i) own.at[i] += theirs.at[i];
+    for (int i = 0; i < 4; ++i) total.at[i] += partial.at[i];
   }
-  store_vector<float, 4>(out + 4 * t, own);
+  store_vector<float, 4>(out + 4 * t, total);
 }
 
 // Two launches use the same memory; the second has other numbers.
 template <Mistake kMistake>
-Managed<float> shared_sums() {
-  Managed<float> in(kSharers * kSharedSums), sums(kSharers * kSharedSums);
-  Managed<std::uint32_t> flags(kSharers);
+Managed<float> added_sums() {
+  Managed<float> in(kBlocks * kPartialSums), sums(kBlocks * kPartialSums);
+  Managed<std::uint32_t> flags(kBlocks);
   Managed<float> results;
   fill_bytes(sums.data(), 0xFF, sums.size() * sizeof(float), {});
-  for (int turn = 0; turn < 2; ++turn) {
-    Managed<float> out(kSharedSums);
-    for (int i = 0; i < kSharers * kSharedSums; ++i) in[i] = static_cast<float>(i % 101 + 1000 * turn);
-    if (turn == 0 || kMistake != Mistake::flags_that_stay_raised)
+  for (int round = 0; round < 2; ++round) {
+    Managed<float> out(kPartialSums);
+    for (int i = 0; i < kBlocks * kPartialSums; ++i) in[i] = static_cast<float>(i % 101 + 1000 * round);
+    if (round == 0 || kMistake != Mistake::flags_that_stay_raised)
       fill_bytes(flags.data(), 0, flags.size() * sizeof(flags[0]), {});
-    launch<shared_sum_kernel<kMistake>>({kSharers, 64}, {}, in.data(), sums.data(), flags.data(), out.data());
+    launch<partial_sums_kernel<kMistake>>({kBlocks, 64}, {}, in.data(), sums.data(), flags.data(), out.data());
     results.insert(results.end(), out.begin(), out.end());
   }
   for (float& value : results) value = std::isnan(value) ? -1.0f : value;
   return results;
 }
 
-Managed<float> expected_shared_sums() {
+Managed<float> expected_added_sums() {
   Managed<float> expected;
-  for (int turn = 0; turn < 2; ++turn) {
-    for (int i = 0; i < kSharedSums; ++i) {
+  for (int round = 0; round < 2; ++round) {
+    for (int i = 0; i < kPartialSums; ++i) {
       float sum = 0.0f;
-      for (int block = 0; block < kSharers; ++block) {
-        sum += static_cast<float>((block * kSharedSums + i) % 101 + 1000 * turn);
+      for (int block = 0; block < kBlocks; ++block) {
+        sum += static_cast<float>((block * kPartialSums + i) % 101 + 1000 * round);
       }
       expected.push_back(sum);
     }
@@ -317,16 +301,16 @@ Managed<float> expected_shared_sums() {
 // the same result.
 template <Mistake kMistake>
 bool is_caught() {
-  const Managed<float> expected = expected_shared_sums();
+  const Managed<float> expected = expected_added_sums();
   std::size_t caught = 0;
-  for (const auto& results : under_each_schedule<Managed<float>>(shared_sums<kMistake>, kConcurrent)) {
+  for (const auto& results : results_of_schedules<Managed<float>>(added_sums<kMistake>, kConcurrent)) {
     caught += results != expected;
   }
   return 2 * caught > kConcurrent.size();
 }
 
 void sums_pass_from_block_to_block_under_each_schedule() {
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(shared_sums<Mistake::none>), expected_shared_sums()));
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(added_sums<Mistake::none>), expected_added_sums()));
 }
 void flag_raised_before_its_sums_is_caught() { EXPECT(is_caught<Mistake::flag_before_sums>()); }
 void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_release>()); }
@@ -336,15 +320,15 @@ void sums_read_without_a_barrier_are_caught() { EXPECT(is_caught<Mistake::sums_w
 void flag_that_stays_raised_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
 
 void seed_is_one_interleaving() {
-  const auto run = [] { return shared_sums<Mistake::flag_before_sums>(); };
-  const auto results = under_each_schedule<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
+  const auto run = [] { return added_sums<Mistake::flag_before_sums>(); };
+  const auto results = results_of_schedules<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
   EXPECT(results[0] == results[1]);
   EXPECT(results[0] != results[2]);
 }
 
 // Threads store the two words of a piece of memory. Each sees its own store at once; the block sees all of them after a
 // barrier.
-__global__ void own_store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
+__global__ void store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
   const int t = thread_index(), n = block_threads();
   store_vector<std::uint32_t, 1>(memory + t, {{static_cast<std::uint32_t>(t)}});
   seen[t] = load_vector<std::uint32_t, 1>(memory + t).at[0];
@@ -360,7 +344,7 @@ void block_sees_its_own_stores() {
   const auto run = [] {
     Managed<std::uint32_t> memory(64);
     Managed<std::uint32_t> seen(3 * 64);
-    launch<own_store_kernel>({1, 64}, {}, memory.data(), seen.data());
+    launch<store_kernel>({1, 64}, {}, memory.data(), seen.data());
     seen.insert(seen.end(), memory.begin(), memory.end());
     return seen;
   };
@@ -369,7 +353,7 @@ void block_sees_its_own_stores() {
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back((t + 1) % 64);
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + (t ^ 1));
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + t);
-  EXPECT(all_equal(under_each_schedule<Managed<std::uint32_t>>(run), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<std::uint32_t>>(run), expected));
 }
 
 void workspace_begins_as_nan_or_as_raised_flags() {
@@ -385,9 +369,9 @@ void workspace_begins_as_nan_or_as_raised_flags() {
   unsetenv("QLN_SCHEDULE");
 }
 
-// Copies two chunks of 16 bytes from `in` to each other's places; the second chunk counts as missing, so zeros take its
-// place. Then the kernel changes one word.
-__global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
+// Copies the first 16 bytes of `in` behind the second 16 bytes, which count as missing and become zeros. Then the
+// kernel changes one word.
+__global__ void copies_kernel(const std::uint32_t* in, std::uint32_t* out) {
   const SharedAddress first = SharedAddress(dynamic_smem<std::uint32_t>()).at(32);
   cp_async_or_zeros(first.xor_swizzled(16), in, 4);
   cp_async_or_zeros(first, in + 4, 0);
@@ -398,15 +382,15 @@ __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
   store_vector<std::uint32_t, 4>(out, load_shared<Vector<std::uint32_t, 4>>(first));
   store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.xor_swizzled(16)));
 }
-__global__ void misaligned_place_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
+__global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 
 void shared_memory_is_laid_out_as_named() {
   const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
   Managed<std::uint32_t> out(8);
-  launch<places_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
+  launch<copies_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
   const std::uint32_t expected[8] = {3 + 2, 0, 0, 0, 1, 0x200, 3, 4};
   for (int i = 0; i < 8; ++i) EXPECT(out[i] == expected[i]);
-  EXPECT(contains(death_message([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
+  EXPECT(contains(death_message([] { launch<misaligned_load_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
 // Fills a table of 256 rows of 256 bytes, which begins at kRowsBegin. Lane i reads its word of the row that byte i % 4
@@ -421,8 +405,8 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
       load_shared<std::uint32_t>(SharedAddress(table + lane).row_of_byte(word, lane % 4));
 }
 
-void rows_of_a_table_are_where_they_are_read() {
-  constexpr int kBlocks = 2;  // their shared memory begins at different places
+void rows_of_a_table_have_the_addresses_that_are_read() {
+  constexpr int kBlocks = 2;  // their shared memory begins at different addresses
   Managed<std::uint32_t> out(kBlocks * kWarp);
   launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
   const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
@@ -431,19 +415,19 @@ void rows_of_a_table_are_where_they_are_read() {
   }
 }
 
-__global__ void place_kernel(std::uint32_t* bytes_to_rows) {
+__global__ void offset_kernel(std::uint32_t* bytes_to_rows) {
   if (thread_index() > 0) return;
   bytes_to_rows[block_index()] =
       static_cast<std::uint32_t>(dynamic_smem_for_rows<std::byte>() - dynamic_smem<std::byte>());
 }
 
-void each_block_has_both_places_of_shared_memory() {
+void shared_memory_begins_at_either_of_two_addresses() {
   Managed<std::uint32_t> bytes_to_rows(2);
-  launch<place_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
+  launch<offset_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
   EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);
 }
 
-void emulated_device_has_the_shared_memory_that_was_said() {
+void emulated_device_has_the_shared_memory_of_the_environment() {
   EXPECT(emulator::max_smem_bytes() == 227 * 1024);
   setenv("QLN_EMULATED_SMEM", "101376", 1);
   EXPECT(emulator::max_smem_bytes() == 99 * 1024);
@@ -454,26 +438,26 @@ void emulated_device_has_the_shared_memory_that_was_said() {
 
 void blocks_wait_for_each_other() {
   const auto run = [] {
-    Managed<std::uint32_t> ticket(1), turn(1);
+    Managed<std::uint32_t> ticket(1), next(1);
     Managed<float> sum(1);
-    launch<in_order_kernel<true>>({7, 64, 128}, {}, ticket.data(), turn.data(), sum.data());
+    launch<in_order_kernel<true>>({7, 64, 128}, {}, ticket.data(), next.data(), sum.data());
     return sum[0];
   };
-  EXPECT(all_equal(under_each_schedule<float>(run), 10.03125f));
-  Managed<std::uint32_t> ticket(1), turn = {9};
+  EXPECT(all_equal(results_of_schedules<float>(run), 10.03125f));
+  Managed<std::uint32_t> ticket(1), next = {9};
   Managed<float> sum(1);
   const std::string words =
-      death_message([&] { launch<in_order_kernel<true>>({2, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+      death_message([&] { launch<in_order_kernel<true>>({2, 32, 128}, {}, ticket.data(), next.data(), sum.data()); });
   EXPECT(contains(words, "waits for another block"));
 }
 
 void wait_for_a_block_that_has_not_begun_is_caught() {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
-  Managed<std::uint32_t> ticket(1), turn(1);
+  Managed<std::uint32_t> ticket(1), next(1);
   Managed<float> sum(1);
   // There are more blocks than the device holds at once.
   const std::string words =
-      death_message([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+      death_message([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), next.data(), sum.data()); });
   EXPECT(contains(words, "deadlock") && contains(words, "waits for another block"));
   unsetenv("QLN_SCHEDULE");
 }
@@ -567,7 +551,7 @@ void shared_memory_begins_as_nan() {
   EXPECT(std::isnan(out[0]));
 }
 
-void shared_memory_ends_where_it_was_said() {
+void shared_memory_has_the_requested_size() {
 #ifdef __SANITIZE_ADDRESS__
   Managed<float> out(1);
   const std::string words =
@@ -694,13 +678,13 @@ int run_all() {
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
   shared_memory_is_laid_out_as_named();
-  rows_of_a_table_are_where_they_are_read();
-  each_block_has_both_places_of_shared_memory();
-  emulated_device_has_the_shared_memory_that_was_said();
+  rows_of_a_table_have_the_addresses_that_are_read();
+  shared_memory_begins_at_either_of_two_addresses();
+  emulated_device_has_the_shared_memory_of_the_environment();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
-  shared_memory_ends_where_it_was_said();
+  shared_memory_has_the_requested_size();
   memory_of_the_host_is_caught_in_the_arguments_of_a_kernel();
   memory_of_the_device_is_reached_by_kernels_alone();
   tensors_of_a_call_are_on_the_device_while_it_runs();

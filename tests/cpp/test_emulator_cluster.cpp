@@ -13,30 +13,19 @@
 
 #include "death_message.h"
 #include "device/hopper.cuh"
+#include "emulator.h"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-using Four = Vector<float, 4>;
-
-const std::vector<std::string> kSchedules = {"forward",  "reverse",      "random:1",     "random:2",
-                                             "random:3", "concurrent:1", "concurrent:2", "concurrent:3"};
-template <class F>
-void under_each_schedule(const F& f) {
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    f();
-  }
-  unsetenv("QLN_SCHEDULE");
-}
+using Vec4 = Vector<float, 4>;
 
 // ---- vectors for other blocks ----
 
-// Each thread stores a vector into every block of its cluster. Then each thread adds those that have come to it, by
-// rank. These mistakes can be planted:
+// Each thread stores a vector into every block of its cluster. Then each thread adds those that it has received, in the
+// order of ranks. These mistakes can be planted:
 enum class Mistake {
   none,
   no_barrier_before_stores,
@@ -49,13 +38,13 @@ enum class Mistake {
   beyond_the_memory,
   misaligned,
 };
-constexpr int kThreads = 2 * kWarp, kMostBlocks = 8;
+constexpr int kThreads = 2 * kWarp, kMaxBlocks = 8;
 struct SumsShared {
-  Four vectors[kMostBlocks][kThreads];
+  Vec4 vectors[kMaxBlocks][kThreads];
   std::uint64_t sums;
 };
 
-Four vector_of(std::int64_t block, int thread) {
+Vec4 vector_of(std::int64_t block, int thread) {
   const auto first = static_cast<float>(block * kThreads + thread);
   return {{first, 2 * first, 3 * first, 4 * first}};
 }
@@ -63,7 +52,7 @@ Four vector_of(std::int64_t block, int thread) {
 template <Mistake kMistake>
 __global__ void sums_kernel(int cluster, float* out) {
   auto& shared = *dynamic_smem<SumsShared>();
-  const int thread = thread_index(), own_rank = static_cast<int>(block_index() % cluster);
+  const int thread = thread_index(), block_rank = static_cast<int>(block_index() % cluster);
   if (thread == 0) {
     mbarrier_init(&shared.sums, 1);
     if constexpr (kMistake != Mistake::not_published) fence_mbarrier_init();
@@ -72,21 +61,21 @@ __global__ void sums_kernel(int cluster, float* out) {
   if (kMistake == Mistake::threads_end_before_a_barrier && thread >= kWarp) return;
   if constexpr (kMistake != Mistake::no_barrier_before_stores) sync_cluster();
   if (thread == 0) {
-    const std::size_t bytes = static_cast<std::size_t>(cluster) * kThreads * sizeof(Four);
+    const std::size_t bytes = static_cast<std::size_t>(cluster) * kThreads * sizeof(Vec4);
     mbarrier_arrive_expect(&shared.sums,
                            static_cast<std::uint32_t>(bytes + (kMistake == Mistake::more_bytes_are_expected ? 16 : 0)));
   }
-  const SharedAddress own(&shared.vectors[own_rank][thread]);
-  const SharedAddress to = kMistake == Mistake::beyond_the_memory ? own.at(sizeof(SumsShared))
-                           : kMistake == Mistake::misaligned      ? own.at(4)
-                                                                  : own;
+  const SharedAddress local(&shared.vectors[block_rank][thread]);
+  const SharedAddress to = kMistake == Mistake::beyond_the_memory ? local.at(sizeof(SumsShared))
+                           : kMistake == Mistake::misaligned      ? local.at(4)
+                                                                  : local;
   for (int rank = 0; rank < cluster; ++rank) {
     if (kMistake == Mistake::half_is_not_stored && thread >= kWarp) continue;
     store_async(to, vector_of(block_index(), thread), &shared.sums,
                 rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
   }
   if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.sums, 0);
-  Four sum = {};
+  Vec4 sum = {};
   for (int rank = 0; rank < cluster; ++rank) {
     for (int i = 0; i < 4; ++i) sum.at[i] += shared.vectors[rank][thread].at[i];
   }
@@ -95,14 +84,14 @@ __global__ void sums_kernel(int cluster, float* out) {
 
 // What the process says when it ends, "wrong" if a sum is wrong, or nothing.
 template <Mistake kMistake>
-std::string words_of_sums(int blocks, int cluster) {
+std::string message_of_sums(int blocks, int cluster) {
   Managed<float> out(static_cast<std::size_t>(blocks) * kThreads * 4);
   return death_message([&] {
     launch<sums_kernel<kMistake>>({blocks, kThreads, sizeof(SumsShared), cluster}, {}, cluster, out.data());
     for (int i = 0; i < blocks * kThreads; ++i) {
-      Four expected = {};
+      Vec4 expected = {};
       for (int rank = 0; rank < cluster; ++rank) {
-        const Four vector = vector_of(i / kThreads / cluster * cluster + rank, i % kThreads);
+        const Vec4 vector = vector_of(i / kThreads / cluster * cluster + rank, i % kThreads);
         for (int j = 0; j < 4; ++j) expected.at[j] += vector.at[j];
       }
       if (std::equal(expected.at, expected.at + 4, &out[static_cast<std::size_t>(i) * 4])) continue;
@@ -114,26 +103,26 @@ std::string words_of_sums(int blocks, int cluster) {
 
 void blocks_add_what_their_cluster_has_stored() {
   for (const int cluster : {2, 4, 8}) {
-    under_each_schedule([&] { EXPECT(words_of_sums<Mistake::none>(24, cluster).empty()); });  // more than run at once
+    under_each_schedule([&] { EXPECT(message_of_sums<Mistake::none>(24, cluster).empty()); });  // more than run at once
   }
 }
 
-// Whether under every schedule the words have one of the messages: which mistake shows first may depend on it.
-template <class Words>
-bool is_found(const Words& words_of_mistake, std::initializer_list<const char*> messages) {
+// Whether the process ends with one of the messages under every schedule: which shows first may depend on it.
+template <class Run>
+bool is_found(const Run& message_of_mistake, std::initializer_list<const char*> messages) {
   bool always = true;
   under_each_schedule([&] {
-    const std::string words = words_of_mistake();
+    const std::string message = message_of_mistake();
     bool is_known = false;
-    for (const char* message : messages) is_known = is_known || contains(words, message);
-    if (!is_known) std::printf("under %s: %s\n", std::getenv("QLN_SCHEDULE"), words.c_str());
+    for (const char* expected : messages) is_known = is_known || contains(message, expected);
+    if (!is_known) std::printf("under %s: %s\n", std::getenv("QLN_SCHEDULE"), message.c_str());
     always = always && is_known;
   });
   return always;
 }
 template <Mistake kMistake>
 bool is_found_in_sums(std::initializer_list<const char*> messages) {
-  return is_found([] { return words_of_sums<kMistake>(8, 4); }, messages);
+  return is_found([] { return message_of_sums<kMistake>(8, 4); }, messages);
 }
 
 void mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule() {
@@ -153,9 +142,9 @@ void mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule() {
 
 // ---- tiles for several blocks, and arrivals at other blocks ----
 
-// Each of two blocks copies a matrix of kTileRows rows, whose tiles come through a ring of stages that the first thread
-// fills: each block asks for half of the rows, for both of them. Two other warps read one half each. These mistakes can
-// be planted:
+// Each of two blocks copies a matrix of kTileRows rows through a ring of stages that its first thread fills: each block
+// loads half of the rows for both blocks, by multicast. Two other warps read one half each. These mistakes can be
+// planted:
 enum class PairMistake {
   none,
   peer_is_not_waited_for,
@@ -163,7 +152,7 @@ enum class PairMistake {
   one_arrival_too_many,
   half_is_for_one_block,
   half_of_the_bytes_is_expected,
-  both_ask_for_the_same_half,
+  both_load_the_same_half,
   no_barrier_before_use,
   not_published,
   no_wait_at_the_end,
@@ -197,7 +186,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     const int stage = step % kStages;
     const auto parity = static_cast<std::uint32_t>(step / kStages % 2);
     if (thread == 0) {
-      const int row = kMistake == PairMistake::both_ask_for_the_same_half ? 0 : rank * kHalf;
+      const int row = kMistake == PairMistake::both_load_the_same_half ? 0 : rank * kHalf;
       const int ranks = kMistake == PairMistake::half_is_for_one_block      ? 1 << rank
                         : kMistake == PairMistake::tile_for_another_cluster ? 7
                         : kMistake == PairMistake::tile_for_no_block        ? 0
@@ -231,7 +220,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
 
 // What the process says when it ends, "wrong" if a copy is wrong, or nothing.
 template <PairMistake kMistake>
-std::string words_of_pairs() {
+std::string message_of_pairs() {
   constexpr int kCols = kSteps * kTileCols, kBlocks = 4;
   Managed<std::uint8_t> matrix(kTileRows * kCols), out(kBlocks * kTileRows * kCols);
   for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
@@ -257,11 +246,11 @@ std::string words_of_pairs() {
 
 template <PairMistake kMistake>
 bool is_found_in_pairs(std::initializer_list<const char*> messages) {
-  return is_found(words_of_pairs<kMistake>, messages);
+  return is_found(message_of_pairs<kMistake>, messages);
 }
 
-void tiles_come_to_both_blocks_of_a_pair_under_each_schedule() {
-  under_each_schedule([] { EXPECT(words_of_pairs<PairMistake::none>().empty()); });
+void both_blocks_of_a_pair_receive_tiles_under_each_schedule() {
+  under_each_schedule([] { EXPECT(message_of_pairs<PairMistake::none>().empty()); });
 }
 
 void mistakes_between_pairs_are_found_under_each_schedule() {
@@ -270,10 +259,10 @@ void mistakes_between_pairs_are_found_under_each_schedule() {
   EXPECT(is_found_in_pairs<PairMistake::peer_is_not_waited_for>({kOverwritten, kTooMany, kDeadlock, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_few>({kDeadlock}));
   EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_many>(
-      {kTooMany, "arrives twice in a phase", "has missed a phase"}));
+      {kTooMany, kOverwritten, "arrives twice in a phase", "has missed a phase"}));
   EXPECT(is_found_in_pairs<PairMistake::half_is_for_one_block>({kDeadlock}));
   EXPECT(is_found_in_pairs<PairMistake::half_of_the_bytes_is_expected>({kOverwritten, kTooMany, kDeadlock, kWrong}));
-  EXPECT(is_found_in_pairs<PairMistake::both_ask_for_the_same_half>({kOverwritten, kWrong}));
+  EXPECT(is_found_in_pairs<PairMistake::both_load_the_same_half>({kOverwritten, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::no_barrier_before_use>(
       {"no barrier of the cluster has completed since it was published", "was not initialized"}));
   EXPECT(is_found_in_pairs<PairMistake::not_published>({"initialization was not published"}));
@@ -290,13 +279,13 @@ void mistakes_between_pairs_are_found_under_each_schedule() {
 __global__ void alone_kernel() { sync_cluster(); }
 
 void launches_have_whole_clusters() {
-  EXPECT(contains(words_of_sums<Mistake::none>(6, 4), "6 blocks in clusters of 4"));
-  EXPECT(contains(words_of_sums<Mistake::none>(32, 16), "32 blocks in clusters of 16"));
-  EXPECT(contains(words_of_sums<Mistake::none>(4, 0), "4 blocks in clusters of 0"));
+  EXPECT(contains(message_of_sums<Mistake::none>(6, 4), "6 blocks in clusters of 4"));
+  EXPECT(contains(message_of_sums<Mistake::none>(32, 16), "32 blocks in clusters of 16"));
+  EXPECT(contains(message_of_sums<Mistake::none>(4, 0), "4 blocks in clusters of 0"));
   EXPECT(contains(death_message([] { launch<alone_kernel>({2, kWarp}, {}); }), "launched without clusters"));
 }
 
-// Writes the order in which the blocks come to their barrier, and where their shared memory begins.
+// Writes the order in which the blocks arrive at their barrier, and where their shared memory begins.
 __global__ void order_kernel(std::uint32_t* ticket, int* order, std::uint32_t* begin) {
   if (thread_index() == 0) {
     order[take_ticket(ticket)] = static_cast<int>(block_index());
@@ -321,7 +310,7 @@ void blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses() {
 int run_all() {
   blocks_add_what_their_cluster_has_stored();
   mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule();
-  tiles_come_to_both_blocks_of_a_pair_under_each_schedule();
+  both_blocks_of_a_pair_receive_tiles_under_each_schedule();
   mistakes_between_pairs_are_found_under_each_schedule();
   launches_have_whole_clusters();
   blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses();

@@ -10,20 +10,16 @@
 
 #include "death_message.h"
 #include "device/hopper.cuh"
+#include "emulator.h"
 #include "expect.h"
 #include "qlora_native/error.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
-const std::vector<std::string> kSchedules = {"forward",  "reverse",  "random:1",     "random:2",
-                                             "random:3", "random:4", "concurrent:1", "concurrent:2"};
-
-// The kernel computes out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T. b comes through a ring of two
-// stages, which one warp fills; a comes from memory to registers. These mistakes can be planted in it:
+// The kernel computes out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T. One warp loads b into a ring of
+// two stages; a is loaded to registers. These mistakes can be planted in it:
 enum class Mistake {
   none,
   no_wait_for_b,
@@ -172,13 +168,11 @@ Managed<float> expected_ring() {
 template <class T>
 void warpgroup_gives_the_product_under_each_schedule() {
   const Managed<float> expected = expected_ring<T>();
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
     const bool is_right = ring<Mistake::none, T>() == expected;
-    if (!is_right) std::printf("under %s\n", schedule.c_str());
+    if (!is_right) std::printf("under %s\n", std::getenv("QLN_SCHEDULE"));
     EXPECT(is_right);
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
 }
 
 // The message of the process under the first schedule that ends it, or "wrong" if a result is wrong.
@@ -186,16 +180,14 @@ template <Mistake kMistake>
 std::string found(const std::function<void(TileSource&)>& change = [](TileSource&) {}) {
   const Managed<float> expected = expected_ring<Bf16>();
   std::string result;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
+    if (!result.empty()) return;
     result = death_message([&] {
       if (ring<kMistake>(change) == expected) return;
       std::fprintf(stderr, "wrong");
       _exit(1);
     });
-    if (!result.empty()) break;
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
   return result;
 }
 
@@ -263,7 +255,7 @@ __global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
   for (int i = thread_index(); i < 8 * 64; i += kWarp) out[i] = tile[i];
 }
 
-void tile_beyond_its_matrix_is_zeros_and_vectors_change_places() {
+void tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled() {
   Managed<std::uint8_t> matrix(6 * 80), out(8 * 64);
   for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
   TileSource source = {.name = "codes",
@@ -288,7 +280,7 @@ void tile_beyond_its_matrix_is_zeros_and_vectors_change_places() {
 
 void operand_that_a_driver_refuses_is_named() {
   const Operands<Bf16> operands;
-  const auto words = [&](const std::function<void(TileSource&)>& change) -> std::string {
+  const auto message_of = [&](const std::function<void(TileSource&)>& change) -> std::string {
     TileSource source = operands.source();
     change(source);
     try {
@@ -298,13 +290,13 @@ void operand_that_a_driver_refuses_is_named() {
     }
     return "";
   };
-  EXPECT(words([](TileSource&) {}).empty());
-  EXPECT(contains(words([](TileSource& x) { x.data = static_cast<const std::byte*>(x.data) + 2; }),
+  EXPECT(message_of([](TileSource&) {}).empty());
+  EXPECT(contains(message_of([](TileSource& x) { x.data = static_cast<const std::byte*>(x.data) + 2; }),
                   "x: expected an operand of which TMA can load tiles, got its address is no multiple of 16"));
-  EXPECT(contains(words([](TileSource& x) { x.stride_bytes = 520; }), "its stride is no multiple of 16 bytes"));
-  EXPECT(contains(words([](TileSource& x) { x.box_cols = 128; }), "longer than the span"));
-  EXPECT(contains(words([](TileSource& x) { x.box_rows = 257; }), "1 ... 256"));
-  EXPECT(contains(words([](TileSource& x) { x.rows = 0; }), "no rows"));
+  EXPECT(contains(message_of([](TileSource& x) { x.stride_bytes = 520; }), "its stride is no multiple of 16 bytes"));
+  EXPECT(contains(message_of([](TileSource& x) { x.box_cols = 128; }), "longer than the span of its swizzle"));
+  EXPECT(contains(message_of([](TileSource& x) { x.box_rows = 257; }), "1 ... 256"));
+  EXPECT(contains(message_of([](TileSource& x) { x.rows = 0; }), "no rows"));
 }
 
 __global__ void end_before_the_tile_kernel(const __grid_constant__ TensorMap map) {
@@ -317,9 +309,9 @@ __global__ void end_before_the_tile_kernel(const __grid_constant__ TensorMap map
 
 void block_that_ends_before_its_tile_is_found() {
   const Operands<Bf16> operands;
-  const std::string words =
+  const std::string message =
       death_message([&] { launch<end_before_the_tile_kernel>({1, kWarp, 8200}, {}, TensorMap(operands.source())); });
-  EXPECT(contains(words, "a block has ended before a tile that TMA loads was there"));
+  EXPECT(contains(message, "a block has ended before a tile that TMA loads was there"));
 }
 
 // ---- the asynchronous proxy ----
@@ -347,16 +339,14 @@ __global__ void stored_kernel(float* out) {
 
 void stores_reach_wgmma_through_a_fence() {
   constexpr std::size_t kBytes = 2 * 4096;
-  for (const char* schedule : {"forward", "reverse", "random:1"}) {
-    setenv("QLN_SCHEDULE", schedule, 1);
+  under_each_schedule([&] {
     Managed<float> out(kWarpgroup);
     launch<stored_kernel<true>>({1, kWarpgroup, kBytes}, {}, out.data());
     for (const float value : out) EXPECT(value == 4 * 3.0f);
-    const std::string words =
+    const std::string message =
         death_message([&] { launch<stored_kernel<false>>({1, kWarpgroup, kBytes}, {}, out.data()); });
-    EXPECT(contains(words, "wgmma reads what thread") && contains(words, "not published by fence_proxy_async()"));
-  }
-  unsetenv("QLN_SCHEDULE");
+    EXPECT(contains(message, "wgmma reads what thread") && contains(message, "not published by fence_proxy_async()"));
+  });
 }
 
 // ---- registers and barriers of some threads ----
@@ -365,7 +355,7 @@ template <int kCount>
 __global__ void registers_kernel() {
   increase_max_registers<kCount>();
 }
-void registers_of_a_block_are_within_an_sm() {
+void registers_of_a_block_fit_an_sm() {
   EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
   EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
   EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
@@ -383,15 +373,13 @@ __global__ void some_threads_kernel(int* out) {
 }
 void some_threads_meet_without_the_others() {
   bool differs = false;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
     Managed<int> out(2 * kWarp), wrong(2 * kWarp);
     launch<some_threads_kernel<true>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, out.data());
     launch<some_threads_kernel<false>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, wrong.data());
     for (int i = 0; i < 2 * kWarp; ++i) EXPECT(out[static_cast<std::size_t>(i)] == 2 * kWarp - 1 - i);
     differs |= wrong != out;
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
   EXPECT(differs);
 }
 
@@ -402,11 +390,11 @@ int run_all() {
   mistakes_around_registers_are_found();
   mistakes_of_layout_are_found();
   barrier_counts_arrivals_and_waits();
-  tile_beyond_its_matrix_is_zeros_and_vectors_change_places();
+  tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled();
   operand_that_a_driver_refuses_is_named();
   block_that_ends_before_its_tile_is_found();
   stores_reach_wgmma_through_a_fence();
-  registers_of_a_block_are_within_an_sm();
+  registers_of_a_block_fit_an_sm();
   some_threads_meet_without_the_others();
   return report();
 }

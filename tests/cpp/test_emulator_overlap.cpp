@@ -6,32 +6,25 @@
 
 #include "death_message.h"
 #include "device/simt.cuh"
+#include "emulator.h"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
 constexpr int kBlocks = 9, kThreads = 64, kCount = kBlocks * kThreads;
-const std::vector<std::string> kSchedules = {"forward",      "reverse",      "random:1",     "random:2",    "random:3",
-                                             "concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4"};
 
 // Under how many schedules `run` returns what it should.
 template <class Run, class Result>
 int right_schedules(const Run& run, const Result& expected) {
   int right = 0;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    right += run() == expected ? 1 : 0;
-  }
-  unsetenv("QLN_SCHEDULE");
+  under_each_schedule([&] { right += run() == expected ? 1 : 0; });
   return right;
 }
 const int kAll = static_cast<int>(kSchedules.size());
 
-// ---- a kernel that begins early ----
+// ---- programmatic dependent launch ----
 
 int element() { return static_cast<int>(block_index()) * block_threads() + thread_index(); }
 
@@ -41,24 +34,24 @@ __global__ void double_kernel(const int* in, int* out) {
   out[element()] = 2 * in[element()];
 }
 
-enum class Early { waits, reads_first, writes_first };
+enum class Mistake { none, reads_before_the_wait, writes_before_the_wait };
 
-template <Early kEarly>
+template <Mistake kMistake>
 __global__ void add_one_kernel(const int* doubled, int* in, int* out) {
-  if constexpr (kEarly == Early::writes_first) in[element()] = 0;
-  if constexpr (kEarly != Early::reads_first) griddepcontrol_wait();
+  if constexpr (kMistake == Mistake::writes_before_the_wait) in[element()] = 0;
+  if constexpr (kMistake != Mistake::reads_before_the_wait) griddepcontrol_wait();
   out[element()] = doubled[kCount - 1 - element()] + 1;
 }
 
 const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_programmatic_launch = true};
 const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .programmatic_launch = true};
 
-template <Early kEarly>
+template <Mistake kMistake>
 Managed<int> doubled_plus_one() {
   Managed<int> in(kCount), doubled(kCount, -1), out(kCount);
   for (int i = 0; i < kCount; ++i) in[i] = i;
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
-  launch<add_one_kernel<kEarly>>(kSecond, {}, doubled.data(), in.data(), out.data());
+  launch<add_one_kernel<kMistake>>(kSecond, {}, doubled.data(), in.data(), out.data());
   return out;
 }
 const Managed<int> kDoubledPlusOne = [] {
@@ -67,18 +60,18 @@ const Managed<int> kDoubledPlusOne = [] {
   return expected;
 }();
 
-void kernel_that_waits_reads_what_the_one_before_has_written() {
-  EXPECT(right_schedules(doubled_plus_one<Early::waits>, kDoubledPlusOne) == kAll);
+void kernel_that_waits_reads_what_the_previous_one_has_written() {
+  EXPECT(right_schedules(doubled_plus_one<Mistake::none>, kDoubledPlusOne) == kAll);
 }
 void read_before_the_wait_is_caught() {
-  EXPECT(right_schedules(doubled_plus_one<Early::reads_first>, kDoubledPlusOne) < kAll);
+  EXPECT(right_schedules(doubled_plus_one<Mistake::reads_before_the_wait>, kDoubledPlusOne) < kAll);
 }
 void write_before_the_wait_is_caught() {
-  EXPECT(right_schedules(doubled_plus_one<Early::writes_first>, kDoubledPlusOne) < kAll);
+  EXPECT(right_schedules(doubled_plus_one<Mistake::writes_before_the_wait>, kDoubledPlusOne) < kAll);
 }
 
 // Three kernels, of which the second and the third begin early, and one of the two has a mistake.
-template <Early kOfSecond, Early kOfThird>
+template <Mistake kOfSecond, Mistake kOfThird>
 Managed<int> doubled_plus_two() {
   Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
   for (int i = 0; i < kCount; ++i) in[i] = i;
@@ -95,7 +88,7 @@ const Managed<int> kDoubledPlusTwo = [] {
   return expected;
 }();
 // Each launch overlaps another kernel in some of the calls, whatever the schedule is.
-template <Early kOfSecond, Early kOfThird>
+template <Mistake kOfSecond, Mistake kOfThird>
 bool is_right_in_all_of_many_calls() {
   constexpr int kCalls = 8;
   int right = 0;
@@ -104,9 +97,9 @@ bool is_right_in_all_of_many_calls() {
 }
 
 void kernel_between_two_others_overlaps_either() {
-  EXPECT((is_right_in_all_of_many_calls<Early::waits, Early::waits>()));
-  EXPECT((!is_right_in_all_of_many_calls<Early::reads_first, Early::waits>()));
-  EXPECT((!is_right_in_all_of_many_calls<Early::waits, Early::reads_first>()));
+  EXPECT((is_right_in_all_of_many_calls<Mistake::none, Mistake::none>()));
+  EXPECT((!is_right_in_all_of_many_calls<Mistake::reads_before_the_wait, Mistake::none>()));
+  EXPECT((!is_right_in_all_of_many_calls<Mistake::none, Mistake::reads_before_the_wait>()));
 }
 
 void launched_kernel_runs_before_anything_else_in_its_stream() {
@@ -159,7 +152,7 @@ void block_that_does_not_wait_for_the_last_is_caught() {
 }
 
 int run_all() {
-  kernel_that_waits_reads_what_the_one_before_has_written();
+  kernel_that_waits_reads_what_the_previous_one_has_written();
   read_before_the_wait_is_caught();
   write_before_the_wait_is_caught();
   kernel_between_two_others_overlaps_either();

@@ -7,7 +7,9 @@
 #include <random>
 #include <vector>
 
+#include "emulator.h"
 #include "quantize/nearest_code.cuh"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -25,9 +27,6 @@ __global__ void encode_kernel(const float* code, const float* t, std::int64_t ei
     codes[i] = nearest.codes_of_eight(eight);
   }
 }
-
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
 
 std::int64_t wrong_codes(const char* name, const float* code, std::vector<float> t) {
   while (t.size() % kVecSize != 0) t.push_back(0.0f);

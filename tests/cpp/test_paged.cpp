@@ -12,6 +12,7 @@
 #include "common/optimizer.h"
 #include "emulator/emulated_driver.h"
 #include "expect.h"
+#include "paged/arena.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -21,7 +22,7 @@ namespace {
 
 std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& states, EmulatedDriver::Options& driver,
                                            const qn::PagedOptions& options) {
-  return std::make_unique<qn::PagedArena>(states, std::make_unique<EmulatedDriver>(&driver), options);
+  return qn::PagedArena::Impl::make_arena(std::make_unique<EmulatedDriver>(&driver), states, options);
 }
 
 // ---- training of parameters whose state lies in ordinary memory or in arenas ----
@@ -292,9 +293,9 @@ void managed_memory_is_prefetched_in_order() {
   const qn::PagedOptions options{.segment_bytes = 20'000};
   const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
                                                                   {"stream 1", "out"},
-                                                                  {"event 0", "entered"},
-                                                                  {"event 1", "left"},
-                                                                  {"event 2", "sent"},
+                                                                  {"event 0", "step began"},
+                                                                  {"event 1", "step ended"},
+                                                                  {"event 2", "evicted"},
                                                                   {"event 3", "a fetched"},
                                                                   {"event 4", "a ready"},
                                                                   {"event 5", "a updated"},
@@ -305,30 +306,30 @@ void managed_memory_is_prefetched_in_order() {
                                                                   {"managed+2097152, 17216", "b"}};
   expect_calls(
       calls_of_step({}, options, names),
-      {"caller: record entered", "in: wait for entered", "out: wait for entered", "in: wait for sent",
+      {"caller: record step began", "in: wait for step began", "out: wait for step began", "in: wait for evicted",
        "in: prefetch a to device", "in: record a fetched",  // here the gradients are checked
        "in: prefetch b to device", "in: record b fetched", "caller: record a ready", "caller: wait for a fetched",
-       "caller: record b ready", "caller: wait for b fetched", "out: record sent", "caller: record left", "--",
-       "synchronize left", "synchronize sent", "release managed"},
+       "caller: record b ready", "caller: wait for b fetched", "out: record evicted", "caller: record step ended", "--",
+       "synchronize step ended", "synchronize evicted", "release managed"},
       __LINE__);
   // If memory is short, a goes back while b is updated.
   expect_calls(calls_of_step({.free_bytes = std::size_t{1} << 20}, options, names),
-               {"caller: record entered",     "in: wait for entered",     "out: wait for entered",
-                "in: wait for sent",          "in: prefetch a to device", "in: record a fetched",
-                "in: prefetch b to device",   "in: record b fetched",     "caller: record a ready",
-                "caller: wait for a fetched", "caller: record a updated", "out: wait for a updated",
-                "out: prefetch a to host",    "caller: record b ready",   "caller: wait for b fetched",
-                "caller: record b updated",   "out: wait for b updated",  "out: prefetch b to host",
-                "out: record sent",           "caller: record left",      "--",
-                "synchronize left",           "synchronize sent",         "release managed"},
+               {"caller: record step began",  "in: wait for step began",   "out: wait for step began",
+                "in: wait for evicted",       "in: prefetch a to device",  "in: record a fetched",
+                "in: prefetch b to device",   "in: record b fetched",      "caller: record a ready",
+                "caller: wait for a fetched", "caller: record a updated",  "out: wait for a updated",
+                "out: prefetch a to host",    "caller: record b ready",    "caller: wait for b fetched",
+                "caller: record b updated",   "out: wait for b updated",   "out: prefetch b to host",
+                "out: record evicted",        "caller: record step ended", "--",
+                "synchronize step ended",     "synchronize evicted",       "release managed"},
                __LINE__);
 }
 
 // There are four segments a, b, c, d of one parameter each, and three slots x, y, z.
 void ring_copies_in_order() {
   std::vector<std::pair<std::string, std::string>> names = {
-      {"stream 0", "in"},    {"stream 1", "out"},    {"event 0", "x back"}, {"event 1", "y back"},
-      {"event 2", "z back"}, {"event 3", "entered"}, {"event 4", "left"},   {"event 5", "sent"}};
+      {"stream 0", "in"},    {"stream 1", "out"},       {"event 0", "x back"},     {"event 1", "y back"},
+      {"event 2", "z back"}, {"event 3", "step began"}, {"event 4", "step ended"}, {"event 5", "evicted"}};
   for (int i = 0; i < 4; ++i) {
     const std::string name(1, static_cast<char>('a' + i));
     names.push_back({"pinned+" + std::to_string(i * 2097152), name});
@@ -339,10 +340,10 @@ void ring_copies_in_order() {
   for (int i = 0; i < 3; ++i) names.push_back({"ring+" + std::to_string(i * 8704), std::string(1, "xyz"[i])});
   names.push_back({", 8512", ""});
   expect_calls(calls_of_step({.concurrent = false}, {.segment_bytes = 8192}, names),
-               {"caller: record entered",
-                "in: wait for entered",
-                "out: wait for entered",
-                "in: wait for sent",
+               {"caller: record step began",
+                "in: wait for step began",
+                "out: wait for step began",
+                "in: wait for evicted",
                 "in: copy a to x",
                 "in: record a fetched",  //
                 "in: copy b to y",
@@ -376,12 +377,12 @@ void ring_copies_in_order() {
                 "out: wait for d updated",
                 "out: copy x to d",
                 "out: record x back",  //
-                "out: record sent",
-                "caller: wait for sent",
-                "caller: record left",
+                "out: record evicted",
+                "caller: wait for evicted",
+                "caller: record step ended",
                 "--",
-                "synchronize left",
-                "synchronize sent",
+                "synchronize step ended",
+                "synchronize evicted",
                 "release ring",
                 "release pinned"},
                __LINE__);

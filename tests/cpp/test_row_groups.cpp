@@ -12,6 +12,7 @@
 #include "product/config.h"
 #include "product/groups.cuh"
 #include "qlora_native/qlora_native.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -72,7 +72,7 @@ class Layer {
   }
 
   const std::vector<char>& run() {
-    setenv("QLN_EMULATED_MULTIPROCESSORS", std::to_string(c_.num_sms).c_str(), 1);
+    setenv("QLN_EMULATED_SMS", std::to_string(c_.num_sms).c_str(), 1);
     const qn::LoraView lora{.rank = c_.rank,
                             .dtype = c_.lora_dtype,
                             .a = a_.data(),
@@ -358,7 +358,7 @@ void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_
       x.set(m, (rank + 1) * steps / cluster * kStep - 1 - m % kStep, of_rank[rank]);
     }
   }
-  setenv("QLN_EMULATED_MULTIPROCESSORS", "16", 1);
+  setenv("QLN_EMULATED_SMS", "16", 1);
   force_tiles_of(rows, pairs);
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
   setenv("QLN_FORCE_KERNEL", "wgmma", 1);

@@ -378,13 +378,15 @@ def fuzz_functions(choices: Choices) -> None:
 
 def fuzz_ops(choices: Choices) -> None:
     """torch.ops.qlora_native: any tensors and numbers. Memory safety is all that they promise; it runs in a child."""
+    from qlora_native._core.weight import op_arguments
+
     ops = torch.ops.qlora_native
     N, K, M, rank = 1 + choices.below(9), 1 + choices.below(130), choices.below(40), choices.below(5)
     dtype = choices.of((torch.float32, torch.bfloat16, torch.float16))
     format = choices.of(("nf4", "int8", "mxfp4", "nvfp4"))
     blocksize = choices.of((32, 64, 4096)) if format in ("nf4", "int8") else None
     q = qn.quantize(torch.ones(N, K), format, blocksize, choices.one_in(2))
-    weight = [*q.op_arguments()]
+    weight = list(op_arguments(q))
     seed = torch.tensor(choices.below(1 << 16))
     adapter = [torch.ones(rank, K, dtype=dtype), torch.ones(N, rank, dtype=dtype), 0.5, choices.of((0.0, 0.25)), seed]
     x, dy = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)

@@ -2,7 +2,6 @@
 // libraries of its vendor do.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

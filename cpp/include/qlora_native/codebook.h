@@ -5,7 +5,7 @@
 #include <array>
 #include <string_view>
 
-#include "qlora_native/export.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native {
 

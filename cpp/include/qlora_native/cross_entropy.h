@@ -9,7 +9,6 @@
 // logits of all rows.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

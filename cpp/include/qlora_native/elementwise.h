@@ -3,7 +3,6 @@
 // intermediate result; with these it keeps only the operands.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

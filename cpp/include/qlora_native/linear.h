@@ -14,11 +14,10 @@
 // threads may call at once. Extra memory of a call:
 //
 //   cpu    8 MB, and 1 MB for each thread, kept for the next call
-//   cuda   128 KB for each multiprocessor
-//   either, with a dense product of the host program: see set_dense_gemm (runtime.h)
+//   cuda   128 KB for each SM
+//   either, with a dense product of the application: see set_dense_gemm (runtime.h)
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

@@ -29,7 +29,6 @@
 // instruction set of the cpu backend, from run to run, and for any number of threads.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

@@ -2,8 +2,8 @@
 //
 // An arena holds the state of one parameter group, in the order in which it is updated, in memory that host and device
 // share (cudaMallocManaged). optimizer_8bit_step recognizes a state in an arena by its address, and updates the arena
-// segment by segment. While it updates one segment, the next one comes to the device on the arena's own stream, and if
-// memory is short the one before goes back to the host. Only the caller's stream waits, on events.
+// segment by segment. While it updates one segment, the next one is prefetched to the device on the arena's own
+// stream, and if memory is short the one before goes back to the host. Only the caller's stream waits, on events.
 //
 // If host and device cannot use managed memory at the same time, the state lies in pinned memory of the host. Three
 // slots of device memory form a ring: one segment is copied in, one is updated, and one is copied back.
@@ -16,8 +16,6 @@
 
 namespace qlora_native {
 
-class Driver;
-
 // Describes the state of one parameter, which decides how much memory it needs.
 struct PagedState {
   std::int64_t elements = 0;
@@ -27,7 +25,7 @@ struct PagedState {
 
 struct PagedOptions {
   // The bytes of moments in a segment. 32 MB take over a millisecond on a PCIe bus, a hundred times as long as the call
-  // that asks for them; and three such segments are a small part of a GPU's memory.
+  // that copies them; and three such segments are a small part of a GPU's memory.
   std::size_t segment_bytes = std::size_t{32} << 20;
   bool pinned = false;  // use pinned memory and the ring even if managed memory can be used
 };
@@ -44,8 +42,6 @@ class QLN_API PagedArena {
   // Allocates memory for `states` and sets it to zero. The device of `stream` will update them. Throws Error; throws
   // Unavailable if the backend of the device has no paging, as the cpu's.
   PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options = {});
-  PagedArena(const std::vector<PagedState>& states, std::unique_ptr<Driver> driver,
-             const PagedOptions& options);  // for tests
   PagedArena(const PagedArena&) = delete;
   PagedArena& operator=(const PagedArena&) = delete;
   ~PagedArena();  // CUDA frees the memory when the device has done all work that it was given before
@@ -61,6 +57,7 @@ class QLN_API PagedArena {
   class Impl;
 
  private:
+  explicit PagedArena(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -1,7 +1,6 @@
 // Includes all of qlora_native: 4-bit weights, low-rank adapters, the products of both, and the optimizers.
 #pragma once
 
-#include "qlora_native/adamw.h"          // the earlier names in optimizer.h
 #include "qlora_native/attention.h"      // attention, rotary: what a block computes on the CPU alone
 #include "qlora_native/codebook.h"       // nf4, fp4, int4, E2M1; the 8-bit dynamic maps
 #include "qlora_native/cross_entropy.h"  // cross_entropy: loss and gradient of rows of logits

@@ -3,7 +3,6 @@
 // non_finite: so on cuda the caller first copies a table of codebook.h to the device.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -38,7 +37,7 @@ QLN_API void quantize(const QuantizeArgs& args, const Stream& stream = {});
 struct QuantizeAbsmaxArgs {
   const float* absmax = nullptr;  // [blocks]
   std::int64_t blocks = 0;
-  int nested_blocksize = 256;
+  int nested_blocksize = kNestedBlocksize;
   const float* nested_code = nullptr;  // [256], ascending
   std::uint8_t* codes = nullptr;       // out, [blocks]
   float* nested_absmax = nullptr;      // out, [ceil(blocks / nested_blocksize)]

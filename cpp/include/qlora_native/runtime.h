@@ -1,4 +1,4 @@
-// What the library found on this machine, and what a host program may set: a thread pool, a dense product, and the
+// What the library found on this machine, and what an application may set: a thread pool, a dense product, and the
 // allocator of memory on a GPU.
 #pragma once
 
@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -32,7 +31,7 @@ QLN_API int num_threads();
 // Memory of a device, for one call.
 struct DeviceMemory {
   void* data = nullptr;    // at a multiple of 64
-  void* handle = nullptr;  // identifies the memory to the host program
+  void* handle = nullptr;  // identifies the memory to the application
 };
 // AllocateMemory returns `bytes` (more than 0) of memory for work that is put into the stream from now on.
 // ReleaseMemory takes the memory back as soon as all of that work has been put into the stream, before it has run.
@@ -53,12 +52,12 @@ struct DenseGemmArgs {
   ConstMatrix w;  // [inner, cols]; with transpose_w [cols, inner]
   bool transpose_w = false;
   const void* bias = nullptr;  // [cols], or null
-  bool accumulate = false;     // out += x . w; there is no bias then. Only the cpu backend asks for this
+  bool accumulate = false;     // out += x . w; there is no bias then. only the cpu backend uses this
   Matrix out;                  // [rows, cols]; memory between its rows is not touched
 };
 using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 
-// Sets a dense product of the host program for linear_forward and linear_backward_input with many rows: these then
+// Sets a dense product of the application for linear_forward and linear_backward_input with many rows: these then
 // decode the weight a panel at a time and call the dense product. With null, the default, the library's own kernels
 // decode the weight on the way, for any number of rows. Several threads may call the dense product at once, and it may
 // throw. Not to be set while an operation runs.

@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// A shared library of qlora_native exports everything that is declared with QLN_API, and nothing else.
+#define QLN_API [[gnu::visibility("default")]]
+
 namespace qlora_native {
 
 enum class DType : std::int8_t { f32, bf16, f16 };
@@ -39,6 +42,9 @@ struct BasicMatrix {
 using ConstMatrix = BasicMatrix<const void*>;
 using Matrix = BasicMatrix<void*>;
 
+// The default number of scales that share one nested scale, which is bitsandbytes'.
+constexpr int kNestedBlocksize = 256;
+
 // A quantized weight W[N,K]; or `count` weights of one shape, one after another, like the experts of a mixture:
 // W[count,N,K]. The layout is bitsandbytes'. Element (n,k) of weight i has the flat index e = (i*N + n)*K + k. The
 // elements of block e / blocksize share one scale, so blocks straddle rows if K is not a multiple of the blocksize.
@@ -65,7 +71,7 @@ struct QuantizedWeightView {
   const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)] or null
   const float* nested_code = nullptr;    // [256], with nested_absmax
   const float* offset = nullptr;         // [1], with nested_absmax
-  int nested_blocksize = 256;
+  int nested_blocksize = kNestedBlocksize;
 
   constexpr std::int64_t elements() const { return count * N * K; }
   constexpr std::int64_t blocks() const { return (elements() + blocksize - 1) / blocksize; }

@@ -80,7 +80,7 @@ constexpr std::array<float, 256> make_dynamic_map(bool is_signed) {
 inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map(true);
 inline constexpr std::array<float, 256> kUnsignedDynamicMap = make_dynamic_map(false);
 
-// The midpoints of neighbouring levels of an ascending map, each rounded down. So for any float t, t > midpoints[i]
+// The midpoints of adjacent levels of an ascending map, each rounded down. So for any float t, t > midpoints[i]
 // says exactly whether level i + 1 is nearer than level i; if both are equally near, the lower level wins. The last
 // midpoint is infinite. The function is static because files that are compiled for wider instructions call it: the
 // linker must not share their copies.

@@ -1,8 +1,8 @@
 // The dropout mask: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). The key is the
 // seed, and the counter is the position, so that forward and backward compute the same mask and nobody stores it.
 //
-// Eight neighbours along K share one Philox block with the counter (k / 8, m mod 2^32, m / 2^32, 0). Element k takes 16
-// bits of the result: the low half of word (k % 8) / 2 if k is even, else its high half.
+// Eight adjacent elements along K share one Philox block with the counter (k / 8, m mod 2^32, m / 2^32, 0). Element k
+// takes 16 bits of the result: the low half of word (k % 8) / 2 if k is even, else its high half.
 #pragma once
 
 #include <cmath>
@@ -45,7 +45,7 @@ constexpr std::uint64_t dropout_seed(std::uint64_t seed, const std::uint64_t* in
   return in_memory != nullptr ? seed + *in_memory : seed;
 }
 
-// The random bits of element (m, k) and of its seven neighbours.
+// The random bits of element (m, k) and of the seven others of its block.
 constexpr PhiloxBlock dropout_random(std::uint64_t seed, std::int64_t m, std::int64_t k) {
   return philox4x32({{static_cast<std::uint32_t>(k / 8), static_cast<std::uint32_t>(m),
                       static_cast<std::uint32_t>(static_cast<std::uint64_t>(m) >> 32), 0}},

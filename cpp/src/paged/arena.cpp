@@ -61,12 +61,12 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
     const std::size_t between = is_whole ? kAlignment : kPage;
     // The third moment follows the first in the same array. (If the array is cut into segments, these share blocks of
     // managed memory where one moment ends and the other begins.)
-    const std::size_t of_first = moments == 3 ? 2 : 1;
-    entry.state[0] = array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
+    const std::size_t arrays_in_first = moments == 3 ? 2 : 1;
+    entry.state[0] = array(arrays_in_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
     entry.state[2] = entry.state[0] + state_bytes;
     if (moments > 1) entry.state[1] = array(state_bytes, between);
     if (entry.in_8_bits()) {
-      entry.absmax[0] = array(of_first * absmax_bytes, between);
+      entry.absmax[0] = array(arrays_in_first * absmax_bytes, between);
       entry.absmax[2] = entry.absmax[0] + absmax_bytes;
       if (moments > 1) entry.absmax[1] = array(absmax_bytes, between);
     }
@@ -122,7 +122,7 @@ void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOp
   std::memset(data_, 0, bytes_);  // the host writes it, so it stays on the host until it is fetched
   in_ = driver_->create_stream();
   out_ = driver_->create_stream();
-  for (void** event : {&entered_, &left_, &sent_}) *event = driver_->create_event();
+  for (void** event : {&step_began_, &step_ended_, &evicted_}) *event = driver_->create_event();
   for (Segment& segment : segments_) {
     for (void** event : {&segment.fetched, &segment.ready}) *event = driver_->create_event(/*timed=*/true);
     segment.updated = driver_->create_event();
@@ -136,12 +136,12 @@ PagedArena::Impl::~Impl() {
     const std::unique_lock lock(all_mutex_);
     all_.erase(data_ + bytes_);
   }
-  std::vector<void*> events{entered_, left_, sent_};
+  std::vector<void*> events{step_began_, step_ended_, evicted_};
   for (const Slot& slot : slots_) events.push_back(slot.copied_back);
   for (const Segment& segment : segments_) {
     events.insert(events.end(), {segment.fetched, segment.ready, segment.updated});
   }
-  for (void* event : {left_, sent_}) {
+  for (void* event : {step_ended_, evicted_}) {
     if (event != nullptr) driver_->synchronize(event);
   }
   for (void* stream : {in_, out_}) {
@@ -171,13 +171,13 @@ const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const Optimizer8bitTen
   if (found == entries_.begin()) return nullptr;
   const Entry& entry = *--found;
   const bool in_8_bits = tensor.absmax1 != nullptr;
-  bool is_its =
+  bool matches =
       entry.elements == tensor.elements && entry.in_8_bits() == in_8_bits && entry.moments == moments_of(algorithm);
   for (int k = 0; k < entry.moments; ++k) {
-    is_its &= state_of(tensor, k) == data_ + entry.state[k];
-    if (is_its && in_8_bits) is_its = reinterpret_cast<std::byte*>(absmax_of(tensor, k)) == data_ + entry.absmax[k];
+    matches &= state_of(tensor, k) == data_ + entry.state[k];
+    if (matches && in_8_bits) matches = reinterpret_cast<std::byte*>(absmax_of(tensor, k)) == data_ + entry.absmax[k];
   }
-  return is_its ? &entry : nullptr;
+  return matches ? &entry : nullptr;
 }
 
 PagedStats PagedArena::Impl::stats() {
@@ -225,10 +225,10 @@ void* PagedArena::Impl::resident(std::size_t segment, void* home) const {
 // Nothing moves before the caller's stream has reached this point: the stream may have written to the state, and until
 // the backward pass has ended, its activations need the memory. Fetching also waits for what the last step sent back.
 void PagedArena::Impl::begin(void* stream) {
-  driver_->record(entered_, stream);
-  driver_->wait(in_, entered_);
-  driver_->wait(out_, entered_);
-  driver_->wait(in_, sent_);
+  driver_->record(step_began_, stream);
+  driver_->wait(in_, step_began_);
+  driver_->wait(out_, step_began_);
+  driver_->wait(in_, evicted_);
 }
 
 void PagedArena::Impl::fetch(std::size_t index) {
@@ -249,14 +249,14 @@ void PagedArena::Impl::fetch(std::size_t index) {
   ++stats_.prefetches;
 }
 
-void PagedArena::Impl::enter(std::size_t index, void* stream) {
+void PagedArena::Impl::begin_update(std::size_t index, void* stream) {
   Segment& segment = segments_[index];
   driver_->record(segment.ready, stream);
   driver_->wait(stream, segment.fetched);
   segment.uncounted = true;
 }
 
-void PagedArena::Impl::leave(std::size_t index, void* stream, bool evict) {
+void PagedArena::Impl::end_update(std::size_t index, void* stream, bool evict) {
   Segment& segment = segments_[index];
   if (!pinned_ && !evict) return;
   driver_->record(segment.updated, stream);
@@ -277,9 +277,9 @@ void PagedArena::Impl::leave(std::size_t index, void* stream, bool evict) {
 // After this, work in the caller's stream finds the updated state. Managed memory is valid wherever it lies; the ring
 // must first have been copied back.
 void PagedArena::Impl::finish(void* stream) {
-  driver_->record(sent_, out_);
-  if (pinned_) driver_->wait(stream, sent_);
-  driver_->record(left_, stream);
+  driver_->record(evicted_, out_);
+  if (pinned_) driver_->wait(stream, evicted_);
+  driver_->record(step_ended_, stream);
 }
 
 // ---- the public class ----
@@ -296,19 +296,22 @@ std::unique_ptr<Driver> driver_of(const Stream& stream) {
 
 }  // namespace
 
-PagedArena::PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options)
-    : PagedArena(states, driver_of(stream), options) {}
-
-PagedArena::PagedArena(const std::vector<PagedState>& states, std::unique_ptr<Driver> driver,
-                       const PagedOptions& options) {
+std::unique_ptr<PagedArena::Impl> PagedArena::Impl::make(std::unique_ptr<Driver> driver,
+                                                         const std::vector<PagedState>& states,
+                                                         const PagedOptions& options) {
   for (std::size_t i = 0; i < states.size(); ++i) {
     const std::int64_t elements = states[i].elements;
     check(elements >= 0, [&] { return "states[" + std::to_string(i) + "].elements"; }, ">= 0", elements);
   }
   check(options.segment_bytes >= 1, "segment_bytes", ">= 1", options.segment_bytes);
-  impl_ = std::make_unique<Impl>(std::move(driver));
-  impl_->open(states, options);
+  auto impl = std::make_unique<Impl>(std::move(driver));
+  impl->open(states, options);
+  return impl;
 }
+
+PagedArena::PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options)
+    : impl_(Impl::make(driver_of(stream), states, options)) {}
+PagedArena::PagedArena(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 PagedArena::~PagedArena() = default;
 

@@ -1,4 +1,4 @@
-// The implementation of PagedArena: where the states lie, and how their segments come and go in a step.
+// The implementation of PagedArena: where the states lie, and how their segments move in a step.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +32,13 @@ class PagedArena::Impl {
 
   explicit Impl(std::unique_ptr<Driver> driver) : driver_(std::move(driver)) {}
   ~Impl();  // also cleans up if open() has thrown
+  static std::unique_ptr<Impl> make(std::unique_ptr<Driver> driver, const std::vector<PagedState>& states,
+                                    const PagedOptions& options);
+  // For tests, which pass a driver of their own.
+  static std::unique_ptr<PagedArena> make_arena(std::unique_ptr<Driver> driver, const std::vector<PagedState>& states,
+                                                const PagedOptions& options) {
+    return std::unique_ptr<PagedArena>(new PagedArena(make(std::move(driver), states, options)));
+  }
   void open(const std::vector<PagedState>& states, const PagedOptions& options);
 
   static Impl* find(const void* state);  // the arena in which this address lies, or null
@@ -43,16 +50,16 @@ class PagedArena::Impl {
   Driver& driver() const { return *driver_; }
   PagedStats stats();
 
-  // The order of calls in a step: begin; then fetch, enter and leave for each segment; then finish. `stream` is the
-  // caller's stream; the update of a segment is put into it between enter and leave.
+  // The order of calls in a step: begin; then fetch, begin_update and end_update for each segment; then finish.
+  // `stream` is the caller's stream; the update of a segment is put into it between these two.
   void begin(void* stream);
   void fetch(std::size_t segment);
-  void enter(std::size_t segment, void* stream);
-  void leave(std::size_t segment, void* stream, bool evict);
+  void begin_update(std::size_t segment, void* stream);
+  void end_update(std::size_t segment, void* stream, bool evict);
   void finish(void* stream);
 
-  std::size_t bytes_to_come(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
-  // The address at which a kernel finds the data of `home`, an address in a segment that was entered.
+  std::size_t bytes_to_fetch(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
+  // The address at which a kernel finds the data of `home`, an address in a segment whose update has begun.
   void* resident(std::size_t segment, void* home) const;
 
  private:
@@ -61,8 +68,8 @@ class PagedArena::Impl {
   };
   struct Segment {
     std::vector<Range> ranges;
-    void* fetched = nullptr;  // event: the segment has come
-    void* ready = nullptr;    // event: the caller's stream has come to the update
+    void* fetched = nullptr;  // event: the segment is on the device
+    void* ready = nullptr;    // event: the caller's stream has reached the update
     void* updated = nullptr;
     bool resident = false;   // only for managed memory: the segment was fetched and not sent back
     bool uncounted = false;  // it is not known yet whether the update had to wait
@@ -93,7 +100,7 @@ class PagedArena::Impl {
   std::size_t next_slot_ = 0;
 
   void *in_ = nullptr, *out_ = nullptr;  // the streams that copy to the device and from it
-  void *entered_ = nullptr, *left_ = nullptr, *sent_ = nullptr;
+  void *step_began_ = nullptr, *step_ended_ = nullptr, *evicted_ = nullptr;
   PagedStats stats_;
 
   static std::map<const std::byte*, Impl*> all_;  // all arenas, by their end address

@@ -62,9 +62,10 @@ PagedUpdate::PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream) : 
 
 void PagedUpdate::begin() {
   if (arenas_.empty()) return;
-  std::size_t to_come = 0;
-  for (const Visit& visit : visits_) to_come += visit.arena != nullptr ? visit.arena->bytes_to_come(visit.segment) : 0;
-  is_short_ = arenas_.front()->driver().free_bytes() < to_come + kSpareBytes;
+  std::size_t to_fetch = 0;
+  for (const Visit& visit : visits_)
+    to_fetch += visit.arena != nullptr ? visit.arena->bytes_to_fetch(visit.segment) : 0;
+  is_short_ = arenas_.front()->driver().free_bytes() < to_fetch + kSpareBytes;
   for (PagedArena::Impl* arena : arenas_) arena->begin(stream_);
   fetch(0);
 }
@@ -73,11 +74,11 @@ void PagedUpdate::fetch(std::size_t visit) {
   if (visit < visits_.size() && visits_[visit].arena != nullptr) visits_[visit].arena->fetch(visits_[visit].segment);
 }
 
-void PagedUpdate::before(std::size_t i) {
+void PagedUpdate::prepare(std::size_t i) {
   fetch(i + 1);
   Visit& visit = visits_[i];
   if (visit.arena == nullptr) return;
-  visit.arena->enter(visit.segment, stream_);
+  visit.arena->begin_update(visit.segment, stream_);
   for (UpdatePart& part : visit.parts) {
     Optimizer8bitTensor& tensor = part.tensor;
     for (int k = 0; k < kMaxMoments; ++k) {
@@ -89,8 +90,8 @@ void PagedUpdate::before(std::size_t i) {
   }
 }
 
-void PagedUpdate::after(std::size_t i) {
-  if (visits_[i].arena != nullptr) visits_[i].arena->leave(visits_[i].segment, stream_, is_short_);
+void PagedUpdate::complete(std::size_t i) {
+  if (visits_[i].arena != nullptr) visits_[i].arena->end_update(visits_[i].segment, stream_, is_short_);
 }
 
 void PagedUpdate::finish() {

@@ -19,7 +19,7 @@ Optimizer8bitTensor segment_of(const Optimizer8bitTensor& tensor, std::int64_t f
 
 class PagedUpdate {
  public:
-  // Begins to fetch the first segment, so that it comes while the gradients are checked.
+  // Begins to fetch the first segment, so that it arrives while the gradients are checked.
   PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream);
 
   // launch(parts) puts the update of some parts into the stream. All calls together cover every tensor once; the first
@@ -27,9 +27,9 @@ class PagedUpdate {
   template <class F>
   void run(const F& launch) {
     for (std::size_t i = 0; i < visits_.size(); ++i) {
-      before(i);
+      prepare(i);
       launch(visits_[i].parts);
-      after(i);
+      complete(i);
     }
     finish();
   }
@@ -42,8 +42,8 @@ class PagedUpdate {
   };
   void begin();
   void fetch(std::size_t visit);
-  void before(std::size_t visit);
-  void after(std::size_t visit);
+  void prepare(std::size_t visit);
+  void complete(std::size_t visit);
   void finish();
 
   void* stream_;

@@ -4,6 +4,7 @@
 
 #include "device/hopper.cuh"
 #include "qlora_native/error.h"
+#include "runtime/check.h"
 
 namespace qlora_native::cuda {
 namespace {

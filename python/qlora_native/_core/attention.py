@@ -27,18 +27,16 @@ def attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v of each head, a block of scores at a time (Dao et al., "FlashAttention"), on the CPU.
 
-    Scores and sums are fp32, probabilities are rounded to the dtype before they multiply v, and the result is rounded
-    once. Differentiable, once, in q, k and v. It keeps them, the result, and one number for each query of each head; no
-    head of k or v is repeated. Under `torch.autocast` the operands are cast, as torch casts those of
+    Scores and accumulators are fp32, probabilities are rounded to the dtype before they multiply v, and the result is
+    rounded once. Differentiable, once, in q, k and v. It keeps them, the result, and one number for each query of each
+    head; no head of k or v is repeated. Under `torch.autocast` the operands are cast, as torch casts those of
     `scaled_dot_product_attention`.
 
     Args:
-        q: [B, H, Tq, D] in fp32, bf16 or fp16. It is copied, as k and v are, if elements of a row are not neighbours.
-        k: [B, KV, Tk, D] in the dtype of q; head h of q belongs to head h // (H // KV) of k and v.
-        v: as k.
-        scale: greater than 0; None is 1 / sqrt(D).
-        is_causal: let query i see the keys 0 ... i alone.
-        key_ranges: int32 [B, Tq, 2] or [1, Tq, 2], for each query a pair (begin, end) within 0 ... Tk: it sees the keys
+        q: [B, H, Tq, D] in fp32, bf16 or fp16. It is copied, as k and v are, if the elements of a row are not
+        contiguous. k: [B, KV, Tk, D] in the dtype of q; head h of q belongs to head h // (H // KV) of k and v. v: as k.
+        scale: greater than 0; None is 1 / sqrt(D). is_causal: let query i see the keys 0 ... i alone. key_ranges: int32
+        [B, Tq, 2] or [1, Tq, 2], for each query a pair (begin, end) within 0 ... Tk: it sees the keys
             begin ... end - 1. Sliding windows, padding on either side and sequences that share a row are such ranges.
             A query whose range is empty gets zeros.
 

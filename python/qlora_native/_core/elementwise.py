@@ -1,7 +1,7 @@
 """What a transformer block computes between its products: a gated activation and an RMS norm, each one op.
 
 Autograd over the parts of either keeps a tensor for each part, those of a norm in fp32. These keep their operands. What
-a gated activation gives is not kept by the product that follows either, which makes it again (`Remade`).
+a gated activation returns is not kept by the product that follows either, which computes it again (`Recompute`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
 from .errors import bad, bad_type, check_float_dtype, check_memory, checks_memory
-from .ops import Remade, differentiable, refuse_second_derivative
+from .ops import Recompute, differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in the ops
@@ -48,7 +48,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     number = ACTIVATIONS.index(activation)
     h = _gated_op(gate, up, number)
     if h.requires_grad and not torch.compiler.is_compiling():
-        Remade.by(h, partial(_compute_gated, activation=number), (gate, up))
+        Recompute(h, partial(_compute_gated, activation=number), (gate, up))
     return h
 
 

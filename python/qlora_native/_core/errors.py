@@ -1,4 +1,4 @@
-"""Errors of bad arguments: each names the argument, what was expected and what came, as qlora_native::Error does."""
+"""Errors of bad arguments: each names the argument, what was expected and what it got, as qlora_native::Error does."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 P, R = ParamSpec("P"), TypeVar("R")
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS_OF_ONE_BLOCKSIZE = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_BLOCKSIZE = 64  # QLoRA's, for all other formats
 
 
 def bad(argument: str, expected: str, got: Any) -> ValueError:
@@ -91,24 +89,3 @@ def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
-
-
-def chosen_blocksize(blocksize: int | None, format: str) -> int:
-    """The checked `blocksize`; if it is None, the default of `format`."""
-    if blocksize is None:
-        return FORMATS_OF_ONE_BLOCKSIZE.get(format, DEFAULT_BLOCKSIZE)
-    check_blocksize(blocksize, format)
-    return blocksize
-
-
-def check_blocksize(blocksize: Any, format: str = "nf4") -> None:
-    """Raise unless `blocksize` is a power of two in 32 ... 4096, or equals the only one that `format` has."""
-    if not isinstance(blocksize, int):
-        raise bad_type("blocksize", "an int", type(blocksize).__name__)
-    if format in FORMATS_OF_ONE_BLOCKSIZE:
-        only = FORMATS_OF_ONE_BLOCKSIZE[format]
-        if blocksize != only:
-            raise bad("blocksize", f"{only}, the only one of {format}", blocksize)
-        return
-    if not 32 <= blocksize <= 4096 or blocksize & (blocksize - 1):
-        raise bad("blocksize", "a power of two, 32 ... 4096", blocksize)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .blocks import ceil_div
 from .errors import bad
 from .microscaling import MICROSCALED
 
@@ -28,11 +29,6 @@ def is_dynamic_map(tensor: Tensor, levels: Tensor) -> bool:
     if tensor.shape != levels.shape or tensor.dtype != levels.dtype:
         return False
     return torch.allclose(tensor, levels.to(tensor.device), rtol=2**-20, atol=0)
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up."""
-    return -(-a // b)
 
 
 def check_format(format: Any) -> None:

@@ -1,4 +1,4 @@
-"""Check the operands of the products and bring them into the form that the ops take."""
+"""Check the operands of the products and convert them to what the ops take."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
 
 
-def checked_input(x: Tensor, q: QuantizedWeight, most_dimensions: int, name: str = "x") -> Tensor:
-    """Check `x` [..., K], which errors call `name`, and cast it as autocast asks."""
+def checked_input(x: Tensor, q: QuantizedWeight, max_dimensions: int, name: str = "x") -> Tensor:
+    """Check `x` [..., K], which errors call `name`, and cast it as autocast does."""
     if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor", type(x).__name__)
-    if len(q.shape) > most_dimensions:
+    if len(q.shape) > max_dimensions:
         raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
     device = q.codes.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
@@ -60,13 +60,13 @@ def checked_lora(
     dropout: float,
     weight_shape: tuple[int, int],
     x: Tensor,
-    of_each: tuple[int, ...] = (),
+    batch: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, float, float, Tensor | None]:
     """Check the adapter, and return its five op arguments: A and B contiguous, scaling, dropout, seed.
 
     Args:
         scaling: a number; or a tensor, which B is multiplied by, because an op takes a number, which is compiled in.
-        of_each: (count,) for a stack of adapters, A [count, rank, K] and B [count, N, rank]; () for a single one.
+        batch: (count,) for a stack of adapters, A [count, rank, K] and B [count, N, rank]; () for a single one.
     """
     if not 0 <= dropout < 1:
         raise bad("lora_dropout", "a probability in [0, 1)", dropout)
@@ -75,15 +75,15 @@ def checked_lora(
     N, K = weight_shape
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
-            raise bad_type(name, "a tensor, as lora_a and lora_b come together", type(tensor).__name__)
+            raise bad_type(name, "a tensor, as lora_a and lora_b are given together", type(tensor).__name__)
         check_float_dtype(name, tensor.dtype)
         if tensor.device != x.device:
             raise bad(name, f"a tensor on {x.device}, where the weight is", tensor.device)
-    count = "".join(f"{each}, " for each in of_each)
-    if lora_a.dim() != len(of_each) + 2 or lora_a.shape[-1] != K or lora_a.shape[:-2] != of_each:
+    count = "".join(f"{each}, " for each in batch)
+    if lora_a.dim() != len(batch) + 2 or lora_a.shape[-1] != K or lora_a.shape[:-2] != batch:
         raise bad("lora_a", f"[{count}rank, {K}]", list(lora_a.shape))
     rank = lora_a.shape[-2]
-    if lora_b.shape != (*of_each, N, rank):
+    if lora_b.shape != (*batch, N, rank):
         raise bad("lora_b", f"[{count}{N}, {rank}], the rank of lora_a", list(lora_b.shape))
     if lora_b.dtype != lora_a.dtype:
         raise bad_type("lora_b", f"{lora_a.dtype}, the dtype of lora_a", lora_b.dtype)

@@ -9,12 +9,7 @@ from .errors import bad
 
 
 def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
-    """Parse `text`; errors call it `name`.
-
-    Raises:
-        ValueError: it is not a JSON object, is nested too deeply, or has a key twice, in which case readers would
-            disagree about which value counts.
-    """
+    """Parse `text`; errors call it `name`."""
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import ceil_div
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
-from .formats import ceil_div
 from .inputs import checked_bias, checked_input, checked_lora
 from .ops import refuse_forward_mode, refuse_second_derivative
-from .weight import QuantizedWeight
+from .weight import QuantizedWeight, op_arguments
 
 _ops = torch.ops.qlora_native
 # Bytes of logits in a chunk, at most. Smaller chunks would read the weight so often that the time of a call grows.
 CHUNK_BYTES = 24 << 20
-_FEWEST_ROWS = 16
-# Rows of a dense weight whose gradient is computed at once and then added to the fp32 sum.
+_MIN_ROWS = 16
+# Rows of a dense weight whose gradient is computed at once and then added to the fp32 accumulator.
 _GRADIENT_ROWS = 4096
 
 
@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
     Differentiable, once, in hidden, a dense weight, bias, lora_a and lora_b. The logits are rounded to the dtype of
     hidden, as `F.linear` does; the loss is fp32. Beside the result and the gradients, a call needs memory for the
-    logits of one chunk and for what `linear` needs. The gradient of a dense weight is summed in fp32.
+    logits of one chunk and for what `linear` needs. The gradient of a dense weight is accumulated in fp32.
 
     Args:
         hidden: [..., K] in fp32, bf16 or fp16.
@@ -114,7 +114,7 @@ def linear_cross_entropy(
     factor = None
     if reduction == "mean":
         factor = (1.0 / (flat != ignore_index).sum().to(torch.float32)).expand(flat.shape[0]).contiguous()
-    of_weight = (None, *weight.op_arguments()) if quantized else (weight, *[None] * 6, V, K, 0, 0)
+    of_weight = (None, *op_arguments(weight)) if quantized else (weight, *[None] * 6, V, K, 0, 0)
     loss, logprobs = LinearCrossEntropy.apply(
         reduction, factor, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
         ignore_index, logit_scale, softcap or 0.0, label_smoothing, z_loss,
@@ -193,10 +193,10 @@ class Head:
 
 
 class Gradients:
-    """The fp32 sums over chunks of the gradients that are wanted: of a dense weight, the bias and the adapter."""
+    """fp32 accumulators, over chunks, of the gradients that are wanted: of a dense weight, the bias and the adapter."""
 
     def __init__(self, head: Head, K: int, wanted: tuple[bool, bool, bool], like: Tensor) -> None:
-        """Start at zero. `wanted` says which of weight, bias and adapter have a sum; the others are empty tensors."""
+        """Start at zero. `wanted` says which of weight, bias and adapter have one; the others are empty tensors."""
 
         def zeros(wanted: bool, *shape: int) -> Tensor:
             return like.new_zeros(shape if wanted else (0,), dtype=torch.float32)
@@ -226,14 +226,14 @@ class Gradients:
         """The gradients of weight, bias, A and B, each rounded to the dtype of its tensor."""
         head = self.head
         of = (head.dense, head.bias, head.lora_a, head.lora_b)
-        sums = (self.weight, self.bias, self.a, self.b)
-        return tuple(s if t is None else s.to(t.dtype) for s, t in zip(sums, of, strict=True))  # type: ignore[return-value]
+        accumulators = (self.weight, self.bias, self.a, self.b)
+        return tuple(a if t is None else a.to(t.dtype) for a, t in zip(accumulators, of, strict=True))  # type: ignore[return-value]
 
 
 def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     """Split the rows into chunks of nearly one size, whose logits fill CHUNK_BYTES at most, if that is some rows."""
-    most = max(CHUNK_BYTES // (vocabulary * dtype.itemsize) // _FEWEST_ROWS, 1) * _FEWEST_ROWS
-    each = ceil_div(ceil_div(rows, max(ceil_div(rows, most), 1)), _FEWEST_ROWS) * _FEWEST_ROWS
+    max_rows = max(CHUNK_BYTES // (vocabulary * dtype.itemsize) // _MIN_ROWS, 1) * _MIN_ROWS
+    each = ceil_div(ceil_div(rows, max(ceil_div(rows, max_rows), 1)), _MIN_ROWS) * _MIN_ROWS
     return [slice(first, min(first + each, rows)) for first in range(0, rows, max(each, 1))]
 
 

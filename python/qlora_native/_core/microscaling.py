@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FORMATS_OF_ONE_BLOCKSIZE, bad, bad_type, check_memory
+from .blocks import FORMATS_OF_ONE_BLOCKSIZE, NESTED_BLOCKSIZE, ceil_div
+from .errors import bad, bad_type, check_memory
 
 # E8M0: 2^(i-127), where the lowest is subnormal in fp32. E4M3: its numbers without a sign.
 _E8M0 = torch.ldexp(torch.ones(255, dtype=torch.float64), torch.arange(255) - 127).float()
@@ -102,9 +103,6 @@ def nvfp4_block_fields(blocks: Tensor, scales: Tensor, values: Tensor) -> dict[s
         blocks: uint8 [N, K/16, 8] or [E, N, K/16, 8], with the first of two codes in the low half of a byte.
         scales: uint8 [N, K/16] or [E, N, K/16], E4M3.
         values: fp32 [127], the value of each byte of a scale, multiplied by the scale of the tensor.
-
-    Raises:
-        TypeError, ValueError: another dtype or shape, a scale that is NaN or negative, or a value that is not finite.
     """
     _check_bytes("blocks", blocks)
     _check_bytes("scales", scales)
@@ -155,7 +153,7 @@ def _fields(
     return {
         "codes": swapped_codes(codes).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
         "absmax": scales.detach().reshape(-1).contiguous(),
-        "nested_absmax": torch.ones(-(-blocks // 256), dtype=torch.float32, device=codes.device),
+        "nested_absmax": torch.ones(ceil_div(blocks, NESTED_BLOCKSIZE), dtype=torch.float32, device=codes.device),
         "nested_code": scale_table(format, levels).to(codes.device),
         "offset": torch.zeros((), dtype=torch.float32, device=codes.device),
         "shape": shape,

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401  (registers the ops)
+from .blocks import NESTED_BLOCKSIZE, ceil_div
 from .errors import check_memory
 
 _ops = torch.ops.qlora_native
 _library = torch.library.Library("qlora_native", "FRAGMENT")  # its kernels live as long as it does
-_NESTED_BLOCKSIZE = 256
 
 # {argument of linear_forward: its position}, from the schema.
 _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
@@ -37,10 +37,10 @@ def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
 @torch.library.register_fake("qlora_native::quantize")
 def _(weight, code, nested_code, bits, blocksize):
     elements = weight.numel()
-    blocks = (elements + blocksize - 1) // blocksize
-    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE if nested_code is not None else 0
+    blocks = ceil_div(elements, blocksize)
+    nested_blocks = ceil_div(blocks, NESTED_BLOCKSIZE) if nested_code is not None else 0
     return (
-        weight.new_empty((elements if bits == 8 else (elements + 1) // 2,), dtype=torch.uint8),
+        weight.new_empty((elements if bits == 8 else ceil_div(elements, 2),), dtype=torch.uint8),
         weight.new_empty((blocks,), dtype=torch.float32 if nested_code is None else torch.uint8),
         weight.new_empty((nested_blocks,), dtype=torch.float32),
         weight.new_empty((), dtype=torch.float32),
@@ -51,7 +51,7 @@ def _(weight, code, nested_code, bits, blocksize):
 @torch.library.register_fake("qlora_native::quantize_absmax")
 def _(absmax, nested_code):
     blocks = absmax.numel()
-    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE
+    nested_blocks = ceil_div(blocks, NESTED_BLOCKSIZE)
     codes = absmax.new_empty((blocks,), dtype=torch.uint8)
     return codes, absmax.new_empty((nested_blocks,)), absmax.new_empty(())
 
@@ -60,8 +60,8 @@ def _(absmax, nested_code):
 def _(weight, blocksize):
     elements = weight.numel()
     return (
-        weight.new_empty(((elements + 1) // 2,), dtype=torch.uint8),
-        weight.new_empty(((elements + blocksize - 1) // blocksize,), dtype=torch.uint8),
+        weight.new_empty((ceil_div(elements, 2),), dtype=torch.uint8),
+        weight.new_empty((ceil_div(elements, blocksize),), dtype=torch.uint8),
         weight.new_empty((256,), dtype=torch.float32),
         weight.new_empty((2,), dtype=torch.int64),
     )
@@ -95,9 +95,9 @@ def _(
 
 @torch.library.register_fake("qlora_native::lora_gradients")
 def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype, offsets=None, adapters=0):
-    rank, of_each = u.shape[1], (adapters,) if adapters else ()
-    da = x.new_empty((*of_each, rank, x.shape[-1]), dtype=dtype)
-    return da, x.new_empty((*of_each, dy.shape[-1], rank), dtype=dtype)
+    rank, batch = u.shape[1], (adapters,) if adapters else ()
+    da = x.new_empty((*batch, rank, x.shape[-1]), dtype=dtype)
+    return da, x.new_empty((*batch, dy.shape[-1], rank), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::optimizer_8bit_step")
@@ -111,23 +111,22 @@ def _(
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
-class Remade:
-    """How a tensor is made again from operands that backward needs in any case, so that nothing keeps the tensor."""
+class Recompute:
+    """How to compute a tensor again from operands that backward needs in any case, so that nothing keeps the tensor.
 
-    def __init__(self, make: Callable[..., Tensor], operands: tuple[Tensor, ...], version: int) -> None:
-        """`version`: the tensor's `_version`, while which it is what `make` gives."""
-        self.make, self.operands, self.version = make, operands, version
+    It is an attribute of the tensor, for between the two ops is the code of a model, which passes on nothing else.
+    """
+
+    def __init__(self, tensor: Tensor, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> None:
+        """Let `tensor` be computed again as `function(*operands)`, unless something writes to it."""
+        self.function, self.operands, self.version = function, operands, tensor._version
+        tensor._recompute = self  # type: ignore[attr-defined]
 
     @classmethod
-    def by(cls, tensor: Tensor, make: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> None:
-        """Let `tensor` be made again by `make(*operands)`."""
-        tensor._remade = cls(make, operands, tensor._version)  # type: ignore[attr-defined]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Remade | None:
-        """What was told of `tensor`, unless it was written to since."""
-        remade = getattr(tensor, "_remade", None)
-        return remade if remade is not None and remade.version == tensor._version else None
+    def of(cls, tensor: Tensor) -> Recompute | None:
+        """How to compute `tensor` again, or None if that is unknown, or something has written to it."""
+        found = getattr(tensor, "_recompute", None)
+        return found if found is not None and found.version == tensor._version else None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,9 +136,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
     # x and u serve the adapter's gradients alone; without one they may go.
     adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
-    remade = Remade.of(x) if adapter else None
-    kept = (x if remade is None else None, u) if adapter else (None, None)
-    ctx.make_x, operands = (None, ()) if remade is None else (remade.make, remade.operands)
+    recompute = Recompute.of(x) if adapter else None
+    kept = (x if recompute is None else None, u) if adapter else (None, None)
+    ctx.recompute_x, operands = (None, ()) if recompute is None else (recompute.function, recompute.operands)
     offsets, ctx.weights = inputs[_FORWARD["offsets"] :]
     ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets, *operands)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
@@ -165,7 +164,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
             da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
         else:
             adapters = lora_a.shape[0] if lora_a.dim() == 3 else 0
-            x = x if ctx.make_x is None else ctx.make_x(*operands)
+            x = x if ctx.recompute_x is None else ctx.recompute_x(*operands)
             da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype, offsets, adapters)
         gradients[_FORWARD["lora_a"]], gradients[_FORWARD["lora_b"]] = da, db
     if ctx.needs_input_grad[_FORWARD["bias"]]:
@@ -186,7 +185,7 @@ def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
 
 def refuse_forward_mode(function: str, arguments: Iterable[Any]) -> None:
     """Raise NotImplementedError if an argument of `qlora_native.<function>` has a tangent, which would be lost."""
-    if forward_ad._current_level < 0:  # no dual tensor can exist; to ask each argument would take microseconds
+    if forward_ad._current_level < 0:  # no dual tensor can exist, and checking each argument takes microseconds
         return
     for each in arguments:
         if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import NESTED_BLOCKSIZE
 from .errors import FLOAT_DTYPES, bad, bad_type, dtype_name
 from .json import parse_object
 
@@ -21,7 +22,6 @@ STATE_SUFFIXES = (
     ".nested_quant_map",
     *(QUANT_STATE + format for format in FORMATS),
 )
-NESTED_BLOCKSIZE = 256  # scales that share a second-level scale: QLoRA's number, and the only one in bitsandbytes
 
 
 def bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
@@ -35,8 +35,8 @@ def bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
 
 def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
     """Parse bitsandbytes' quant_state, and check the fields that are used here."""
-    longest = 1 << 16  # bytes; bitsandbytes writes some 200
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > longest or packed.is_meta:
+    max_bytes = 1 << 16  # bitsandbytes writes some 200
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > max_bytes or packed.is_meta:
         raise bad(key, "the bytes of a JSON object", f"{packed.dtype} {list(packed.shape)}")
     state = parse_object(bytes(packed.tolist()), key)
     if missing := sorted({"quant_type", "blocksize", "dtype", "shape"} - state.keys()):

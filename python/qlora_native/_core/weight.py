@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
-from .errors import bad, bad_type, check_blocksize, check_float_dtype, check_memory, dtype_name
-from .formats import CODEBOOKS, ceil_div, check_format, codes_shape
+from .blocks import NESTED_BLOCKSIZE, ceil_div, check_blocksize
+from .errors import bad, bad_type, check_float_dtype, check_memory, dtype_name
+from .formats import CODEBOOKS, check_format, codes_shape
 from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
-from .quant_state import NESTED_BLOCKSIZE, bytes_of, read_quant_state
+from .quant_state import bytes_of, read_quant_state
 
 
 def check_finite(name: str, tensor: Tensor) -> float:
@@ -144,29 +145,11 @@ class QuantizedWeight:
 
     def _decodes_to_finite(self) -> bool:
         """Whether all elements decode to finite numbers of fp32. They are decoded some rows at a time."""
-        flat = self.flat()
-        rows, columns = flat.shape
+        matrix = as_matrix(self)
+        rows, columns = matrix.shape
         parts = torch.arange(rows, device=self.device).split(max(1, (1 << 20) // columns))
-        decode = partial(torch.ops.qlora_native.dequantize_rows, *flat.op_arguments(), torch.float32)
+        decode = partial(torch.ops.qlora_native.dequantize_rows, *op_arguments(matrix), torch.float32)
         return all(decode(part).isfinite().all() for part in parts)
-
-    @classmethod
-    def unchecked(cls, *values: Any) -> QuantizedWeight:
-        """Make a weight from all fields, in order, without checks, as a layer does at each call."""
-        q = object.__new__(cls)
-        (
-            q.codes,
-            q.absmax,
-            q.nested_absmax,
-            q.nested_code,
-            q.offset,
-            q.code,
-            q.shape,
-            q.blocksize,
-            q.format,
-            q.dtype,
-        ) = values
-        return q
 
     @property
     def bits(self) -> int:
@@ -193,24 +176,6 @@ class QuantizedWeight:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def op_arguments(self) -> tuple[Any, ...]:
-        """The arguments of the torch ops: codes ... code, N, K, bits, blocksize, with the N and K of one expert."""
-        return (
-            self.codes,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_code,
-            self.offset,
-            self.code,
-            *self.shape[-2:],
-            self.bits,
-            self.blocksize,
-        )
-
-    def flat(self) -> QuantizedWeight:
-        """The same weight with two dimensions: experts [E, N, K] become [E * N, K]. The tensors are shared."""
-        return self if len(self.shape) == 2 else replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
-
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Decode the weight: fp32 code * fp32 scale, rounded once. Not differentiable.
 
@@ -225,7 +190,7 @@ class QuantizedWeight:
         """
         dtype = self.dtype if dtype is None else dtype
         check_float_dtype("dtype", dtype)
-        return torch.ops.qlora_native.dequantize(*self.flat().op_arguments(), dtype).view(self.shape)
+        return torch.ops.qlora_native.dequantize(*op_arguments(as_matrix(self)), dtype).view(self.shape)
 
     def to(self, device: torch.device | str | int) -> QuantizedWeight:
         """Move the weight to a device.
@@ -380,6 +345,30 @@ class QuantizedWeight:
             return q.check_values()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}, {error}") from None
+
+
+def unchecked(*values: Any) -> QuantizedWeight:
+    """Make a weight from all fields, in order, without checks, as a layer does at each call."""
+    q = object.__new__(QuantizedWeight)
+    (q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.shape, q.blocksize, q.format, q.dtype) = (
+        values
+    )
+    return q
+
+
+def op_arguments(q: QuantizedWeight) -> tuple[Any, ...]:
+    """The ten arguments of a torch op that are a weight: codes ... code, N, K, bits, blocksize, of one expert.
+
+    An op takes tensors and numbers alone, so each schema in python/bindings/ and each fake, whose parameters have the
+    names of its schema, spells them out in this order; torch.library.opcheck compares the two in the tests.
+    """
+    tensors = (q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code)
+    return *tensors, *q.shape[-2:], q.bits, q.blocksize
+
+
+def as_matrix(q: QuantizedWeight) -> QuantizedWeight:
+    """The same weight with two dimensions: experts [E, N, K] become [E * N, K]. The tensors are shared."""
+    return q if len(q.shape) == 2 else replace(q, shape=(math.prod(q.shape[:-1]), q.shape[-1]))
 
 
 def check_quantized(q: Any, shape: str, dimensions: int) -> None:

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.errors import bad_type, check_float_dtype, check_memory, chosen_blocksize
-from .._core.formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
-from .._core.linear import code_tensor
+from .._core.blocks import NESTED_BLOCKSIZE, ceil_div, chosen_blocksize
+from .._core.errors import bad_type, check_float_dtype, check_memory
+from .._core.formats import CODEBOOKS, DYNAMIC_MAP, check_format, codes_shape
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
-from .._core.quant_state import NESTED_BLOCKSIZE
-from .._core.weight import QuantizedWeight, check_finite
-from .callbacks import guard_neighbours
-
-__all__ = ["QuantizedLayer", "zero_weight"]
+from .._core.quantize import code_tensor
+from .._core.weight import QuantizedWeight, check_finite, unchecked
+from . import callbacks
 
 # {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
 # called `code`, because the modules that torch.export makes have a property of this name.
@@ -46,9 +44,6 @@ def zero_weight(
         shape: [N, K] or [E, N, K].
         dtype, device: None is torch's default.
         format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; the message names it.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -81,28 +76,32 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         format, blocksize: as in `qlora_native.quantize`.
-        compute_dtype: the dtype that `dequantize` returns, and that PEFT makes adapters in.
-        product_dtype: None, by default, computes a product in the dtype of x. Another dtype casts x to it for the
-            product and y back, as bitsandbytes does with its `compute_dtype`.
+        dtype: the dtype that `dequantize` returns.
+        compute_dtype: the dtype of the product, as in bitsandbytes: x is cast to it, and y back. None, the default,
+            computes the product in the dtype of x.
 
     Both are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "compute_dtype" or (name == "product_dtype" and value is not None):
+        if name == "dtype" or (name == "compute_dtype" and value is not None):
             check_float_dtype(name, value)
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "code" in self._buffers:  # a pickle in which the codebook has its first name
+        # Pickles of earlier versions have other names.
+        if "code" in self._buffers:
             self._buffers["codebook"] = self._buffers.pop("code")
+        if "product_dtype" in self.__dict__:
+            self.dtype, self.compute_dtype = self.__dict__["compute_dtype"], self.__dict__.pop("product_dtype")
 
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
-        guard_neighbours()
-        self.product_dtype: torch.dtype | None = None
+        for load in callbacks.load_integrations:
+            load()
+        self.compute_dtype: torch.dtype | None = None
         self.replace_weight(q)
 
     def replace_weight(self, q: QuantizedWeight) -> None:
@@ -112,12 +111,13 @@ class QuantizedLayer(nn.Module):
             q: a weight.
         """
         self._shape = q.shape
-        self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
+        self.format, self.blocksize, self.dtype = q.format, q.blocksize, q.dtype
         for name in _STATE:
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         tensors = {name: getattr(q, field) for name, field in _STATE.items()}
-        # Those that are None come last: torch.export (2.13) counts them when it looks for the names of the others.
+        # Those that are None are registered last: torch.export (2.13) counts them when it looks for the names of the
+        # others.
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
             if tensor is not None and tensor.dtype == torch.uint8:
                 setattr(self, name, _frozen(tensor))
@@ -140,7 +140,7 @@ class QuantizedLayer(nn.Module):
         # Reads the dictionaries: every forward passes here, and nn.Module.__getattr__ would double its cost.
         parameters, buffers = self._parameters, self._buffers
         absmax = parameters.get("absmax")
-        return QuantizedWeight.unchecked(
+        return unchecked(
             parameters["weight"],
             buffers["absmax"] if absmax is None else absmax,
             buffers["nested_absmax"],
@@ -150,7 +150,7 @@ class QuantizedLayer(nn.Module):
             self._shape,
             self.blocksize,
             self.format,
-            self.compute_dtype,
+            self.dtype,
         )
 
     @property
@@ -166,7 +166,7 @@ class QuantizedLayer(nn.Module):
         """Decode the weight.
 
         Args:
-            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+            dtype: fp32, bf16 or fp16; None is the layer's own.
 
         Returns:
             The weight in its own shape. Not differentiable.
@@ -230,8 +230,8 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move or cast the module. The quantized weight is moved, but never cast."""
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        check_float_dtype("compute_dtype", dtype)  # before anything is changed
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        check_float_dtype("dtype", dtype)  # before anything is changed
         weight = {id(tensor) for tensor in self.weight_tensors().values()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class QuantizedLayer(nn.Module):
             return result if id(tensor) not in weight or result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(moved, recurse)
-        self.compute_dtype = dtype
+        self.dtype = dtype
         return self
 
 

@@ -12,8 +12,6 @@ from .._core.errors import bad, bad_type
 from .._core.weight import QuantizedWeight, check_quantized
 from .base import QuantizedLayer, zero_weight
 
-__all__ = ["Embedding4bit", "can_be_quantized"]
-
 
 class Embedding4bit(QuantizedLayer, nn.Embedding):
     """An embedding over a quantized weight [num_embeddings, embedding_dim], for `qlora_native.functional.embedding`.
@@ -24,7 +22,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
 
     Attributes:
         num_embeddings, embedding_dim, padding_idx: as in `nn.Embedding`.
-        compute_dtype: the dtype of the rows that it returns.
+        dtype: the dtype of the rows that it returns.
         format, blocksize: as in `qlora_native.quantize`.
     """
 
@@ -47,7 +45,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
             num_embeddings, embedding_dim: the rows and columns of the weight, each at least 1.
             padding_idx: as in `nn.Embedding`: a row, or None. It is only remembered, because nothing is trained.
             device: where the weight is stored; None is torch's default device.
-            dtype: the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
+            dtype: of the rows that it returns: fp32, bf16 or fp16; None is torch's default dtype.
             format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
@@ -131,7 +129,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
             ids: int64 or int32 [...], the rows.
 
         Returns:
-            [..., embedding_dim] in compute_dtype.
+            [..., embedding_dim] in the layer's dtype.
         """
         return functional.embedding(ids, self.quantized_weight)
 

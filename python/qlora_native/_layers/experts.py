@@ -13,8 +13,6 @@ from .._core.errors import bad, check_memory
 from .._core.weight import QuantizedWeight, check_quantized
 from .base import QuantizedLayer, zero_weight
 
-__all__ = ["Experts4bit"]
-
 
 class Experts4bit(QuantizedLayer):
     """The quantized weights of E experts. It replaces the three-dimensional parameter that held them in 16 bits.
@@ -28,7 +26,7 @@ class Experts4bit(QuantizedLayer):
     Attributes:
         num_experts, out_features, in_features: E, N and K.
         transposed: whether the parameter was [E, K, N], for y = x @ W, as in gpt-oss and Llama 4, and not [E, N, K].
-        compute_dtype, product_dtype, format, blocksize: as in every QuantizedLayer.
+        dtype, compute_dtype, format, blocksize: as in every QuantizedLayer.
         adapters: low-rank adapters (A [E, r, K], B [E, N, r], scaling) that `forward` adds, inside the same product.
     """
 
@@ -54,7 +52,7 @@ class Experts4bit(QuantizedLayer):
         Args:
             num_experts, in_features, out_features: E, K and N, each at least 1.
             device: where the weights are stored; None is torch's default device.
-            dtype: the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
+            dtype: what `dequantize` returns: fp32, bf16 or fp16; None is torch's default dtype.
             transposed: see the class.
             format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
@@ -134,11 +132,6 @@ class Experts4bit(QuantizedLayer):
         return 3
 
     @property
-    def dtype(self) -> torch.dtype:
-        """`compute_dtype`."""
-        return self.compute_dtype
-
-    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self._parameters["weight"].device
@@ -152,7 +145,7 @@ class Experts4bit(QuantizedLayer):
         """Decode the weights.
 
         Args:
-            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+            dtype: fp32, bf16 or fp16; None is the layer's own.
 
         Returns:
             A tensor in the shape and the layout of the parameter that was replaced.
@@ -172,10 +165,10 @@ class Experts4bit(QuantizedLayer):
             y [T, N] in the dtype of x, or under `torch.autocast` in autocast's dtype.
         """
         q, adapter = self.quantized_weight, self._adapter()
-        if self.product_dtype is None or self.product_dtype == x.dtype:
+        if self.compute_dtype is None or self.compute_dtype == x.dtype:
             return functional.linear_grouped(x, q, offsets, bias, *adapter)
         check_memory("x", x)
-        return functional.linear_grouped(x.to(self.product_dtype), q, offsets, bias, *adapter).to(x.dtype)
+        return functional.linear_grouped(x.to(self.compute_dtype), q, offsets, bias, *adapter).to(x.dtype)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """All adapters as one (A, B, scaling). Several are stacked into one whose rank is the sum of theirs."""

@@ -8,22 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .adapters import added_by_peft, is_of_peft
 from .base import QuantizedLayer
-from .callbacks import added_by_peft, is_of_peft
-
-__all__ = [
-    "Row",
-    "SizeReport",
-    "Unquantized",
-    "has_reason",
-    "is_linear",
-    "is_router",
-    "linears_of_routers",
-    "note_reason",
-    "size_report",
-    "unquantized_parameters",
-    "why_nothing",
-]
 
 _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
 _SHOWN = 3  # names that a row of the table lists
@@ -78,7 +64,7 @@ class SizeReport:
     """The bytes of a model, by format or by the reason why they are not quantized. `print` shows a table.
 
     Attributes:
-        rows: quantized weights come first; within each part the largest row comes first.
+        rows: quantized weights are listed first, and each part from the largest row to the smallest.
     """
 
     rows: list[Row]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.blocks import ceil_div
 from .._core.errors import check_memory
-from .._core.formats import ceil_div
 from .sharded import local
 from .state import BLOCKSIZE, Algorithm, shapes_of
 
@@ -27,7 +27,7 @@ class FlatStates:
         states: their states, which `are_states` has checked. Their tensors are replaced by views.
 
     Attributes:
-        order: the order in which the op takes the parameters: those with 8-bit moments come first.
+        order: the order in which the op takes the parameters: those with 8-bit moments are first.
         tensors: {name: flat tensors}. A name has one for 8-bit moments, then one for fp32 moments, if there are any.
     """
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.blocks import ceil_div
 from .._core.errors import bad, bad_type
-from .._core.formats import ceil_div
 from .state import BLOCKSIZE, Algorithm
 
 _WHOLE = frozenset((Tensor, torch.nn.Parameter))
@@ -65,14 +65,7 @@ def check_placements(param: Any) -> None:
 def any_unusable(
     params: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, like: Tensor
 ) -> Tensor:
-    """Whether a process that shares one of the parameters has to skip the step: fp32 [1] on the device of `like`.
-
-    Args:
-        params: the sharded parameters.
-        grads: the gradients that this process has.
-        inv_scale, found_inf: the factor of the gradients, and what a GradScaler found, or None.
-        like: a tensor on the device of the step.
-    """
+    """Whether a process that shares one of the parameters has to skip the step: fp32 [1] on the device of `like`."""
     largest = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel() > 0], math.inf)
     scaled = largest.to(like.device, torch.float32) * (1.0 if inv_scale is None else inv_scale)
     unusable = (~(scaled * scaled).isfinite()).float().reshape(1)  # the core's criterion
@@ -94,11 +87,7 @@ def to_global(state: dict[str, Any], param: Any, algorithm: Algorithm) -> dict[s
 
 
 def to_local(name: str, saved: Any, param: Any, algorithm: Algorithm) -> Any:
-    """What this process has of a saved state, which errors call `name`; the reverse of `to_global`.
-
-    Raises:
-        ValueError: it is sharded in another way than the parameter, or one of them is not sharded.
-    """
+    """What this process has of a saved state, which errors call `name`; the reverse of `to_global`."""
     if not isinstance(saved, dict):
         return saved
     if is_sharded(param):
@@ -123,13 +112,7 @@ def _layouts(param: Any, algorithm: Algorithm) -> dict[str, _Layout]:
 
 
 class _Layout:
-    """How a state of a sharded parameter stands in a state dict.
-
-    Args:
-        param: the parameter, a DTensor.
-        count: the number of moments in the state.
-        is_scales: whether it is their scales.
-    """
+    """How a state of a sharded parameter stands in a state dict."""
 
     def __init__(self, param: Any, count: int, is_scales: bool) -> None:
         """See the class."""

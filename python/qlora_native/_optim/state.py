@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.blocks import ceil_div
 from .._core.errors import bad, bad_type, check_memory
-from .._core.formats import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
+from .._core.formats import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
 
 BLOCKSIZE = 256
 # bitsandbytes stores the quantized state of a parameter in a dict under this key.
@@ -95,14 +96,9 @@ def shapes_of(algorithm: Algorithm, param: Tensor, in_8_bits: bool) -> dict[str,
 def checked_state(
     name: str, saved: dict[str, Any], param: Tensor, copied: bool, algorithm: Algorithm, owner: str
 ) -> dict[str, UncastTensor]:
-    """Check the saved state of a parameter, which errors call `name`, and return its tensors.
+    """Check the saved state of a parameter, which errors call `name` of `owner`, and return its tensors.
 
-    Args:
-        name, owner: the names of the state and of the optimizer, for errors.
-        saved: the state as the state dict has it.
-        param: the parameter.
-        copied: copy the tensors to the device of `param`, instead of taking the saved ones.
-        algorithm: the algorithm of the optimizer.
+    With `copied` they are copied to the device of `param`; otherwise they are the saved ones.
     """
     if not isinstance(saved, dict):
         raise bad_type(name, "a dict", type(saved).__name__)
@@ -151,7 +147,7 @@ def bitsandbytes_state(state: dict[str, Any], algorithm: Algorithm) -> dict[str,
 def check_bitsandbytes_arguments(
     arguments: dict[str, Any], algorithm: Algorithm, is_paged: bool, names: tuple[str, str]
 ) -> None:
-    """Raise unless ours does what these additional arguments of bitsandbytes' optimizers ask for.
+    """Raise unless ours does what these additional arguments of bitsandbytes' optimizers request.
 
     `names` are those of the ordinary optimizer and of the paged one.
     """

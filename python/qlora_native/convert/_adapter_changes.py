@@ -23,15 +23,9 @@ from torch import Tensor
 
 from .._core.errors import bad
 
-__all__ = ["Added", "Change", "LowRank", "Rows", "changes_of"]
-
 
 class Change(Protocol):
-    """What an adapter makes of one tensor.
-
-    Attributes:
-        kind: what errors call it.
-    """
+    """What an adapter makes of one tensor."""
 
     kind: ClassVar[str]
 
@@ -55,25 +49,26 @@ class Added:
 
 @dataclass(frozen=True)
 class LowRank(Added):
-    """LoRA: W + scaling * left right.
+    """LoRA: W + scaling * lora_b lora_a.
 
     Attributes:
-        left, right: [rows of W, rank] and [rank, columns of W]: B and A of a linear layer.
+        lora_b, lora_a: [rows of W, rank] and [rank, columns of W]: B and A of a linear layer, A^T and B^T if W is
+            transposed.
         scaling: a number.
     """
 
     kind = "LoRA"
-    left: Tensor
-    right: Tensor
+    lora_b: Tensor
+    lora_a: Tensor
     scaling: float
 
     def delta(self, expert: int | None = None) -> Tensor:
         """The product, scaled."""
-        return self.scaling * (self.left.float() @ self.right.float())
+        return self.scaling * (self.lora_b.float() @ self.lora_a.float())
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The sum; the product is not kept beside it."""
-        return torch.addmm(tensor.float(), self.left.float(), self.right.float(), alpha=self.scaling)
+        return torch.addmm(tensor.float(), self.lora_b.float(), self.lora_a.float(), alpha=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -81,19 +76,19 @@ class Dora:
     """DoRA (Liu et al. 2024): the sum of LoRA, with vectors of the given length.
 
     Attributes:
-        sum: the change of LoRA.
+        lora: the change of LoRA.
         magnitude: the lengths [rows] of W's rows, or [columns] of its columns.
         of_rows: which of the two they are.
     """
 
     kind = "DoRA"
-    sum: LowRank
+    lora: LowRank
     magnitude: Tensor
     of_rows: bool
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The sum, scaled by row or by column."""
-        merged = self.sum.apply(tensor)
+        merged = self.lora.apply(tensor)
         factor = self.magnitude.float().flatten() / torch.linalg.norm(merged, dim=1 if self.of_rows else 0)
         return merged.mul_(factor[:, None] if self.of_rows else factor)
 
@@ -103,26 +98,26 @@ class Experts(Added):
     """LoRA of each expert of a stack [E, rows, columns].
 
     Attributes:
-        left, right: [E, rows, rank] and [E, rank, columns].
+        lora_b, lora_a: [E, rows, rank] and [E, rank, columns].
         scaling: a number.
     """
 
     kind = "LoRA of experts"
-    left: Tensor
-    right: Tensor
+    lora_b: Tensor
+    lora_a: Tensor
     scaling: float
 
     def delta(self, expert: int | None = None) -> Tensor:
         """The products of all experts, or the one of `expert`."""
         if expert is None:
-            return self.scaling * (self.left.float() @ self.right.float())
-        return LowRank(self.left[expert], self.right[expert], self.scaling).delta()
+            return self.scaling * (self.lora_b.float() @ self.lora_a.float())
+        return LowRank(self.lora_b[expert], self.lora_a[expert], self.scaling).delta()
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The sums; one product at a time is kept beside them."""
         merged = tensor.to(torch.float32, copy=True)
         for e, weight in enumerate(merged):
-            weight.addmm_(self.left[e].float(), self.right[e].float(), alpha=self.scaling)
+            weight.addmm_(self.lora_b[e].float(), self.lora_a[e].float(), alpha=self.scaling)
         return merged
 
 
@@ -180,18 +175,12 @@ class Rows:
 
 
 def changes_of(path: str, layer: BaseTunerLayer, read: Callable[[Tensor], Tensor]) -> dict[str, Change]:
-    """The changes that a layer of PEFT makes to the module below it.
+    """The changes that a layer of PEFT makes to the module below it, at `path`.
 
-    Args:
-        path: the path of that module in the model.
-        layer: the layer, whose tensors are on the meta device.
-        read: gives the value of one of its tensors.
+    `read` gives the value of a tensor of the layer, which is on the meta device.
 
     Returns:
         {name of a parameter of the module: its change}.
-
-    Raises:
-        ValueError: it is a layer whose change is not known here.
     """
     (name,) = layer.active_adapters
     if isinstance(layer, TrainableTokensLayer):
@@ -211,23 +200,23 @@ def changes_of(path: str, layer: BaseTunerLayer, read: Callable[[Tensor], Tensor
         factors = [tuple(read(getattr(layer, part)[name]) for part in pair) for pair in (first, second)]
         return {"weight": Hadamard(*factors, _scaling(path, layer, name))}
     if type(layer) is LoraEmbedding:
-        left, right = (read(part[name]).t() for part in (layer.lora_embedding_A, layer.lora_embedding_B))
-        return {"weight": _lora(layer, name, LowRank(left, right, _scaling(path, layer, name)), read, False)}
+        lora_b, lora_a = (read(part[name]).t() for part in (layer.lora_embedding_A, layer.lora_embedding_B))
+        return {"weight": _lora(layer, name, LowRank(lora_b, lora_a, _scaling(path, layer, name)), read, False)}
     if type(layer) not in (LoraLinear, ParamWrapper):
         raise bad(f"adapter, {path}", "a layer that can be merged here", f"PEFT's {type(layer).__module__} of it")
-    left, right = read(layer.lora_B[name].weight), read(layer.lora_A[name].weight)
+    lora_b, lora_a = read(layer.lora_B[name].weight), read(layer.lora_A[name].weight)
     scaling = _scaling(path, layer, name)
     if type(layer) is ParamWrapper:
         if layer.get_param().dim() == 2:
-            return {layer.parameter_name: LowRank(left, right, scaling)}
+            return {layer.parameter_name: LowRank(lora_b, lora_a, scaling)}
         E = layer.num_experts
-        b, a = left.reshape(len(left), -1, E).permute(2, 0, 1), right.reshape(E, -1, right.shape[1])
+        b, a = lora_b.reshape(len(lora_b), -1, E).permute(2, 0, 1), lora_a.reshape(E, -1, lora_a.shape[1])
         if not layer._did_swap_in_out_features:  # the parameter is [E, in, out]
             b, a = a.transpose(1, 2), b.transpose(1, 2)
         return {layer.parameter_name: Experts(b, a, scaling)}
     if layer.fan_in_fan_out:
-        left, right = right.t(), left.t()
-    changes = {"weight": _lora(layer, name, LowRank(left, right, scaling), read, not layer.fan_in_fan_out)}
+        lora_b, lora_a = lora_a.t(), lora_b.t()
+    changes = {"weight": _lora(layer, name, LowRank(lora_b, lora_a, scaling), read, not layer.fan_in_fan_out)}
     if layer.lora_bias[name]:
         if layer.get_base_layer().bias is None:
             raise bad(f"adapter, {path}: lora_bias", "a layer with a bias to add it to", "one without")
@@ -242,11 +231,7 @@ def _lora(layer: BaseTunerLayer, name: str, change: LowRank, read: Callable[[Ten
 
 
 def _scaling(path: str, layer: BaseTunerLayer, name: str) -> float:
-    """The scaling that PEFT computes from alpha and rank.
-
-    Raises:
-        ValueError: fp32 does not hold it.
-    """
+    """The scaling that PEFT computes from alpha and rank."""
     scaling = float(layer.scaling[name])
     if not abs(scaling) <= torch.finfo(torch.float32).max:
         raise bad(f"adapter_config.json: alpha, for {path}", "a scaling that fp32 can hold", scaling)

@@ -17,8 +17,6 @@ from .._core.errors import bad, is_finite_number
 from ._checkpoints import open_safetensors
 from ._skeleton import Skeleton
 
-__all__ = ["PREFIX", "assign", "layers_over", "peft_config", "read_tensors", "resized"]
-
 _CONFIGS: dict[str, type[PeftConfig]] = {
     "LORA": LoraConfig,
     "LOHA": LoHaConfig,
@@ -43,11 +41,7 @@ PREFIX = "base_model.model."
 
 
 def peft_config(config: dict[str, Any]) -> PeftConfig:
-    """Make PEFT's config of the fields that say what is adapted.
-
-    Raises:
-        ValueError: a field has a wrong value, or one with which the adapter cannot be merged here.
-    """
+    """Make PEFT's config of the fields that say what is adapted."""
     kind = config.get("peft_type")
     made = _CONFIGS.get(kind) if isinstance(kind, str) else None
     if made is None:
@@ -98,11 +92,7 @@ def _refused(error: Exception) -> ValueError:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter, without the prefix of their names, which some programs leave out.
-
-    Raises:
-        ValueError: a tensor occurs twice, is not of a floating-point dtype, or is not finite.
-    """
+    """Read the tensors of an adapter, without the prefix of their names, which some programs leave out."""
     tensors: dict[str, Tensor] = {}
     with open_safetensors(path) as file:
         for key in file.keys():
@@ -118,11 +108,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def resized(base: Skeleton, tensors: dict[str, Tensor]) -> Skeleton:
-    """The base with the vocabulary of the embedding that the adapter has, if it has one.
-
-    Raises:
-        ValueError: the model cannot have that vocabulary.
-    """
+    """The base with the vocabulary of the embedding that the adapter has, if it has one."""
     embedding = base.input_embeddings()
     if embedding is None:
         return base
@@ -144,11 +130,7 @@ def resized(base: Skeleton, tensors: dict[str, Tensor]) -> Skeleton:
 
 
 def layers_over(model: Skeleton, config: PeftConfig) -> nn.Module:
-    """Make PEFT's layers over the model, without values.
-
-    Raises:
-        ValueError: PEFT refuses the config for this model.
-    """
+    """Make PEFT's layers over the model, without values."""
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # they are about training; `Adapter.notes` has what is about merging
@@ -167,9 +149,6 @@ def assign(layers: nn.Module, tensors: dict[str, Tensor], has_embeddings: bool) 
         layers: PEFT's model, without values.
         tensors: what `read_tensors` has read.
         has_embeddings: whether the base has input embeddings, which PEFT may save beside the adapter.
-
-    Raises:
-        ValueError: a tensor is missing or left over, or has another shape.
     """
     state = layers.state_dict(keep_vars=True)
     needed, saved = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("peft")
 
@@ -23,8 +23,6 @@ from ._adapter_changes import Added, Change, Rows, changes_of
 from ._adapter_files import PREFIX, assign, layers_over, peft_config, read_tensors, resized
 from ._checkpoints import file_inside
 from ._skeleton import Part, Skeleton
-
-__all__ = ["Adapter"]
 
 
 class Adapter:
@@ -42,13 +40,7 @@ class Adapter:
     """
 
     def __init__(self, folder: str | Path, base: Skeleton) -> None:
-        """Read and check the adapter in `folder` of the model `base`.
-
-        Raises:
-            FileNotFoundError: adapter_config.json or adapter_model.safetensors is missing.
-            ValueError: the folder has no adapter that can be merged here, a damaged one, one that contradicts itself,
-                or one of another model.
-        """
+        """Read and check the adapter in `folder` of the model `base`."""
         folder = Path(folder)
         names = "adapter_config.json", "adapter_model.safetensors"
         for name in names:
@@ -68,15 +60,7 @@ class Adapter:
         self._tie(base)
 
     def _collect(self, layers: nn.Module, values: dict[int, Tensor]) -> None:
-        """Find what becomes of each tensor. All names of a tied tensor have the changes of the layers over either.
-
-        Args:
-            layers: PEFT's model.
-            values: {id of one of its tensors: the value that the file has for it}.
-
-        Raises:
-            ValueError: PEFT leaves one of its layers, as it does if trained tokens stand over modules_to_save.
-        """
+        """Find what becomes of each tensor. All names of a tied tensor have the changes of the layers over either."""
         changes: dict[int, list[tuple[str, Change]]] = {}
         for name, layer in layers.named_modules():
             if isinstance(layer, BaseTunerLayer):
@@ -121,11 +105,7 @@ class Adapter:
         return self._ids[name] == self._ids[other]
 
     def check_parts(self, parts: list[tuple[str, Part]]) -> None:
-        """Raise ValueError unless the adapter can be merged into the tensors of the files that are parts of others.
-
-        Args:
-            parts: (name in the files, what it is).
-        """
+        """Raise ValueError unless the adapter can be merged into the tensors of the files that are parts of others."""
         for name, part in parts:
             changes = [change for _, change in self.changes.get(part.own, ())]
             if not all(isinstance(change, Added) for change in changes):
@@ -140,9 +120,6 @@ class Adapter:
         Returns:
             (merged, trained), in fp32: what PEFT merges, and what the trained model computes with. They differ where a
             tensor gets the changes of another one, which it is tied to.
-
-        Raises:
-            ValueError: the merged tensor is not finite.
         """
         start, changes = self.replaced.get(name, tensor), self.changes.get(name, [])
         merged = _finite(name, _applied(start, [change for _, change in changes]))
@@ -150,11 +127,7 @@ class Adapter:
         return merged, merged if len(own) == len(changes) else _applied(start, own)
 
     def merged_part(self, part: Part, tensor: Tensor) -> Tensor:
-        """Merge the adapter into a tensor of the base's files that is a part of one of the model, in fp32.
-
-        Raises:
-            ValueError: the result is not finite, or `tensor` has another shape than the part.
-        """
+        """Merge the adapter into a tensor of the base's files that is a part of one of the model, in fp32."""
         replaced = self.replaced.get(part.own)
         merged = tensor
         if replaced is not None:

@@ -18,21 +18,15 @@ from .._core.json import parse_object
 from .._core.quant_state import QUANT_STATE, STATE_SUFFIXES, read_quant_state
 from .._core.weight import QuantizedWeight
 
-__all__ = ["Checkpoint", "file_inside", "open_safetensors", "other_files", "rounded", "write_shards"]
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def file_inside(folder: Path, name: Any) -> Path:
-    """The path of the file `name` in a folder that may come from anybody.
+    """The path of the file `name` in a folder that nobody has checked.
 
     A link may lead to another file of the folder, or, in a snapshot of the Hugging Face cache, to the cache's blobs of
     the same model. Other links are refused, because the file that they lead to would be copied into a folder that may
     be published.
-
-    Raises:
-        ValueError: `name` is not a plain file name, or is a link that leads out of the folder.
-        FileNotFoundError: there is no such file.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
         raise bad(str(folder), "the name of a file in it", repr(name))
@@ -50,12 +44,7 @@ def file_inside(folder: Path, name: Any) -> Path:
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """Map a file into memory. The safetensors library checks that its header fits its size.
-
-    Raises:
-        ValueError: it is not a safetensors file, or was not written to its end.
-        OSError: it cannot be read.
-    """
+    """Map a file into memory. The safetensors library checks that its header fits its size."""
     path.open("rb").close()  # its error has the reason; safetensors says of each "No such file or directory"
     try:
         return safe_open(path, framework="pt")
@@ -79,11 +68,6 @@ class Checkpoint:
 
         Args:
             folder: a folder, or the id of a model of the hub that is in the Hugging Face cache.
-
-        Raises:
-            FileNotFoundError: the folder, its config.json, its safetensors file or a file of the index is missing.
-            ValueError: a file is damaged, lies outside the folder, or disagrees with the index; or config.json says
-                that the weights are in a format that is not read here.
         """
         self.folder = _folder_of(folder)
         if (self.folder / INDEX).exists():
@@ -112,11 +96,7 @@ class Checkpoint:
         return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as it is stored. Its values are read when they are used.
-
-        Raises:
-            ValueError: torch has no such dtype.
-        """
+        """The tensor as it is stored. Its values are read when they are used."""
         file = self._file(name)
         try:
             return file.get_tensor(name)
@@ -214,11 +194,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a tensor to `dtype`. NaN and infinities are kept.
-
-    Raises:
-        ValueError: a finite value is beyond the largest number of `dtype`. The error calls the tensor `name`.
-    """
+    """Round a tensor to `dtype`. NaN and infinities are kept."""
     made = tensor.to(dtype).contiguous()
     if made.dtype != tensor.dtype and made.numel() and not all(end.isfinite() for end in made.aminmax()):
         lost = tensor[made.isinf() & tensor.isfinite()]
@@ -237,13 +213,10 @@ def other_files(folder: Path) -> list[Path]:
 
 
 def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) -> int:
-    """Write each (file name, {name: tensor}) as it comes, and then the index if there are several files.
+    """Write each (file name, {name: tensor}), one after another, and then the index if there are several files.
 
     Returns:
         The bytes of all tensors.
-
-    Raises:
-        OSError: a file cannot be written, for example because the disk is full.
     """
     weight_map: dict[str, str] = {}
     total = 0

@@ -18,9 +18,7 @@ from .._core.errors import bad
 from .._core.microscaling import swapped_codes
 from .._core.weight import QuantizedWeight
 
-__all__ = ["LARGEST_CODES", "check_layer", "entries", "quantization_config", "with_rounded_scales"]
-
-LARGEST_CODES = {"int4": 7, "int8": 127}  # the code of an element whose absolute value is its block's absmax
+MAX_CODES = {"int4": 7, "int8": 127}  # the code of an element whose absolute value is its block's absmax
 PACKED = {"int4": 8, "int8": 4}  # the number of codes in an int32
 
 
@@ -32,16 +30,12 @@ def check_layer(name: str, K: int, blocksize: int) -> None:
 
 def with_rounded_scales(q: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
     """Round the fp32 scales of `q` ("int4" or "int8") to what the file stores in `dtype`."""
-    scale = (q.absmax / LARGEST_CODES[q.format]).to(dtype)
-    return replace(q, absmax=scale.float() * LARGEST_CODES[q.format], dtype=dtype)
+    scale = (q.absmax / MAX_CODES[q.format]).to(dtype)
+    return replace(q, absmax=scale.float() * MAX_CODES[q.format], dtype=dtype)
 
 
 def entries(q: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
     """Make the entries of a state dict for a weight [N, K].
-
-    Args:
-        q: a weight from `with_rounded_scales`, whose K is a multiple of its blocksize.
-        prefix: put in front of every key: "model.layers.0.mlp.up_proj.".
 
     Returns:
         `weight_packed` int32 [N, K/8] or [N, K/4], with the first code in the lowest bits, each plus 8 or 128;
@@ -53,7 +47,7 @@ def entries(q: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
     else:
         codes = q.codes ^ 0x80
     packed = codes.contiguous().view(torch.int32).view(N, K // PACKED[q.format])
-    scale = (q.absmax / LARGEST_CODES[q.format]).to(q.dtype).view(N, K // q.blocksize)
+    scale = (q.absmax / MAX_CODES[q.format]).to(q.dtype).view(N, K // q.blocksize)
     tensors = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([N, K])}
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 

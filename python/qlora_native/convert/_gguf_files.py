@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("transformers")
 require("gguf")
@@ -31,7 +31,7 @@ class Architecture:
     """An architecture of transformers and its counterpart in llama.cpp."""
 
     arch: gguf.MODEL_ARCH
-    rotates_neighbours: bool  # RoPE rotates neighbouring elements, so the rows of q_proj and k_proj are reordered
+    rotates_adjacent: bool  # RoPE rotates adjacent elements, so the rows of q_proj and k_proj are reordered
     biases: bool = True  # whether llama.cpp reads biases
 
     @property
@@ -41,10 +41,10 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(gguf.MODEL_ARCH.LLAMA, rotates_neighbours=True),
-    "MistralForCausalLM": Architecture(gguf.MODEL_ARCH.LLAMA, rotates_neighbours=True),
-    "Qwen2ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN2, rotates_neighbours=False),
-    "Qwen3ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN3, rotates_neighbours=False, biases=False),
+    "LlamaForCausalLM": Architecture(gguf.MODEL_ARCH.LLAMA, rotates_adjacent=True),
+    "MistralForCausalLM": Architecture(gguf.MODEL_ARCH.LLAMA, rotates_adjacent=True),
+    "Qwen2ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN2, rotates_adjacent=False),
+    "Qwen3ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN3, rotates_adjacent=False, biases=False),
 }
 
 DTYPES = {torch.float32: GGMLType.F32, torch.float16: GGMLType.F16, torch.bfloat16: GGMLType.BF16}
@@ -78,11 +78,7 @@ class Layout:
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
-        """Look up the architecture.
-
-        Raises:
-            ValueError: the architecture is not in ARCHITECTURES, or its heads have an odd size.
-        """
+        """Look up the architecture."""
         self.skeleton, config = skeleton, skeleton.config
         if skeleton.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -94,11 +90,7 @@ class Layout:
         self._names = gguf.get_tensor_name_map(self.architecture.arch, config.num_hidden_layers)
 
     def name_of(self, own: str) -> str:
-        """llama.cpp's name of the model's tensor `own`.
-
-        Raises:
-            ValueError: llama.cpp has no such tensor.
-        """
+        """llama.cpp's name of the model's tensor `own`."""
         found = self._names.get_name(own, try_suffixes=(".weight", ".bias"))
         if found is None or (own.endswith(".bias") and not self.architecture.biases):
             raise bad(own, f"a tensor that llama.cpp has for {self.skeleton.architecture}", "another")
@@ -109,7 +101,7 @@ class Layout:
 
         The tensor is a weight [out, in], a bias [out], or the B [out, rank] of an adapter.
         """
-        if not self.architecture.rotates_neighbours or own.split(".")[-2] not in ("q_proj", "k_proj"):
+        if not self.architecture.rotates_adjacent or own.split(".")[-2] not in ("q_proj", "k_proj"):
             return tensor
         rest = tensor.shape[1:]
         return tensor.reshape(-1, 2, self.head_dim // 2, *rest).transpose(1, 2).reshape(-1, *rest)

@@ -16,8 +16,6 @@ from transformers import AutoTokenizer
 
 from .._core.errors import bad
 
-__all__ = ["add_tokenizer"]
-
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,17 +33,11 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str:
     """Write the tokenizer of a model's folder, if there is one, and its chat template.
 
-    Args:
-        writer: of the GGUF file.
-        folder: the folder of the model.
-        vocab_size: the rows of the embedding. Rows beyond the vocabulary become unused tokens.
+    Rows of the embedding beyond the vocabulary become unused tokens.
 
     Returns:
         A note for the user: that there is no tokenizer, or which texts llama.cpp splits differently. "" if there is
             none.
-
-    Raises:
-        ValueError: llama.cpp would tokenize differently, or a file is damaged.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -131,9 +123,9 @@ def _add_characters(
 ) -> str:
     """Write BPE over characters, which llama.cpp calls "llama"; a byte without a token of its own is "<0x0A>".
 
-    llama.cpp has no list of merges here. It joins the two neighbours whose joint token has the highest score. A token's
-    first position in the list of merges, negated, is a score with the same effect if all pairs that form a token are in
-    the list, as with SentencePiece's BPE. Returns a note (see `add_tokenizer`).
+    llama.cpp has no list of merges here. It joins the two adjacent tokens whose joint token has the highest score. A
+    token's first position in the list of merges, negated, is a score with the same effect if all pairs that form a
+    token are in the list, as with SentencePiece's BPE. Returns a note (see `add_tokenizer`).
     """
     spaces = _prefix_space(state)
     if spaces is None:

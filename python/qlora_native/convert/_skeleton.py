@@ -20,8 +20,6 @@ from ..integrations.transformers._experts import find_experts
 from ..integrations.transformers._quantizer import modules_to_quantize
 from ._checkpoints import Checkpoint
 
-__all__ = ["Part", "Skeleton"]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -42,11 +40,7 @@ class Part:
     model: nn.Module
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Take this part out of a value of the model's tensor, or of the one expert of a stack that has it.
-
-        Raises:
-            ValueError: transformers cannot undo its conversion.
-        """
+        """Take this part out of a value of the model's tensor, or of the one expert of a stack that has it."""
         try:
             undo = self.converter.reverse_transform()
             parts: dict[str, Any] = {undo.source_patterns[0]: [tensor if self.expert is None else tensor[None]]}
@@ -79,11 +73,7 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Make the model of config.json on the meta device.
-
-        Raises:
-            ValueError: it is not a model of transformers, or transformers cannot make it.
-        """
+        """Make the model of config.json on the meta device."""
         path = checkpoint.folder / "config.json"
         self._json = checkpoint.config
         kind = self._json.get("architectures")
@@ -204,12 +194,7 @@ class Skeleton:
         return self._reported(self._state.keys() - shared, set())[0]
 
     def check_files(self, checkpoint: Checkpoint) -> set[str]:
-        """Check the tensors of the files, set `unread`, and return the names of the model's tensors that they make.
-
-        Raises:
-            ValueError: a tensor is missing, occurs twice, has another shape or a dtype that says that it is quantized,
-                or belongs to a weight of the model that is read without it.
-        """
+        """Check the tensors of the files, set `unread`, and return the names of the model's tensors that they make."""
         file_names: dict[str, str] = {}
         there: set[str] = set()
         others: set[str] = set()

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_file", "new_folder"]
-
 TOKEN_BYTES = 8  # of the random part of a name, which has two hexadecimal digits for each
 
 
@@ -25,10 +23,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     A killed process leaves a folder `.<out>.partial-<16 hexadecimal digits>`, which has only files. The next call for
     `out` removes such folders, and no others. It knows the folders of live processes by their locks, which end with the
     process.
-
-    Raises:
-        FileExistsError: `out` exists and is not an empty folder, at the beginning or at the end; or it is a mount
-            point, which cannot be replaced.
     """
     out = Path(os.path.realpath(out))
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
@@ -49,11 +43,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: str | Path) -> Iterator[Path]:
-    """Yield a path to write a file to. If no error occurs, the file is renamed to `out` (see `new_folder`).
-
-    Raises:
-        FileExistsError: `out` exists, at the beginning or at the end.
-    """
+    """Yield a path to write a file to. If no error occurs, the file is renamed to `out` (see `new_folder`)."""
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise FileExistsError(f"{out}: expected a new file")

@@ -4,7 +4,7 @@
     python -m qlora_native export --base DIR --adapter DIR --out FILE.gguf [--to f32|f16|bf16]
 
 Each tensor is read, converted and written before the next one is read, so memory holds a few copies of one tensor. RoPE
-rotates pairs of elements of a head. A pair is an element of each half in transformers, and two neighbours in
+rotates pairs of elements of a head. A pair is an element of each half in transformers, and two adjacent ones in
 llama.cpp's architecture "llama", so its files have the rows of q_proj and k_proj in another order.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("transformers")
 require("gguf")
@@ -260,10 +260,10 @@ def _adapter_entries(lora: Adapter, weight: str, alpha: float, layout: Layout, k
     if layout.skeleton.config.tie_word_embeddings and name in ("token_embd.weight", "output.weight"):
         raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", path)
     ((_, change),) = lora.changes[weight]
-    factor = change.scaling * len(change.right) / alpha
+    factor = change.scaling * len(change.lora_a) / alpha
     if isinstance(layout.skeleton.module(path), nn.Embedding):  # A is the matrix whose rows are looked up
-        a, b = change.left, change.right.t()
+        a, b = change.lora_b, change.lora_a.t()
     else:
-        a, b = change.right, layout.reordered(weight, change.left)
+        a, b = change.lora_a, layout.reordered(weight, change.lora_b)
     yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda: a)
     yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda: b if factor == 1 else b.float() * factor)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("transformers")
 
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._core.errors import bad, check_blocksize, dtype_name
+from .._core.blocks import check_blocksize
+from .._core.errors import bad, dtype_name
 from .._core.progress import Progress
 from ..integrations.transformers._quantizer import BitsAndBytesConfig
 from . import _compressed_tensors as compressed_tensors
@@ -149,7 +150,7 @@ class _Conversion:
     @property
     def packed(self) -> bool:
         """Whether the format is written as in compressed-tensors, and not as in bitsandbytes."""
-        return self.format in compressed_tensors.LARGEST_CODES
+        return self.format in compressed_tensors.MAX_CODES
 
     def quantization_config(self) -> dict[str, Any]:
         """The quantization_config of config.json."""

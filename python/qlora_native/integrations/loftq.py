@@ -69,10 +69,7 @@ def _nearest(residual: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tenso
 
 
 def initialize_loftq(
-    model: nn.Module,
-    weights: str | Path | Mapping[str, Tensor],
-    adapter_name: str = "default",
-    iterations: int = 1,
+    model: nn.Module, weights: str | Path | Mapping[str, Tensor], adapter_name: str = "default", iterations: int = 1
 ) -> dict[str, tuple[float, float]]:
     """Set the adapter of every `LoraLinear4bit` in a model to its LoftQ values, in place.
 

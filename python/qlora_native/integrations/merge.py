@@ -1,5 +1,5 @@
 """`convert`, which `qlora_native.convert.merge` has."""
 
-from ..convert.merge import TARGETS, Report, convert
+from ..convert.merge import convert
 
-__all__ = ["TARGETS", "Report", "convert"]
+__all__ = ["convert"]

@@ -4,15 +4,15 @@
 //   backward   S = Q K^T    P = e^(s S - lse)  dP = dO V^T    dS = P o (dP - delta)    delta: the sum of dO o O
 //              dV += P^T dO    dK += dS^T Q    dQ += dS K
 //
-// Each product takes its left factor as packed rows and its right one as chunks of 64 columns
+// Each product takes its first operand as packed rows and its second one as chunks of 64 columns
 // (product_nn_layout-inl.h), so a matrix is packed in up to three forms:
 //
-//   rows         [row][unit of columns]             left factors
-//   columns      [chunk][unit of rows][64 columns]  right factors
-//   transposed   [unit of columns][64 rows]         right factors, of which the transpose multiplies
+//   rows         [row][unit of columns]             first operands
+//   columns      [chunk][unit of rows][64 columns]  second operands
+//   transposed   [unit of columns][64 rows]         second operands that are multiplied transposed
 //
-// Sums are [chunk][row][64 columns]. Blocks of queries and of keys come in one order for each sum, whatever the tasks
-// and the threads are.
+// Accumulators are [chunk][row][64 columns]. The blocks that add to one come in the same order, whatever the tasks and
+// the threads are.
 #pragma once
 
 #include <limits>
@@ -26,11 +26,11 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Memory that is handed out part after part, each a multiple of a vector.
-class Parts {
+// Gives out memory, one array after another, each a multiple of a vector.
+class BumpAllocator {
  public:
-  explicit Parts(float* memory) : next_(memory) {}
-  float* take(std::int64_t floats) {
+  explicit BumpAllocator(float* memory) : next_(memory) {}
+  float* allocate(std::int64_t floats) {
     float* const part = next_;
     next_ += floats;
     return part;
@@ -60,8 +60,8 @@ class AttentionBlocks {
   std::int64_t key_blocks() const { return ceil_div(in_.k.rows, kBlock); }
   std::int64_t group() const { return in_.q.heads / in_.k.heads; }  // heads of q that share one of k
   std::int64_t chunks() const { return ceil_div(in_.head_dim, kChunk); }
-  // Floats of a block: its sums, and its three forms.
-  std::int64_t sums_floats() const { return chunks() * kSquare; }
+  // Floats of a block: its accumulators, and its three forms.
+  std::int64_t accumulator_floats() const { return chunks() * kSquare; }
   std::int64_t rows_floats() const { return kBlock * Layout::packed_stride(Layout::units_of(in_.head_dim)); }
   std::int64_t columns_floats() const { return chunks() * kBlockUnits * kChunk; }
   std::int64_t transposed_floats() const { return inner_units() * kChunk; }
@@ -112,31 +112,32 @@ class AttentionBlocks {
     Nn::multiply_rows(tiles, rows, Layout::packed_stride(Layout::units_of(in_.head_dim)), count, transposed,
                       inner_units(), kChunk / kLanes, out, false);
   }
-  // sums += square . columns
-  void add_product(Tiles& tiles, const float* square, std::int64_t count, const float* columns, float* sums) const {
+  // accumulators += square . columns
+  void add_product(Tiles& tiles, const float* square, std::int64_t count, const float* columns,
+                   float* accumulators) const {
     for (std::int64_t c = 0; c < chunks(); ++c) {
       const auto vectors = static_cast<int>(ceil_div(smaller<std::int64_t>(kChunk, in_.head_dim - c * kChunk), kLanes));
       Nn::multiply_rows(tiles, square, kSquareStride, count, columns + c * kBlockUnits * kChunk, kBlockUnits, vectors,
-                        sums + c * kSquare, true);
+                        accumulators + c * kSquare, true);
     }
   }
 
-  // ---- what queries see ----
+  // ---- masks ----
 
-  struct Seen {
+  struct KeyRange {
     std::int32_t begin, end;
   };
-  // This is what each query of a block sees, and the blocks of keys that have any of it.
-  struct SeenByBlock {
-    Seen of[kBlock];
+  // The keys that each query of a block sees, and the blocks that contain them.
+  struct BlockMask {
+    KeyRange rows[kBlock];
     Range blocks;
   };
-  SeenByBlock seen_by(std::int64_t b, std::int64_t block) const {
-    SeenByBlock seen;
+  BlockMask mask_of(std::int64_t b, std::int64_t block) const {
+    BlockMask mask;
     const std::int64_t count = smaller(kBlock, in_.q.rows - block * kBlock);
     std::int64_t begin = in_.k.rows, end = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-      Seen& one = seen.of[i] = {0, static_cast<std::int32_t>(in_.k.rows)};
+      KeyRange& one = mask.rows[i] = {0, static_cast<std::int32_t>(in_.k.rows)};
       if (in_.key_ranges != nullptr) {
         const std::int32_t* range = in_.key_ranges + b * in_.key_ranges_stride + 2 * (block * kBlock + i);
         one = {range[0], range[1]};
@@ -145,37 +146,37 @@ class AttentionBlocks {
       begin = smaller<std::int64_t>(begin, one.begin);
       end = larger<std::int64_t>(end, one.end);
     }
-    seen.blocks = {begin / kBlock, begin < end ? ceil_div(end, kBlock) : 0};
-    return seen;
+    mask.blocks = {begin / kBlock, begin < end ? ceil_div(end, kBlock) : 0};
+    return mask;
   }
-  // Gives the keys that a query does not see the score -inf. Returns whether it sees any of the block.
-  static bool hide(Seen seen, std::int64_t block, float* row) {
-    const std::int64_t first = larger<std::int64_t>(seen.begin - block * kBlock, 0);
-    const std::int64_t end = smaller(seen.end - block * kBlock, kBlock);
+  // Sets the score of each key outside the range to -inf. Returns whether the block has any key of the range.
+  static bool apply_mask(KeyRange range, std::int64_t block, float* row) {
+    const std::int64_t first = larger<std::int64_t>(range.begin - block * kBlock, 0);
+    const std::int64_t end = smaller(range.end - block * kBlock, kBlock);
     for (std::int64_t i = 0; i < smaller(first, kBlock); ++i) row[i] = -kInfinity;
     for (std::int64_t i = larger<std::int64_t>(end, 0); i < kBlock; ++i) row[i] = -kInfinity;
     return first < end;
   }
 
-  // ---- sums and scores ----
+  // ---- accumulators and scores ----
 
   // This is subtracted from scores. A query that has seen no key has -inf, and -inf - -inf would be NaN.
   static float finite_or_zero(float x) { return x == -kInfinity ? 0.0f : x; }
   static F32 negative(F32 x) { return mul(x, set1(-1.0f)); }
 
-  // Writes sums times a factor for each row.
-  static void write(const float* sums, const float* factors, const Matrix& out) {
+  // Writes accumulators times a factor for each row.
+  static void write(const float* accumulators, const float* factors, const Matrix& out) {
     for (std::int64_t row = 0; row < out.rows; ++row)
       for (std::int64_t col = 0; col < out.cols; col += kLanes) {
-        const float* p = sums + col / kChunk * kSquare + row * kChunk + col % kChunk;
+        const float* p = accumulators + col / kChunk * kSquare + row * kChunk + col % kChunk;
         store_from_f32<kType>(elements_at(out.data, kType, row * out.stride + col), mul(load(p), set1(factors[row])),
                               static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col)));
       }
   }
-  static void write(const float* sums, float factor, const Matrix& out) {
+  static void write(const float* accumulators, float factor, const Matrix& out) {
     float factors[kBlock];
     for (float& each : factors) each = factor;
-    write(sums, factors, out);
+    write(accumulators, factors, out);
   }
 
   const AttentionInputs& in_;

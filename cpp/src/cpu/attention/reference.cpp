@@ -21,8 +21,8 @@ struct Query {
   std::int64_t b, h, row;
   std::int64_t begin = 0, end = in.k.rows;
 
-  Query(const AttentionInputs& inputs, std::int64_t of_batch, std::int64_t head, std::int64_t query)
-      : in(inputs), b(of_batch), h(head), row(query) {
+  Query(const AttentionInputs& inputs, std::int64_t sequence, std::int64_t head, std::int64_t query)
+      : in(inputs), b(sequence), h(head), row(query) {
     if (in.key_ranges == nullptr) return;
     const std::int32_t* range = in.key_ranges + b * in.key_ranges_stride + 2 * row;
     begin = range[0];

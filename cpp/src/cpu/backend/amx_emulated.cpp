@@ -1,5 +1,5 @@
 // The tiles of AMX-BF16 in plain C++, for tests on machines without it: the same algorithms, the same bits and the same
-// choice of panels. Tiles multiply the few rows that vectors multiply on the processor.
+// choice of panels. Tiles also multiply what vectors multiply on the processor.
 #define QLN_ISA amx_emulated
 
 #include "cpu/backend/isa.h"

@@ -1,4 +1,4 @@
-// A backend whose products of bfloat16 are its own.
+// A backend that multiplies bfloat16, and does all else as another backend does.
 #pragma once
 
 #include "cpu/attention/attention_backward-inl.h"

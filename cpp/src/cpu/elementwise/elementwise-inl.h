@@ -17,15 +17,15 @@ namespace {
 
 // A task takes rows with about so many elements in all. That is tens of microseconds of work, beside which the cost of
 // a call of the thread pool is negligible.
-constexpr std::int64_t kElementsOfTask = 32768;
+constexpr std::int64_t kTaskElements = 32768;
 
 // Calls body(row) on the thread pool for each of `rows` rows of `cols` elements.
 template <class Body>
 void for_each_row(std::int64_t rows, std::int64_t cols, const Body& body) {
-  const std::int64_t of_task = larger<std::int64_t>(1, kElementsOfTask / cols);
-  parallel_for(ceil_div(rows, of_task), [&](std::int64_t task) {
-    const std::int64_t end = smaller(rows, (task + 1) * of_task);
-    for (std::int64_t row = task * of_task; row < end; ++row) body(row);
+  const std::int64_t rows_per_task = larger<std::int64_t>(1, kTaskElements / cols);
+  parallel_for(ceil_div(rows, rows_per_task), [&](std::int64_t task) {
+    const std::int64_t end = smaller(rows, (task + 1) * rows_per_task);
+    for (std::int64_t row = task * rows_per_task; row < end; ++row) body(row);
   });
 }
 
@@ -102,8 +102,8 @@ inline void gated_activation_backward_rows(const GatedActivationBackwardArgs& ar
         for_each_vector<kType>(args.gate.cols, [&](std::int64_t at, int lanes) {
           const ActivationOfVector f = activation_of<activation()>(load_as_f32<kType>(gate + at, lanes));
           const F32 gradient = load_as_f32<kType>(dh + at, lanes);
-          const F32 of_gate = mul(mul(gradient, load_as_f32<kType>(up + at, lanes)), f.derivative);
-          store_from_f32<kType>(dgate + at, of_gate, lanes);
+          const F32 gate_gradient = mul(mul(gradient, load_as_f32<kType>(up + at, lanes)), f.derivative);
+          store_from_f32<kType>(dgate + at, gate_gradient, lanes);
           store_from_f32<kType>(dup + at, mul(gradient, f.value), lanes);
         });
       });
@@ -113,20 +113,21 @@ inline void gated_activation_backward_rows(const GatedActivationBackwardArgs& ar
 
 // ---- RMS norms ----
 
-// Returns the sum of value(offset, lanes) over a row. There are four partial sums, so that their additions need not
-// wait for each other.
+// Returns the sum of value(offset, lanes) over a row. There are four partial partial_sums, so that their additions need
+// not wait for each other.
 template <DType kType, class Value>
 float sum_of_row(std::int64_t cols, const Value& value) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  constexpr int kSums = 4;
-  F32 sums[kSums] = {zero(), zero(), zero(), zero()};
+  constexpr int kPartialSums = 4;
+  F32 partial_sums[kPartialSums] = {zero(), zero(), zero(), zero()};
   std::int64_t i = 0;
-  for (; i + kSums * kLanes <= cols; i += kSums * kLanes) {
-    for (int k = 0; k < kSums; ++k) sums[k] = add(sums[k], value((i + k * kLanes) * kSize, kLanes));
+  for (; i + kPartialSums * kLanes <= cols; i += kPartialSums * kLanes) {
+    for (int k = 0; k < kPartialSums; ++k)
+      partial_sums[k] = add(partial_sums[k], value((i + k * kLanes) * kSize, kLanes));
   }
   for (; i < cols; i += kLanes)
-    sums[0] = add(sums[0], value(i * kSize, static_cast<int>(smaller<std::int64_t>(kLanes, cols - i))));
-  return reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    partial_sums[0] = add(partial_sums[0], value(i * kSize, static_cast<int>(smaller<std::int64_t>(kLanes, cols - i))));
+  return reduce_add(add(add(partial_sums[0], partial_sums[1]), add(partial_sums[2], partial_sums[3])));
 }
 
 inline void rms_norm_rows(const RmsNormArgs& args, const Stream&) {

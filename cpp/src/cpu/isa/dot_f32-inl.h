@@ -23,10 +23,10 @@ constexpr int kChunk = 64;  // elements of the inner dimension that are decoded 
 // Loads vector i of `count` elements of a dense row, times `scale`, with zeros after them.
 template <DType kFrom>
 inline F32 dense_vector(const void* p, float scale, int i, int count) {
-  const int first = i * kLanes, left = count - first;
-  if (left <= 0) return zero();
+  const int first = i * kLanes, rest = count - first;
+  if (rest <= 0) return zero();
   const char* elements = static_cast<const char*>(p) + first * static_cast<int>(size_of(kFrom));
-  return mul(load_as_f32<kFrom>(elements, left < kLanes ? left : kLanes), set1(scale));
+  return mul(load_as_f32<kFrom>(elements, rest < kLanes ? rest : kLanes), set1(scale));
 }
 
 template <DType kType>
@@ -36,8 +36,8 @@ struct DotF32 {
   static constexpr int kUnits = kChunk / kElementsPerUnit;  // of a chunk
   static constexpr int kVectors = kUnits / kLanes;
   static constexpr int kGroup = 2 * kLanes;  // elements that share an even and an odd vector
-  // Sums start afresh after so many elements: a long chain of fp32 additions loses what the short ones of a dense
-  // product keep.
+  // Accumulators start from zero after so many elements: a long chain of fp32 additions loses what the short ones of a
+  // dense product keep.
   static constexpr std::int64_t kRestart = 64;
   static constexpr std::int64_t kBlock = 256;  // elements of the inner dimension that are decoded at once
 
@@ -46,11 +46,11 @@ struct DotF32 {
   };
   using Table = LevelTable;
 
-  static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
+  static F32 dot(F32 accumulator, F32 x, F32 w) { return fma(x, w, accumulator); }
 
   // Broadcasts a unit in memory to all lanes.
   static F32 broadcast(const float* unit) { return set1(*unit); }
-  static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
+  static F32 dot_broadcast(F32 accumulator, F32 x, const float* unit) { return dot(accumulator, x, set1(*unit)); }
 
   // The 16 levels of one block, scaled and rounded.
   [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
@@ -102,8 +102,8 @@ struct DotF32 {
     return chunk;
   }
 
-  // Few rows of x multiply a chunk at a time, and each vector is decoded when it is used. Vectors of even elements and
-  // of odd ones take turns, kNibbleVectors each, because so many are looked up at once.
+  // The small_m kernel multiplies a chunk at a time, and each vector is decoded when it is used. Vectors of even
+  // elements and of odd ones alternate, kNibbleVectors each, because so many are looked up at once.
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
   struct Step {
@@ -118,10 +118,10 @@ struct DotF32 {
     const std::uint8_t* bytes;
     Table table;
     F32 vector(int k) const {
-      const int turn = k / kNibbleVectors;
-      const std::uint8_t* p = bytes + turn / 2 * kNibbleVectors * kLanes;
+      const int round = k / kNibbleVectors;
+      const std::uint8_t* p = bytes + round / 2 * kNibbleVectors * kLanes;
       F32 values[kNibbleVectors];
-      lookup_nibbles<kType>(table, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      lookup_nibbles<kType>(table, round % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
       return values[k % kNibbleVectors];
     }
   };
@@ -131,10 +131,10 @@ struct DotF32 {
     Table16 code;
     const float* scales;
     [[gnu::always_inline]] F32 vector(int k) const {
-      const int turn = k / kNibbleVectors, g = turn / 2 * kNibbleVectors;
+      const int round = k / kNibbleVectors, g = round / 2 * kNibbleVectors;
       const std::uint8_t* p = bytes + g * kLanes;
       F32 values[kNibbleVectors];
-      lookup_in_blocks<kScales>(code, scales, g, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      lookup_in_blocks<kScales>(code, scales, g, round % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
       return values[k % kNibbleVectors];
     }
   };
@@ -184,13 +184,13 @@ struct DotF32 {
   }
 
   // Clears the elements whose bit is not set.
-  static void keep(Chunk& chunk, std::uint64_t bits) {
-    for (int i = 0; i < kVectors; ++i) chunk.v[i] = keep_lanes(chunk.v[i], vector_bits(bits, i));
+  static void mask(Chunk& chunk, std::uint64_t bits) {
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = mask_lanes(chunk.v[i], vector_bits(bits, i));
   }
 
   // --- In dX = dY . W a unit lies across the rows of W: here it is one row. ---
 
-  static constexpr int kColumnVectors = kChunk / kLanes;  // vectors of sums of 64 columns
+  static constexpr int kColumnVectors = kChunk / kLanes;  // vectors of accumulators of 64 columns
   struct Columns {
     F32 v[kColumnVectors];
   };
@@ -200,18 +200,18 @@ struct DotF32 {
     return result;
   }
   static Columns columns_natural(const Chunk& row) { return columns(row); }
-  // Puts the sums of 64 decoded columns in natural order.
-  static void to_natural(F32 (&sums)[kColumnVectors]) {
+  // Puts the accumulators of 64 decoded columns in natural order.
+  static void to_natural(F32 (&accumulators)[kColumnVectors]) {
     for (int i = 0; i < kColumnVectors; i += 2) {
       F32 a, b;
-      interleave(sums[i], sums[i + 1], a, b);
-      sums[i] = a;
-      sums[i + 1] = b;
+      interleave(accumulators[i], accumulators[i + 1], a, b);
+      accumulators[i] = a;
+      accumulators[i + 1] = b;
     }
   }
-  // Clears the sums whose column's bit is not set.
-  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
-    return keep_lanes(sums, vector_bits(bits, vector));
+  // Clears the accumulators whose column's bit is not set.
+  static F32 mask_columns(F32 accumulators, int vector, std::uint64_t bits) {
+    return mask_lanes(accumulators, vector_bits(bits, vector));
   }
 
  private:
@@ -242,7 +242,7 @@ template <DType kType, bool kStream>
     store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
                                 chunk.v[2 * g + 1]);
 }
-// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
+// Stores `count` elements of a chunk side by side. With kStream by non-temporal stores if the chunk is whole.
 template <DType kType, bool kStream = false>
 [[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
                                                std::int64_t count) {

@@ -5,9 +5,9 @@
 //
 //   kLanes                lanes of an F32
 //   kRegisters            vector registers
-//   kWidestStrip          vectors of X in a strip, at most
+//   kMaxStripVectors      vectors of X in a strip, at most
 //   kRowsOfStrip[w]       rows of W that a register tile takes of a strip of w vectors
-//   kMostRows             rows of dY in a register tile, at most
+//   kMaxStripRows         rows of dY in a register tile, at most
 //   kColumnStep           vectors of columns of W in a register tile
 //   kRowsOfDecodingStrip, kDecodingColumnStep   the same of a tile that decodes the next panel meanwhile
 //   kNibbleVectors        vectors that one lookup_nibbles() fills
@@ -47,7 +47,7 @@ concept ProductPrimitives =
     requires(typename V::Float x, typename V::Float y, typename V::Float z, typename V::Long n, const float* from,
              float* to, const void* elements, void* out, const std::uint8_t* bytes, typename V::Float (&square)[kLanes],
              Table16 table, LevelTable levels, typename V::Float (&looked_up)[kNibbleVectors], const Table256& table256,
-             typename V::Float (&of_bytes)[kTableVectors]) {
+             typename V::Float (&values)[kTableVectors]) {
       { zero() } -> FloatOf<V>;
       { set1(1.0f) } -> FloatOf<V>;
       { load(from) } -> FloatOf<V>;
@@ -63,11 +63,11 @@ concept ProductPrimitives =
       { load_as_f32<DType::bf16>(elements, 1) } -> FloatOf<V>;
       store_from_f32<DType::bf16>(out, x);
       store_from_f32<DType::bf16>(out, x, 1);
-      // 2 * kLanes neighbours, the even ones in x and the odd ones in y. Stored are values that the dtype has, and with
-      // `true` they go past the caches where there is a way.
+      // 2 * kLanes adjacent elements, the even ones in x and the odd ones in y. Stored are values that the dtype has,
+      // with `true` by a non-temporal store if the instruction set has one.
       load_pairs<DType::bf16>(elements, x, y);
       store_pairs<DType::bf16, true>(out, x, y);
-      end_stream();            // after stores past the caches: until then other threads may see them late
+      end_stream();            // after non-temporal stores: until then other threads may see them late
       interleave(x, y, x, y);  // the even and the odd ones -> natural order
       transpose(square);       // lane j of vector i <-> lane i of vector j
 
@@ -84,14 +84,14 @@ concept ProductPrimitives =
 
       // Bit i of a mask stands for lane i. Lanes without their bit become 0; every_second_bit() takes the even bits, or
       // from bit 1 on the odd ones; blend_from() takes lane i from y where bytes[i] is at least the boundary.
-      { keep_lanes(x, std::uint32_t{}) } -> FloatOf<V>;
+      { mask_lanes(x, std::uint32_t{}) } -> FloatOf<V>;
       { every_second_bit(std::uint64_t{}, 1) } -> std::same_as<std::uint32_t>;
       { blend_from(x, y, bytes, 1) } -> FloatOf<V>;
 
       // A table of 256 floats. Lanes after `count` bytes have what stands at 0.
       Table256(from);
-      lookup_bytes(table256, bytes, of_bytes);
-      lookup_bytes(table256, bytes, of_bytes, 1);
+      lookup_bytes(table256, bytes, values);
+      lookup_bytes(table256, bytes, values, 1);
 
       // Philox's counters (dropout-inl.h). at_least_u16(): the low halves of four vectors have each counter's four
       // words, which are eight numbers of 16 bits; bit 8 * lane + i says whether number i reaches the threshold.
@@ -105,7 +105,7 @@ concept ProductPrimitives =
       { at_least_u16(n, n, n, n, std::uint32_t{}) } -> std::same_as<std::uint64_t>;
     };
 
-// What all else needs besides: few rows, quantize, cross_entropy and the optimizers.
+// What all else needs besides: small_m, quantize, cross_entropy and the optimizers.
 template <class V>
 concept Primitives =
     ProductPrimitives<V> &&
@@ -131,7 +131,7 @@ concept Primitives =
       { max_i32(i, j) } -> IntOf<V>;
       { reduce_max_i32(i) } -> std::same_as<int>;
       { shift_left<1>(i) } -> IntOf<V>;
-      { shift_right<1>(i) } -> IntOf<V>;  // zeros come in
+      { shift_right<1>(i) } -> IntOf<V>;  // fills with zeros
       { as_i32(x) } -> IntOf<V>;          // the same bits
       { as_f32(i) } -> FloatOf<V>;
       { round_to_i32(x) } -> IntOf<V>;  // to nearest even
@@ -146,7 +146,7 @@ concept Primitives =
       { lookup(table32(from), i) } -> FloatOf<V>;
       { gather(from, i) } -> FloatOf<V>;
 
-      // Lanes as consecutive bytes; pairs of nibbles (i << 4 | j); bytes of i and of j in turn.
+      // Lanes as consecutive bytes; pairs of nibbles (i << 4 | j); bytes of i and of j alternately.
       store_bytes(bytes, i);
       store_nibble_pairs(bytes, i, j);
       store_byte_pairs(bytes, i, j);

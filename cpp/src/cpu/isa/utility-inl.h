@@ -39,12 +39,12 @@ inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Calls f with n, which is 1 ... kMost, as a compile-time constant.
-template <int kMost, class F>
+// Calls f with n, which is 1 ... kMax, as a compile-time constant.
+template <int kMax, class F>
 inline void with_constant(int n, F&& f) {
   [&]<int... i>(std::integer_sequence<int, i...>) {
     ((n == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
-  }(std::make_integer_sequence<int, kMost>());
+  }(std::make_integer_sequence<int, kMax>());
 }
 
 }  // namespace

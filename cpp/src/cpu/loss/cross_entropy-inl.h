@@ -89,11 +89,11 @@ class CrossEntropy {
         for (int lane = lanes; lane < kLanes; ++lane) z[i + lane] = -kInfinity;
         largest = max(load(z + i), largest);
       }
-      const float of_block = reduce_max(largest);
+      const float block_largest = reduce_max(largest);
       F32 exponentials = zero();
       for (std::int64_t i = 0; i < count; i += kLanes)
-        exponentials = add(exponentials, exp_of_negative(add(load(z + i), set1(-of_block))));
-      total.add(double{of_block}, double{reduce_add(exponentials)}, double{reduce_add(sum)});
+        exponentials = add(exponentials, exp_of_negative(add(load(z + i), set1(-block_largest))));
+      total.add(double{block_largest}, double{reduce_add(exponentials)}, double{reduce_add(sum)});
     }
     return total;
   }
@@ -127,8 +127,8 @@ class CrossEntropy {
 
 inline void cross_entropy_rows(const CrossEntropyArgs& args, const Stream&) {
   with_dtype(args.logits.dtype, [&](auto dtype) {
-    const CrossEntropy<dtype()> of(args);
-    parallel_for(args.logits.rows, [&](std::int64_t row) { of.row(row); });
+    const CrossEntropy<dtype()> cross_entropy(args);
+    parallel_for(args.logits.rows, [&](std::int64_t row) { cross_entropy.row(row); });
   });
 }
 

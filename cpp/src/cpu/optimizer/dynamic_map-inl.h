@@ -35,17 +35,17 @@ struct DynamicMapNumber {
   float slope[16] = {}, intercept[16] = {}, k[16] = {};
 
   constexpr DynamicMapNumber() {
-    const auto line = [&](int item, double of_slope, double from, double a, double of_k) {
-      slope[item] = static_cast<float>(of_slope);
-      intercept[item] = static_cast<float>(a - of_slope * from);
-      k[item] = static_cast<float>(of_k);
+    const auto line = [&](int item, double line_slope, double from, double a, double number) {
+      slope[item] = static_cast<float>(line_slope);
+      intercept[item] = static_cast<float>(a - line_slope * from);
+      k[item] = static_cast<float>(number);
     };
-    // At its end the map is half a number above its last midpoint; k is beyond reach, so that the least is a.
+    // At its end the map is half a number above its last midpoint; k is beyond reach, so that the minimum is a.
     const double last = midpoint(kLast);
     line(0, 0.5 / (double{kScale} - last), last, -5.0, kLast + 5.0);
     double begin = 0.5;
     for (int item = 15; item > 0; --item, begin /= 4.0) {
-      double b = kScale, levels = kSigned ? 64.0 : 128.0;  // the least b that is not below this item, or begins it
+      double b = kScale, levels = kSigned ? 64.0 : 128.0;  // the smallest b that is not below this item, or begins it
       while (b / 10.0 >= begin && levels > (kSigned ? 1.0 : 2.0)) {
         b /= 10.0;
         levels /= 2.0;
@@ -65,7 +65,7 @@ struct DynamicMapNumber {
     const double a = double{slope[item]} * size + double{intercept[item]};
     return double{k[item]} + std::min(a, std::min((a - 1.0) * double{kThird}, a * double{kFifth}));
   }
-  // Whether the sentence above is true, with as much again left for the roundings of its evaluation.
+  // Whether the statement above is true, with a margin of the same size for the roundings of its evaluation.
   constexpr bool is_exact() const {
     for (int n = 1; n <= kLast; ++n) {
       const double off = number(midpoint(n)) - n;

@@ -131,10 +131,10 @@ void update_8bit(const MomentTables& tables, const StepCoefficients& coefficient
   constexpr int kMoments = Rule::kMoments, kStep = kTableVectors * kLanes;
   const CoefficientsOf<VectorMath> c = in_every_lane(coefficients);
   alignas(64) float values[kMoments][kOptimizerBlock];
-  F32 kept[kMoments], most[kMoments];
+  F32 decode_scale[kMoments], largest[kMoments];
   for (int k = 0; k < kMoments; ++k) {
-    kept[k] = set1(*absmax[k] * Rule::decode_factor(coefficients, k));
-    most[k] = zero();
+    decode_scale[k] = set1(*absmax[k] * Rule::decode_factor(coefficients, k));
+    largest[k] = zero();
   }
   for (int i = 0; i < kOptimizerBlock; i += kStep) {
     F32 decoded[kMoments][kTableVectors];
@@ -142,18 +142,18 @@ void update_8bit(const MomentTables& tables, const StepCoefficients& coefficient
     for (int vector = 0; vector < kTableVectors; ++vector) {
       const int at = i + vector * kLanes;
       F32 m[kMoments];
-      for (int k = 0; k < kMoments; ++k) m[k] = mul(decoded[k][vector], kept[k]);
+      for (int k = 0; k < kMoments; ++k) m[k] = mul(decoded[k][vector], decode_scale[k]);
       store(param + at, Rule::template update<VectorMath>(c, load(param + at), load(grad + at), m));
       for (int k = 0; k < kMoments; ++k) {
         store(values[k] + at, m[k]);
-        most[k] = is_signed(k) ? max_abs(most[k], m[k]) : max(most[k], m[k]);
+        largest[k] = is_signed(k) ? max_abs(largest[k], m[k]) : max(largest[k], m[k]);
       }
     }
   }
   float inverse[kMoments];
   F32 scale[kMoments];
   each_moment<Rule>([&](auto k) {
-    *absmax[k()] = reduce_max(most[k()]);
+    *absmax[k()] = reduce_max(largest[k()]);
     inverse[k()] = inverse_absmax(*absmax[k()]);
     scale[k()] = set1(inverse[k()] * tables.encoder<k()>().kNumber.kScale);
   });
@@ -162,16 +162,16 @@ void update_8bit(const MomentTables& tables, const StepCoefficients& coefficient
   for (int step = 0; step < kOptimizerBlock / kStep; ++step) {
     const int i = step * kStep;
     F32 scaled[kMoments][kTableVectors];
-    I32 number[kMoments][kTableVectors], least = set1_i32(-1);
+    I32 number[kMoments][kTableVectors], smallest = set1_i32(-1);
     each_moment<Rule>([&](auto k) {
       for (int vector = 0; vector < kTableVectors; ++vector) {
         scaled[k()][vector] = mul(load(values[k()] + i + vector * kLanes), scale[k()]);
         number[k()][vector] = round_to_i32(tables.encoder<k()>().number(scaled[k()][vector]));
-        least = min_u16(least, number[k()][vector]);
+        smallest = min_u16(smallest, number[k()][vector]);
       }
     });
     each_moment<Rule>([&](auto k) { tables.encoder<k()>().store_nearest(number[k()], scaled[k()], codes[k()] + i); });
-    uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, Encoder<true>::kEdge)) << step;
+    uncertain |= static_cast<std::uint32_t>(any_low_half_below(smallest, Encoder<true>::kEdge)) << step;
   }
   for (; uncertain != 0; uncertain &= uncertain - 1) {  // in a separate loop: no processor foresees a branch to it
     const int i = __builtin_ctz(uncertain) * kStep;
@@ -313,18 +313,18 @@ inline void optimizer_update(Algorithm algorithm, const OptimizerSegment& segmen
 }
 
 inline bool optimizer_is_usable(const OptimizerSegment& segment, float inv_scale) {
-  I32 most = set1_i32(0);  // as bits: those of NaN lie above those of infinity
+  I32 largest = set1_i32(0);  // as bits: those of NaN lie above those of infinity
   with_dtype(segment.tensor->grad_dtype, [&](auto dtype) {
     for_each_block(segment, [&](std::int64_t first, std::int64_t count) {
       Block<Element<dtype()>> block(const_cast<void*>(segment.tensor->grad), first, count);
       const auto* grad = block.get();
       for (int i = 0; i < kOptimizerBlock; i += kLanes)
-        most = max_i32(most, as_i32(abs(mul(load_as_f32<dtype()>(grad + i), set1(inv_scale)))));
+        largest = max_i32(largest, as_i32(abs(mul(load_as_f32<dtype()>(grad + i), set1(inv_scale)))));
     });
   });
   std::uint32_t limit;
   __builtin_memcpy(&limit, &kLargestGradient, sizeof(limit));
-  return static_cast<std::uint32_t>(reduce_max_i32(most)) <= limit;
+  return static_cast<std::uint32_t>(reduce_max_i32(largest)) <= limit;
 }
 
 inline void optimizer_step(const Optimizer8bitArgs& args, const Stream&) {

@@ -37,20 +37,20 @@ void update_8bit(const Optimizer8bitTensor& tensor, const StepCoefficients& c, s
   constexpr int kMoments = Rule::kMoments;
   const auto codes = [&](int k) { return static_cast<std::uint8_t*>(state_of(tensor, k)) + first; };
   const auto absmax = [&](int k) -> float& { return absmax_of(tensor, k)[first / kOptimizer8bitBlocksize]; };
-  float values[kOptimizer8bitBlocksize][kMoments], most[kMoments] = {};
+  float values[kOptimizer8bitBlocksize][kMoments], largest[kMoments] = {};
   for (std::int64_t i = 0; i < end - first; ++i) {
     for (int k = 0; k < kMoments; ++k) {
       const auto& levels = is_signed(k) ? kDynamicMap : kUnsignedDynamicMap;
       values[i][k] = levels[codes(k)[i]] * (absmax(k) * Rule::decode_factor(c, k));
     }
     update_element<Rule>(tensor, c, first + i, values[i]);
-    for (int k = 0; k < kMoments; ++k) most[k] = std::max(most[k], std::fabs(values[i][k]));
+    for (int k = 0; k < kMoments; ++k) largest[k] = std::max(largest[k], std::fabs(values[i][k]));
   }
   for (int k = 0; k < kMoments; ++k) {
-    absmax(k) = most[k];
+    absmax(k) = largest[k];
     const auto& midpoints = is_signed(k) ? kDynamicMidpoints : kUnsignedDynamicMidpoints;
     for (std::int64_t i = 0; i < end - first; ++i) {
-      codes(k)[i] = nearest(midpoints, values[i][k] * inverse_absmax(most[k]));
+      codes(k)[i] = nearest(midpoints, values[i][k] * inverse_absmax(largest[k]));
     }
   }
 }

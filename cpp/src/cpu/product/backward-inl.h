@@ -10,21 +10,22 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Writes the sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
+// Writes the accumulators of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
 template <DType kTo, int kVectors>
-void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&accumulators)[kVectors], float scale) {
   constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
   char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
   for (int i = 0; i < kVectors && col + i * kLanes < out.cols; ++i)
-    store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
+    store_from_f32<kTo>(p + i * kLanes * kTarget, mul(accumulators[i], set1(scale)),
                         static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
 }
 // Writes them to column `row` of out, from row `col` on.
 template <DType kTo, int kVectors>
-void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&accumulators)[kVectors], float scale) {
   constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
   char values[kChunk * kTarget];
-  for (int i = 0; i < kVectors; ++i) store_from_f32<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
+  for (int i = 0; i < kVectors; ++i)
+    store_from_f32<kTo>(values + i * kLanes * kTarget, mul(accumulators[i], set1(scale)));
   const std::int64_t count = smaller<std::int64_t>(kChunk, out.rows - col);
   for (std::int64_t i = 0; i < count; ++i)
     __builtin_memcpy(static_cast<char*>(out.data) + ((col + i) * out.stride + row) * kTarget, values + i * kTarget,
@@ -44,24 +45,24 @@ class BackwardInput final : public Job {
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     strips_ = Strips(rows_);
-    adapted_ = adapted_rows(lora, part, rows_, args.weight);
+    adapters_ = job_adapters(lora, part, rows_, args.weight);
     std::int64_t strip = 0;
-    for (const Adapted& adapted : adapted_) {
-      const Range strips = strips_.of({adapted.begin, adapted.end}, strip);
-      low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapted.lora, args.weight.K)), strips});
+    for (const JobAdapter& adapter : adapters_) {
+      const Range strips = strips_.of({adapter.begin, adapter.end}, strip);
+      low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapter.lora, args.weight.K)), strips});
       strip = strips.end - 1;
       packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
     }
     floats_dy_ = strips_.packed_rows() * dy_stride_;
     floats_v_ = packed_v_rows_ * v_stride_;
     bytes_ = (floats_dy_ + floats_v_) * 4;
-    if (!adapted_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
+    if (!adapters_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
   }
 
   void cut(std::int64_t threads) override {
     tasks_[0] = strips_.count;
-    for (std::size_t i = 0; i < adapted_.size(); ++i) {
-      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, b_of(adapted_[i]), threads));
+    for (std::size_t i = 0; i < adapters_.size(); ++i) {
+      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, b_of(adapters_[i]), threads));
       tasks_[1] += v_cuts_.back().tasks();
     }
     if (args_.dx.data == nullptr) return;
@@ -76,7 +77,7 @@ class BackwardInput final : public Job {
       low_rank.v = v;
       v += (strips_.first_packed(low_rank.strips.end) - strips_.first(low_rank.strips.begin)) * v_stride_;
     }
-    if (!adapted_.empty() && args_.v.data == nullptr)
+    if (!adapters_.empty() && args_.v.data == nullptr)
       args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
   }
   void run(int stage, std::int64_t task) override {
@@ -100,36 +101,37 @@ class BackwardInput final : public Job {
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
 
-  DenseRows<Dot, true> b_of(const Adapted& adapted) const { return lora_b(adapted.lora, args_.weight.N); }
+  DenseRows<Dot, true> b_of(const JobAdapter& adapter) const { return lora_b(adapter.lora, args_.weight.N); }
 
-  // Computes V = s/(1-p) * dY . B of one adapter. Of the strips that it shares only its own rows are written.
+  // Computes V = s/(1-p) * dY . B of one adapter. In the strips that it shares with others, only the rows of this
+  // adapter are written.
   void compute_v(std::int64_t task) {
     std::size_t i = 0;
     for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
-    const Adapted& adapted = adapted_[i];
-    const float scale = adapted.lora.scaling * dropout_scale(adapted.lora);
-    Product::product(v_cuts_[i], task, dy_, strips_, b_of(adapted), {},
-                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                       if (row >= adapted.begin && row < adapted.end)
-                         write_row<Dot::kActivation>(args_.v, row, col, sums, scale);
+    const JobAdapter& adapter = adapters_[i];
+    const float scale = adapter.lora.scaling * dropout_scale(adapter.lora);
+    Product::product(v_cuts_[i], task, dy_, strips_, b_of(adapter), {},
+                     [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
+                       if (row >= adapter.begin && row < adapter.end)
+                         write_row<Dot::kActivation>(args_.v, row, col, accumulators, scale);
                      });
   }
   // Packs one strip of the V of one adapter.
   void pack_v(std::int64_t task) {
     std::size_t i = 0;
     for (; task >= low_ranks_[i].strips.count(); ++i) task -= low_ranks_[i].strips.count();
-    const Adapted& adapted = adapted_[i];
+    const JobAdapter& adapter = adapters_[i];
     const LowRank& low_rank = low_ranks_[i];
     const std::int64_t strip = low_rank.strips.begin + task, first = strips_.first(strip);
-    Product::pack(readable(rows_of(args_.v, adapted.begin, adapted.end - adapted.begin)),
-                  {first - adapted.begin, strips_.first_packed(strip + 1) - adapted.begin},
+    Product::pack(readable(rows_of(args_.v, adapter.begin, adapter.end - adapter.begin)),
+                  {first - adapter.begin, strips_.first_packed(strip + 1) - adapter.begin},
                   low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
   }
   void multiply(std::int64_t task) {
-    const Dropout dropout = adapted_.empty() ? Dropout{} : dropout_of(args_.lora);
+    const Dropout dropout = adapters_.empty() ? Dropout{} : dropout_of(args_.lora);
     Product::product(cut_, task, dy_, strips_, w_, {low_ranks_, dropout, first_row_},
-                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                       write_row<Dot::kActivation>(args_.dx, row, col, sums, 1.0f);
+                     [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
+                       write_row<Dot::kActivation>(args_.dx, row, col, accumulators, 1.0f);
                      });
   }
 
@@ -137,7 +139,7 @@ class BackwardInput final : public Job {
   LinearBackwardInputArgs args_;  // of this job's rows
   std::int64_t first_row_;        // of the call's, as dropout counts them
   Strips strips_{0};
-  std::vector<Adapted> adapted_;
+  std::vector<JobAdapter> adapters_;
   std::vector<LowRank> low_ranks_;  // one for each of these
   std::int64_t dy_stride_, v_stride_, packed_v_rows_ = 0;
   std::int64_t floats_dy_, floats_v_;
@@ -146,27 +148,27 @@ class BackwardInput final : public Job {
   float* dy_ = nullptr;
 };
 
-// dA = V^T . drop(X), or dB^T = s * U^T . dY. Both are left[rows, rank]^T . right[rows, cols], whose inner dimension
-// are the rows of x that the adapter is for. Stage 0 transposes left, 1 packs it, 2 multiplies.
+// dA = V^T . drop(X), or dB^T = s * U^T . dY. Both are low_rank[rows, rank]^T . dense[rows, cols], whose inner
+// dimension are the rows of x that the adapter is for. Stage 0 transposes low_rank, 1 packs it, 2 multiplies.
 template <class Dot>
 class LoraGradient final : public Job {
  public:
-  enum class Of { a, b };
+  enum class Gradient { a, b };
 
-  LoraGradient(Of of, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first)
-      : of_(of), first_(first), dtype_(args.lora.dtype) {
+  LoraGradient(Gradient gradient, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first)
+      : gradient_(gradient), first_(first), dtype_(args.lora.dtype) {
     const LoraView& lora = args.lora;
     inner_ = part.end - part.begin;
-    const bool of_a = of == Of::a;
-    left_ = rows_of(of_a ? args.v : args.u, part.begin, inner_);
-    const ConstMatrix right = rows_of(of_a ? args.x : args.dy, part.begin, inner_);
-    right_ = DenseRows<Dot, false>(right, 1.0f, of_a ? dropout_of(lora) : Dropout{}, part.begin);
-    const std::int64_t elements = part.adapter * lora.rank * right.cols;
-    if (of_a)
-      out_ = {elements_at(args.da, dtype_, elements), dtype_, lora.rank, right.cols, right.cols};
+    const bool is_a = gradient == Gradient::a;
+    low_rank_ = rows_of(is_a ? args.v : args.u, part.begin, inner_);
+    const ConstMatrix dense = rows_of(is_a ? args.x : args.dy, part.begin, inner_);
+    dense_ = DenseRows<Dot, false>(dense, 1.0f, is_a ? dropout_of(lora) : Dropout{}, part.begin);
+    const std::int64_t elements = part.adapter * lora.rank * dense.cols;
+    if (is_a)
+      out_ = {elements_at(args.da, dtype_, elements), dtype_, lora.rank, dense.cols, dense.cols};
     else
-      out_ = {elements_at(args.db, dtype_, elements), dtype_, right.cols, lora.rank, lora.rank};
-    scale_ = of_a ? 1.0f : lora.scaling;
+      out_ = {elements_at(args.db, dtype_, elements), dtype_, dense.cols, lora.rank, lora.rank};
+    scale_ = is_a ? 1.0f : lora.scaling;
     stride_ = Product::packed_stride(Product::units_of(inner_));
     rows_ = smaller(lora.rank - first, rows_per_block(lora.rank, stride_ * 4 + inner_ * kSize, Product::kStripRows));
     strips_ = Strips(rows_);
@@ -174,7 +176,7 @@ class LoraGradient final : public Job {
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(strips_, {0, strips_.count}, right_, threads);
+    cut_ = Product::cut(strips_, {0, strips_.count}, dense_, threads);
     tasks_[0] = ceil_div(inner_, kTransposedRows);
     tasks_[1] = strips_.count;
     tasks_[2] = cut_.tasks();
@@ -186,15 +188,16 @@ class LoraGradient final : public Job {
   void run(int stage, std::int64_t task) override {
     switch (stage) {
       case 0:
-        return transpose_left(task);
+        return transpose_low_rank(task);
       case 1:
         return Product::pack({transposed_, Dot::kActivation, rows_, inner_, inner_},
                              {strips_.first(task), strips_.first_packed(task + 1)},
                              packed_ + strips_.first(task) * stride_);
       default:
-        return Product::product(
-            cut_, task, packed_, strips_, right_, {},
-            [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) { write(first_ + row, col, sums); });
+        return Product::product(cut_, task, packed_, strips_, dense_, {},
+                                [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
+                                  write(first_ + row, col, accumulators);
+                                });
     }
   }
 
@@ -203,27 +206,27 @@ class LoraGradient final : public Job {
   using Strips = typename Product::Strips;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
-  static constexpr std::int64_t kTransposedRows = 64;  // rows of left that a task transposes
+  static constexpr std::int64_t kTransposedRows = 64;  // rows of low_rank that a task transposes
 
-  void transpose_left(std::int64_t task) {
-    const char* from = static_cast<const char*>(left_.data) + first_ * kSize;
+  void transpose_low_rank(std::int64_t task) {
+    const char* from = static_cast<const char*>(low_rank_.data) + first_ * kSize;
     const std::int64_t end = smaller((task + 1) * kTransposedRows, inner_);
     for (std::int64_t m = task * kTransposedRows; m < end; ++m)
       for (std::int64_t r = 0; r < rows_; ++r)
-        __builtin_memcpy(transposed_ + (r * inner_ + m) * kSize, from + (m * left_.stride + r) * kSize, kSize);
+        __builtin_memcpy(transposed_ + (r * inner_ + m) * kSize, from + (m * low_rank_.stride + r) * kSize, kSize);
   }
-  void write(std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors]) const {
+  void write(std::int64_t row, std::int64_t col, const F32 (&accumulators)[kVectors]) const {
     with_dtype(dtype_, [&](auto dtype) {
-      of_ == Of::a ? write_row<dtype()>(out_, row, col, sums, scale_)
-                   : write_column<dtype()>(out_, row, col, sums, scale_);
+      gradient_ == Gradient::a ? write_row<dtype()>(out_, row, col, accumulators, scale_)
+                               : write_column<dtype()>(out_, row, col, accumulators, scale_);
     });
   }
 
-  Of of_;
+  Gradient gradient_;
   std::int64_t first_;  // the first rank of this job
   DType dtype_;
-  ConstMatrix left_;
-  DenseRows<Dot, false> right_{ConstMatrix{}};
+  ConstMatrix low_rank_;
+  DenseRows<Dot, false> dense_{ConstMatrix{}};
   Matrix out_;
   float scale_;
   std::int64_t inner_, stride_;
@@ -235,11 +238,11 @@ class LoraGradient final : public Job {
 
 template <class Dot>
 std::unique_ptr<Job> lora_gradient_a(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::a, args, part, first);
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Gradient::a, args, part, first);
 }
 template <class Dot>
 std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::b, args, part, first);
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Gradient::b, args, part, first);
 }
 
 }  // namespace

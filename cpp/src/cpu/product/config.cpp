@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <optional>
 
 #include "backend.h"
@@ -52,29 +53,23 @@ std::int64_t columns_of_panel(const ProductShape& shape) {
   return panel_columns(std::max(inner, shape.rank), shape.dtype);
 }
 
-bool supports(const ProductShape& shape, ProductKernel kernel) {
-  switch (kernel) {
-    case ProductKernel::small_m:
-      return supports_small_m(shape);
-    case ProductKernel::vectors:
-      return true;
-    case ProductKernel::tiles:
-      return supports_tiles(shape);
-    case ProductKernel::panels:
-      return supports_panels(shape);
-  }
-  return false;
-}
-
-constexpr const char* kKernelNames[] = {"small_m", "vectors", "tiles", "panels"};  // in the order of ProductKernel
-const char* name_of(ProductKernel kernel) { return kKernelNames[static_cast<int>(kernel)]; }
+struct Kernel {
+  const char* name;
+  bool (*supports)(const ProductShape& shape);
+};
+constexpr Kernel kKernels[] = {
+    // in the order of ProductKernel
+    {"small_m", supports_small_m},
+    {"vectors", [](const ProductShape&) { return true; }},
+    {"tiles", supports_tiles},
+    {"panels", supports_panels},
+};
 
 std::optional<ProductKernel> forced_kernel() {
   const char* name = std::getenv("QLN_FORCE_KERNEL");
   if (name == nullptr || *name == '\0') return std::nullopt;
-  for (const auto kernel :
-       {ProductKernel::small_m, ProductKernel::vectors, ProductKernel::tiles, ProductKernel::panels})
-    if (std::string(name) == name_of(kernel)) return kernel;
+  for (std::size_t i = 0; i < std::size(kKernels); ++i)
+    if (std::string(name) == kKernels[i].name) return static_cast<ProductKernel>(i);
   throw Unavailable("QLN_FORCE_KERNEL: expected small_m, vectors, tiles or panels, got \"" + std::string(name) + "\"");
 }
 
@@ -117,7 +112,8 @@ ProductConfig choose_product(const ProductShape& shape) {
 
 ProductConfig product_config(const ProductShape& shape) {
   static const std::optional<ProductKernel> forced = forced_kernel();  // if it throws, the next call tries again
-  return forced && supports(shape, *forced) ? ProductConfig{*forced} : choose_product(shape);
+  const bool supported = forced && kKernels[static_cast<int>(*forced)].supports(shape);
+  return supported ? ProductConfig{*forced} : choose_product(shape);
 }
 
 ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
@@ -144,11 +140,11 @@ std::string describe(const ProductShape& shape, const ProductConfig& config) {
   };
   const bool forward = shape.product == ProductShape::Product::forward;
   std::string text = (forward ? "Y " : "dX ") + matrix(shape.M, forward ? shape.N : shape.K) + " of W " +
-                     matrix(shape.N, shape.K) + " in " + qlora_native::name_of(shape.dtype);
+                     matrix(shape.N, shape.K) + " in " + name_of(shape.dtype);
   if (shape.rank > 0) text += ", rank " + std::to_string(shape.rank);
   if (!shape.one_adapter) text += ", several adapters";
   if (shape.dropout) text += ", dropout";
-  return text + ": " + name_of(config.kernel);
+  return text + ": " + kKernels[static_cast<int>(config.kernel)].name;
 }
 
 void log_product(const ProductShape& shape, const ProductConfig& config) {

@@ -1,6 +1,6 @@
 // Chooses the kernel that computes a product with a quantized weight on the CPU. The choice is a plain function of what
 // is known beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all
-// of W and multiplying by the application's dense product. `bench/run.py --peers torch_dense decoded` measures that.
+// of W and multiplying by the application's dense product. bench/run.py --peers torch_dense decoded measures that.
 #pragma once
 
 #include <cstdint>

@@ -51,7 +51,7 @@ class DenseRows {
         p = copy;
       }
       typename Dot::Chunk chunk = Dot::template dense<kFrom>(p, scale_);
-      if (dropout_) Dot::keep(chunk, dropout_.keep_bits(first_row_ + n, c));
+      if (dropout_) Dot::mask(chunk, dropout_.keep_mask(first_row_ + n, c));
       return chunk;
     }
   }

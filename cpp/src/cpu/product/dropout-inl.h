@@ -13,7 +13,7 @@ struct Dropout {
   explicit operator bool() const { return threshold != 0; }
 
   // Bit i says whether element (m, 64 * chunk + i) is kept.
-  std::uint64_t keep_bits(std::int64_t m, std::int64_t chunk) const {
+  std::uint64_t keep_mask(std::int64_t m, std::int64_t chunk) const {
     std::uint64_t bits = 0;
     for (int part = 0; part < 8; part += kLanes64) {
       U64 w0 = low_u32(add_u64(set1_u64(static_cast<std::uint64_t>(chunk * 8 + part)), iota_u64()));

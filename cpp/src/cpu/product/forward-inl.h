@@ -1,4 +1,4 @@
-// linear_forward of many rows of x, which is a product of ProductNt.
+// linear_forward by vectors or tiles, which is a product of ProductNt.
 #pragma once
 
 #include "cpu/product/lora-inl.h"
@@ -22,20 +22,20 @@ class Forward final : public Job {
     rows_ = smaller(rows_, rows_per_block(rows_, (units_ + 2 * u_units_) * 4, kStripRows));
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
-    strips_ = Strips(ceil_div(rows_, kLanes), Product::kStripVectors, Product::kWidest);
-    adapted_ = adapted_rows(lora, part, rows_, args.weight);
+    strips_ = Strips(ceil_div(rows_, kLanes), Product::kStripVectors, Product::kMaxStripWidth);
+    adapters_ = job_adapters(lora, part, rows_, args.weight);
     cut_into_pieces();
     floats_x_ = strips_.first(strips_.count()) * kLanes * units_;
     floats_u_ = piece_vectors_ * kLanes * u_units_;
     bytes_ = (floats_x_ + floats_u_) * 4;
-    if (!adapted_.empty() && args.u.data == nullptr)
+    if (!adapters_.empty() && args.u.data == nullptr)
       bytes_ += rows_ * lora.rank * static_cast<std::int64_t>(size_of(args.x.dtype));
   }
 
   void cut(std::int64_t threads) override {
-    const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
+    const std::int64_t max_strips = scaled_to_l2(kMaxStrips, kMinStrips, caches());
     grid_ = make_grid(strips_.count(), args_.weight.N,
-                      {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile}, threads,
+                      {max_strips, kMinStrips, kMaxTaskRows, Product::kMaxPanelRows, Product::kMinPanelRows}, threads,
                       kTasksPerThread);
     tasks_[0] = strips_.count();
     tasks_[1] = grid_.row_parts * grid_.column_tiles;
@@ -43,23 +43,24 @@ class Forward final : public Job {
   void prepare(std::byte* memory) override {
     x_ = reinterpret_cast<float*>(memory);
     u_ = x_ + floats_x_;
-    if (!adapted_.empty() && args_.u.data == nullptr)
+    if (!adapters_.empty() && args_.u.data == nullptr)
       args_.u = {u_ + floats_u_, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
   }
   void run(int stage, std::int64_t task) override { stage == 0 ? pack(task) : multiply(task); }
 
  private:
   using Product = ProductNt<Dot>;
-  static constexpr std::int64_t kWidestTask = 512;  // rows of W
+  static constexpr std::int64_t kMaxTaskRows = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
-  // The sums of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds fewer.
-  static constexpr std::int64_t kMostStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
-  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // with fewer rows, decoding them again would show
+  // The accumulators of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds
+  // fewer.
+  static constexpr std::int64_t kMaxStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
+  static constexpr std::int64_t kMinStrips = 144 / kStripRows;  // with fewer rows, decoding them again would show
 
   // The vectors of a strip that have rows of one adapter. Packed U has zeros in those rows of a piece that are another
   // adapter's.
   struct Piece {
-    std::size_t adapter;  // of adapted_
+    std::size_t adapter;  // of adapters_
     std::int64_t strip;
     std::int64_t vector;  // of all vectors of rows
     int width;
@@ -70,12 +71,12 @@ class Forward final : public Job {
     std::size_t adapter = 0;
     for (std::int64_t s = 0; s < strips_.count(); ++s) {
       const std::int64_t begin = strips_.first(s) * kLanes, end = begin + strips_.width(s) * kLanes;
-      for (std::size_t i = adapter; i < adapted_.size() && adapted_[i].begin < end; ++i) {
-        const std::int64_t first = larger(adapted_[i].begin, begin) / kLanes;
-        const std::int64_t last = ceil_div(smaller(adapted_[i].end, end), kLanes);
+      for (std::size_t i = adapter; i < adapters_.size() && adapters_[i].begin < end; ++i) {
+        const std::int64_t first = larger(adapters_[i].begin, begin) / kLanes;
+        const std::int64_t last = ceil_div(smaller(adapters_[i].end, end), kLanes);
         pieces_.push_back({i, s, first, static_cast<int>(last - first), piece_vectors_});
         piece_vectors_ += last - first;
-        if (adapted_[i].end <= end) adapter = i + 1;
+        if (adapters_[i].end <= end) adapter = i + 1;
       }
       first_piece_[static_cast<std::size_t>(s + 1)] = pieces_.size();
     }
@@ -92,25 +93,25 @@ class Forward final : public Job {
 
   // Computes U = drop(X) . A^T / (1-p) for one piece, writes it to args.u and packs it as more units of x.
   void compute_u(const Piece& piece) {
-    const Adapted& adapted = adapted_[piece.adapter];
-    const LoraView& lora = adapted.lora;
+    const JobAdapter& adapter = adapters_[piece.adapter];
+    const LoraView& lora = adapter.lora;
     const Dropout dropout = dropout_of(lora);
-    const std::int64_t chunks = ceil_div(args_.x.cols, kChunk), count = adapted.end - adapted.begin;
-    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // counts the adapter's rows; others are left out
+    const std::int64_t chunks = ceil_div(args_.x.cols, kChunk), count = adapter.end - adapter.begin;
+    const std::int64_t first = piece.vector * kLanes - adapter.begin;  // counts the adapter's rows; others are skipped
     const int width = piece.width;
     const DenseRows<Dot, false> a(lora_a(lora, args_.x.cols));
-    const DenseRows<Dot, false> x(rows_of(args_.x, adapted.begin, count), 1.0f, dropout, first_row_ + adapted.begin);
+    const DenseRows<Dot, false> x(rows_of(args_.x, adapter.begin, count), 1.0f, dropout, first_row_ + adapter.begin);
     const std::int64_t strip_row = strips_.width(piece.strip) * kLanes, piece_row = width * kLanes;
-    const Matrix u = rows_of(args_.u, adapted.begin, count);
-    constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
-    float* panel_memory = scratch_floats(
-        Slot::thread, Product::kPanelFloats + kPackedFloats + Product::kWidestTile * Product::kWidest * kLanes);
+    const Matrix u = rows_of(args_.u, adapter.begin, count);
+    constexpr std::int64_t kPackedFloats = Product::kMaxStripWidth * kLanes * Product::kBlockUnits;
+    float* panel_memory = scratch_floats(Slot::thread, Product::kPanelFloats + kPackedFloats +
+                                                           Product::kMaxPanelRows * Product::kMaxStripWidth * kLanes);
     float* packed = panel_memory + Product::kPanelFloats;
-    const typename Product::Sums sums{packed + kPackedFloats, piece_row};
+    const typename Product::Accumulators accumulators{packed + kPackedFloats, piece_row};
     typename Product::Tiles tiles;
     NoDecoder none;
-    for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
-      const Range ranks{r, smaller(r + Product::kWidestTile, lora.rank)};
+    for (std::int64_t r = 0; r < lora.rank; r += Product::kMaxPanelRows) {
+      const Range ranks{r, smaller(r + Product::kMaxPanelRows, lora.rank)};
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const typename Product::Panel panel{ranks, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         // Without dropout the piece's vectors of the packed strip are what is multiplied.
@@ -122,9 +123,9 @@ class Forward final : public Job {
           strip = {packed, width, piece_row};
         }
         decode_panel(a, panel);
-        Product::multiply_strip(tiles, strip, panel, panel.chunks.count() * Dot::kUnits, sums, c != 0, none);
+        Product::multiply_strip(tiles, strip, panel, panel.chunks.count() * Dot::kUnits, accumulators, c != 0, none);
       }
-      Product::write(sums, width, ranks, dropout_scale(lora), nullptr, u, first);
+      Product::write(accumulators, width, ranks, dropout_scale(lora), nullptr, u, first);
     }
     Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, {0, ceil_div(lora.rank, kChunk)},
                         packed_u(piece));
@@ -135,31 +136,31 @@ class Forward final : public Job {
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
     const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
     float* panels =
-        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kWidestTile);
-    float* sums = panels + 2 * Product::kPanelFloats;
+        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
+    float* accumulators = panels + 2 * Product::kPanelFloats;
     typename Product::Tiles tiles;
-    Product::multiply(tiles, w_, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, sums,
+    Product::multiply(tiles, w_, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, accumulators,
                       [&](Range rows, float* panel_memory) {
-                        add_low_rank(tiles, x, rows, panel_memory, sums);
+                        add_low_rank(tiles, x, rows, panel_memory, accumulators);
                         for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
-                          Product::write(x.sums(s, sums, rows), strips_.width(s), rows, 1.0f, args_.bias, args_.y,
-                                         strips_.first(s) * kLanes);
+                          Product::write(x.accumulators(s, accumulators, rows), strips_.width(s), rows, 1.0f,
+                                         args_.bias, args_.y, strips_.first(s) * kLanes);
                       });
   }
 
-  // Adds U . (s*B)^T to the sums of these rows of W.
+  // Adds U . (s*B)^T to the accumulators of these rows of W.
   void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
-                    float* sums) {
+                    float* accumulators) {
     NoDecoder none;
     const std::int64_t chunks = ceil_div(args_.lora.rank, kChunk);
     const std::size_t end = first_piece_[static_cast<std::size_t>(x.range.end)];
     for (std::size_t i = first_piece_[static_cast<std::size_t>(x.range.begin)], next; i < end; i = next) {
       for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
-      const LoraView& lora = adapted_[pieces_[i].adapter].lora;
+      const LoraView& lora = adapters_[pieces_[i].adapter].lora;
       const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
       // Another adapter's rows are far off, where no processor expects them.
       if (next < end)
-        prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), rows.begin, rows.count()));
+        prefetch(rows_of(lora_b(adapters_[pieces_[next].adapter].lora, args_.weight.N), rows.begin, rows.count()));
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const typename Product::Panel panel{rows, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
@@ -167,7 +168,7 @@ class Forward final : public Job {
         for (std::size_t p = i; p < next; ++p) {
           const Piece& piece = pieces_[p];
           const std::int64_t u_row = piece.width * kLanes;
-          typename Product::Sums into = x.sums(piece.strip, sums, rows);
+          typename Product::Accumulators into = x.accumulators(piece.strip, accumulators, rows);
           into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;
           Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
                                   none);
@@ -188,7 +189,7 @@ class Forward final : public Job {
   std::int64_t first_row_;  // of the call's, as dropout counts them
   std::int64_t units_, u_units_;
   Strips strips_{0, 1, 1};
-  std::vector<Adapted> adapted_;
+  std::vector<JobAdapter> adapters_;
   std::vector<Piece> pieces_;             // in the order of their rows
   std::vector<std::size_t> first_piece_;  // of each strip
   std::int64_t piece_vectors_ = 0;

@@ -75,24 +75,25 @@ struct SmallM {
     }
   };
 
-  // Rows of W that are multiplied together, so that they share what is loaded of x. Their sums, and what decodes them,
-  // should fit the registers.
+  // Rows of W that are multiplied together, so that they share what is loaded of x. Their accumulators, and what
+  // decodes them, should fit the registers.
   template <int kM>
   static constexpr int kRowsOf = Dot::kStepVectors <= 4 && kM * 4 <= kRegisters / 2 ? 4 : 2;
-  // Sums for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight sums keep the
-  // processor busy.
+  // Accumulators for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight
+  // accumulators keep the processor busy.
   template <int kM>
   static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kStepVectors);
 
-  // After so many steps the sums are added to a total and start afresh. 0 means that one chain is good enough.
+  // After so many steps the accumulators are added to a total and start from zero. 0 means that one chain is accurate
+  // enough.
   static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
 
   template <int kM>
-  struct Sums {
+  struct Accumulators {
     static constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
     F32 part[kRows][kM][kParts], total[kRows][kM];
 
-    [[gnu::always_inline]] Sums() {
+    [[gnu::always_inline]] Accumulators() {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
@@ -121,7 +122,7 @@ struct SmallM {
       if constexpr (kChainSteps != 0)
         if ((s + 1) % kChainSteps == 0) end_chain();
     }
-    // Adds the parts of every sum to its total, and begins new ones.
+    // Adds the accumulators to their totals, and clears them.
     [[gnu::always_inline]] void end_chain() {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
@@ -133,7 +134,7 @@ struct SmallM {
             part[j][m][i] = zero();
           }
     }
-    // Adds what the adapters add to rows n ... n+count-1, and writes the sums to out[m][j].
+    // Adds what the adapters add to rows n ... n+count-1, and writes the totals to out[m][j].
     [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
       end_chain();
       for (const LowRank& lora : loras)
@@ -156,14 +157,14 @@ struct SmallM {
 
   static constexpr int kRowsAtOnce = 16;  // rows of W whose scales are decoded, and whose results are written, together
   // Each thread reads W in few long pieces: at the end of a piece, the rows that it prefetched are another thread's.
-  static constexpr std::int64_t kTasksOfThread = 2;
+  static constexpr std::int64_t kTasksPerThread = 2;
 
   // Computes out[m][j] for kRowsOf<kM> aligned rows from n on.
   template <int kM, class Rows>
   static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x,
                          std::span<const LowRank> loras, float* out) {
     constexpr int kRows = kRowsOf<kM>;
-    Sums<kM> sums;
+    Accumulators<kM> accumulators;
     const std::uint8_t* codes[kRows];
     const float* scale[kRows];
     for (int j = 0; j < kRows; ++j) {
@@ -183,7 +184,7 @@ struct SmallM {
         for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
         step[j] = w.step(p, scale[j] + s * Dot::kStepChunks * Rows::kChunkScales);
       }
-      sums.multiply(s, x, step);
+      accumulators.multiply(s, x, step);
     }
     if constexpr (Dot::kStepChunks > 1)
       if (whole != steps(w)) {
@@ -192,32 +193,32 @@ struct SmallM {
         for (int j = 0; j < kRows; ++j)
           step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
                                 scale[j] + whole * Dot::kStepChunks * Rows::kChunkScales);
-        sums.multiply(whole, x, step);
+        accumulators.multiply(whole, x, step);
       }
-    sums.finish(n, kRows, loras, out);
+    accumulators.finish(n, kRows, loras, out);
   }
   // Computes the same for `count` rows of any kind.
   template <int kM, class Rows>
   static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
                           float* out) {
-    Sums<kM> sums;
+    Accumulators<kM> accumulators;
     steps_of_chunks<Dot, kRowsOf<kM>>(w, n, count, [&](std::int64_t s, const auto& step) {
-      // The copy stays in registers. As far as the compiler knows x might lie where the sums do, so that it would store
-      // each of them at once.
-      Sums<kM> copy = sums;
+      // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
+      // would store each of them at once.
+      Accumulators<kM> copy = accumulators;
       copy.multiply(s, x, step);
-      sums = copy;
+      accumulators = copy;
     });
-    sums.finish(n, count, loras, out);
+    accumulators.finish(n, count, loras, out);
   }
 
   // Rows of W that a task takes where there are `rows` of them.
   template <int kM>
   static std::int64_t task_rows(std::int64_t rows, std::int64_t threads) {
     constexpr int kRows = kRowsOf<kM>;
-    return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksOfThread) * kRows;
+    return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksPerThread) * kRows;
   }
-  // Multiplies by rows `begin` ... end-1 of W, and calls write(m, n, count, sums) for kRowsAtOnce of them at most.
+  // Multiplies by rows `begin` ... end-1 of W, and calls write(m, n, count, results) for kRowsAtOnce of them at most.
   template <int kM, class Rows, class Write>
   static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const float* x,
                        std::span<const LowRank> loras, const Write& write) {
@@ -225,7 +226,7 @@ struct SmallM {
     static_assert(kRowsAtOnce % kRows == 0);
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
-    float sums[kM * kRowsAtOnce + 3], of_row[kRowsAtOnce] = {};
+    float results[kM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
     float* scales = nullptr;
     if constexpr (Rows::kQuantized)
       if (w.aligned()) scales = scratch_floats(Slot::thread, kRowsAtOnce * row_scales);
@@ -239,14 +240,14 @@ struct SmallM {
           w.chunk_scales({first, first + count}, chunks, scales, row_scales);
           whole = count / kRows * kRows;
           for (int j = 0; j < whole; j += kRows)
-            whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, sums + j * kM);
+            whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, results + j * kM);
         }
       for (int j = whole; j < count; j += kRows)
-        ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, sums + j * kM);
+        ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, results + j * kM);
       for (int m = 0; m < kM; ++m) {
         for (int j = 0; j < count; j += kRows)
-          __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
-        write(m, first, count, of_row);
+          __builtin_memcpy(row_results + j, results + j * kM + m * kRows, kRows * sizeof(float));
+        write(m, first, count, row_results);
       }
     }
   }
@@ -267,9 +268,9 @@ class ForwardSmallM final : public Job {
     rows_ = part.end - part.begin;
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
-    adapted_ = adapted_rows(args.lora, part, rows_, args.weight);
-    for (const Adapted& adapted : adapted_)
-      loras_.push_back({lora_b(adapted.lora, args.weight.N), adapted.lora.scaling, nullptr, padded_rank()});
+    adapters_ = job_adapters(args.lora, part, rows_, args.weight);
+    for (const JobAdapter& adapter : adapters_)
+      loras_.push_back({lora_b(adapter.lora, args.weight.N), adapter.lora.scaling, nullptr, padded_rank()});
     x_floats_ = Product::steps(w) * rows_ * Product::kStepUnits;
     u_floats_ = rows_ * padded_rank();
     bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
@@ -280,7 +281,7 @@ class ForwardSmallM final : public Job {
       u_task_rows_ = Product::template task_rows<kM>(args_.lora.rank, threads);
       y_task_rows_ = Product::template task_rows<kM>(w_.rows(), threads);
     });
-    tasks_[0] = adapted_.empty() ? 0 : static_cast<std::int64_t>(adapted_.size()) * u_tasks();
+    tasks_[0] = adapters_.empty() ? 0 : static_cast<std::int64_t>(adapters_.size()) * u_tasks();
     tasks_[1] = ceil_div(w_.rows(), y_task_rows_);
   }
   void prepare(std::byte* memory) override {
@@ -311,23 +312,23 @@ class ForwardSmallM final : public Job {
 
   std::int64_t padded_rank() const { return ceil_div(args_.lora.rank, kLanes) * kLanes; }
   std::int64_t u_tasks() const { return ceil_div(args_.lora.rank, u_task_rows_); }
-  bool has_dropout() const { return !adapted_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
+  bool has_dropout() const { return !adapters_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
 
-  // Computes the U of one adapter for all rows, and keeps the rows that are its own.
+  // Computes the U of one adapter for all rows, and saves the rows that are the adapter's.
   template <int kM>
   void compute_u(std::int64_t task) {
-    const Adapted& adapted = adapted_[static_cast<std::size_t>(task / u_tasks())];
+    const JobAdapter& adapter = adapters_[static_cast<std::size_t>(task / u_tasks())];
     const LowRank& lora = loras_[static_cast<std::size_t>(task / u_tasks())];
     const std::int64_t begin = task % u_tasks() * u_task_rows_;
-    const F32 scale = set1(dropout_scale(adapted.lora));
-    Product::template multiply<kM>(DenseRows<Dot, false>(lora_a(adapted.lora, args_.x.cols)), begin,
-                                   smaller(begin + u_task_rows_, adapted.lora.rank), dropped_x_, {},
-                                   [&](int m, std::int64_t first, int count, const float* sums) {
-                                     if (m < adapted.begin || m >= adapted.end) return;
+    const F32 scale = set1(dropout_scale(adapter.lora));
+    Product::template multiply<kM>(DenseRows<Dot, false>(lora_a(adapter.lora, args_.x.cols)), begin,
+                                   smaller(begin + u_task_rows_, adapter.lora.rank), dropped_x_, {},
+                                   [&](int m, std::int64_t first, int count, const float* results) {
+                                     if (m < adapter.begin || m >= adapter.end) return;
                                      for (int r = 0; r < count; r += kLanes) {
                                        const int lanes = smaller(kLanes, count - r);
                                        // U is rounded like any operand of a product.
-                                       const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
+                                       const F32 value = round_to<Dot::kActivation>(mul(load(results + r), scale));
                                        store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value,
                                                                   lanes);
                                        if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
@@ -338,11 +339,11 @@ class ForwardSmallM final : public Job {
   void multiply(std::int64_t task) {
     const std::int64_t begin = task * y_task_rows_;
     Product::template multiply<kM>(w_, begin, smaller(begin + y_task_rows_, w_.rows()), x_, loras_,
-                                   [&](int m, std::int64_t first, int count, const float* sums) {
+                                   [&](int m, std::int64_t first, int count, const float* results) {
                                      for (int j = 0; j < count; j += kLanes) {
                                        const int lanes = smaller(kLanes, count - j);
                                        store_elements(args_.y, m, first + j,
-                                                      add(load(sums + j), bias(first + j, lanes)), lanes);
+                                                      add(load(results + j), bias(first + j, lanes)), lanes);
                                      }
                                    });
   }
@@ -358,7 +359,7 @@ class ForwardSmallM final : public Job {
   Rows w_;
   LinearForwardArgs args_;  // of this job's rows
   std::int64_t first_row_;  // of the call's, as dropout counts them
-  std::vector<Adapted> adapted_;
+  std::vector<JobAdapter> adapters_;
   std::vector<LowRank> loras_;
   std::int64_t x_floats_, u_floats_;
   std::int64_t u_task_rows_ = 0, y_task_rows_ = 0;  // of A, and of W

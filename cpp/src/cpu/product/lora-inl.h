@@ -44,14 +44,14 @@ inline void* elements_at(void* data, DType dtype, std::int64_t elements) {
 }
 
 // One adapter and the rows that it is for, which are counted from a job's first row.
-struct Adapted {
+struct JobAdapter {
   LoraView lora;
   std::int64_t begin, end;
 };
 // The adapters of `rows` rows from part.begin on. `all` are the adapters of the call.
-inline std::vector<Adapted> adapted_rows(const LoraView& all, const WeightRows& part, std::int64_t rows,
-                                         const QuantizedWeightView& weight) {
-  std::vector<Adapted> adapted;
+inline std::vector<JobAdapter> job_adapters(const LoraView& all, const WeightRows& part, std::int64_t rows,
+                                            const QuantizedWeightView& weight) {
+  std::vector<JobAdapter> adapters;
   for (const AdapterRows& adapter : part.adapters) {
     const std::int64_t begin = larger(adapter.begin, part.begin) - part.begin;
     const std::int64_t end = smaller(adapter.end, part.begin + rows) - part.begin;
@@ -60,9 +60,9 @@ inline std::vector<Adapted> adapted_rows(const LoraView& all, const WeightRows& 
     lora.count = 1;
     lora.a = elements_at(all.a, all.dtype, adapter.adapter * all.rank * weight.K);
     lora.b = elements_at(all.b, all.dtype, adapter.adapter * all.rank * weight.N);
-    adapted.push_back({lora, begin, end});
+    adapters.push_back({lora, begin, end});
   }
-  return adapted;
+  return adapters;
 }
 
 // The arguments of a call for `rows` rows from part.begin on, with the adapters left as they are.

@@ -11,7 +11,7 @@
 //
 //   kLineRows                     rows of W in a line
 //   kLineAfterLine                whether a line is decoded to its end before the next one is begun
-//   kMostScaledChunks             chunks of all rows in the largest panel
+//   kMaxScaledChunks             chunks of all rows in the largest panel
 //   lines, chunks                 the part of W that it holds
 //   data                          where it lies
 //   line_stride()                 floats from a line to the next
@@ -145,7 +145,7 @@ class Decoder {
   const std::uint8_t* from_ = nullptr;
   const float* scale_ = nullptr;
   float* out_ = nullptr;
-  float scales_[Panel::kMostScaledChunks * Rows::kChunkScales];
+  float scales_[Panel::kMaxScaledChunks * Rows::kChunkScales];
 };
 // Stands for a decoder where a panel is multiplied and no other one is decoded.
 struct NoDecoder {
@@ -200,27 +200,29 @@ using FixedStride = std::integral_constant<std::int64_t, kFloats>;
 template <class Stride>
 constexpr bool kIsFixed = !std::is_same_v<Stride, std::int64_t>;
 
-// A register tile: the sums of kRows rows times kVectors vectors over some units, and its share of another panel's
-// decoding.
+// A register tile: the accumulators of kRows rows times kVectors vectors over some units, and its slice of another
+// panel's decoding.
 //
-//   rows      [row][unit]: a unit is broadcast, times all vectors
-//   vectors   [unit][vector][lane]
-//   sums      [row][vector][lane]; with `accumulate` these are added to what is there
+//   rows           [row][unit]: a unit is broadcast, times all vectors
+//   vectors        [unit][vector][lane]
+//   accumulators   [row][vector][lane]; with `accumulate` these are added to what is there
 //
-// With kChain the sums go on from what is there; else they are added to it in the end. A step of decoding comes before
-// every kDecodingUnits units.
+// With kChain the accumulators go on from what is there; else they are added to it in the end. A step of decoding comes
+// before every kDecodingUnits units.
 template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDecodingUnits, class RowStride,
-          class UnitStride, class SumStride, class Decoding>
+          class UnitStride, class AccumulatorStride, class Decoding>
 [[gnu::noinline]] void multiply_register_tile(Strided<const float*, RowStride> rows,
                                               Strided<const float*, UnitStride> vectors, std::int64_t units,
-                                              Strided<float*, SumStride> sums, bool accumulate, Decoding& decoding) {
+                                              Strided<float*, AccumulatorStride> accumulators, bool accumulate,
+                                              Decoding& decoding) {
   using Dot = typename Product::Dot;
-  F32 sum[kRows][kVectors];
+  F32 accumulator[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j)
-      sum[i][j] = kChain && accumulate ? load(sums.data + i * sums.stride + j * kLanes) : zero();
+      accumulator[i][j] =
+          kChain && accumulate ? load(accumulators.data + i * accumulators.stride + j * kLanes) : zero();
   const auto multiply = [&](std::int64_t unit) {
     // A fixed stride takes its part in an address; another one would be a multiplication.
     const float* vectors_of_unit = vectors.data;
@@ -235,11 +237,11 @@ template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDec
     for (int i = 0; i < kRows; ++i) {
       const float* unit_of_row = rows.data + i * rows.stride + unit;
       if constexpr (kVectors == 1) {
-        sum[i][0] = Dot::dot_broadcast(sum[i][0], vector[0], unit_of_row);
+        accumulator[i][0] = Dot::dot_broadcast(accumulator[i][0], vector[0], unit_of_row);
       } else {
         const auto value = Dot::broadcast(unit_of_row);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], vector[j], value);
+        for (int j = 0; j < kVectors; ++j) accumulator[i][j] = Dot::dot(accumulator[i][j], vector[j], value);
       }
     }
   };
@@ -254,8 +256,8 @@ template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDec
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      float* out = sums.data + i * sums.stride + j * kLanes;
-      store(out, accumulate && !kChain ? add(load(out), sum[i][j]) : sum[i][j]);
+      float* out = accumulators.data + i * accumulators.stride + j * kLanes;
+      store(out, accumulate && !kChain ? add(load(out), accumulator[i][j]) : accumulator[i][j]);
     }
 }
 

@@ -1,11 +1,11 @@
-// Products of many rows by the host program's dense product (set_dense_gemm), which multiplies with panels of W,
+// Products by the application's dense product (set_dense_gemm), which multiplies with panels of W,
 // decoded one after the other:
 //
 //   Y[M, n ... ]  = X . W^T + U . (s*B)^T     a panel is rows n ... of W
 //   dX[M, k ... ] = dY . W + V . A            a panel is columns k ... of W
 //
 // The adapter's part comes first, by panels of A and B, and is written to the result; the product with W is added to
-// it. So the part is rounded once more than by the other kernels, and the left operand is not copied to lie beside U or
+// it. So the part is rounded once more than by the other kernels, and X or dY is not copied to lie beside U or
 // V.
 #pragma once
 
@@ -58,20 +58,20 @@ struct Panels {
   }
 
  private:
-  // The right operand of a product: its inner dimension, and the columns of the result.
-  struct Right {
+  // What X or a low-rank operand is multiplied by: its inner dimension, and the columns of the result.
+  struct Operand {
     std::int64_t inner, cols;
   };
-  static std::int64_t cols_at_once(Right right) {
-    return smaller(cpu::panel_columns(right.inner, kType), ceil_div(right.cols, kChunk) * kChunk);
+  static std::int64_t cols_at_once(Operand w) {
+    return smaller(cpu::panel_columns(w.inner, kType), ceil_div(w.cols, kChunk) * kChunk);
   }
 
   // Memory of a panel, and of rows of U or V where the caller wants none.
   struct Memory {
-    Memory(std::initializer_list<Right> rights, Matrix wanted, std::int64_t all_rows, std::int64_t rank) {
+    Memory(std::initializer_list<Operand> operands, Matrix wanted, std::int64_t all_rows, std::int64_t rank) {
       std::int64_t panel_bytes = 0, low_rank_bytes = 0;
-      for (const Right right : rights)
-        if (right.inner > 0) panel_bytes = larger(panel_bytes, cols_at_once(right) * right.inner * kSize);
+      for (const Operand w : operands)
+        if (w.inner > 0) panel_bytes = larger(panel_bytes, cols_at_once(w) * w.inner * kSize);
       if (rank > 0 && wanted.data == nullptr) {
         const std::int64_t rows = smaller(all_rows, larger<std::int64_t>(cpu::kLowRankBytes / (rank * kSize), 1));
         low_rank_bytes = rows * rank * kSize;
@@ -121,16 +121,16 @@ struct Panels {
     bool accumulate = false;
     Matrix out;
   };
-  // out = left . R^T, or left . R unless kTransposed, with panels of R that are decoded into `memory`.
+  // out = x . w^T, or x . w unless kTransposed, with panels of w that are decoded into `memory`.
   template <bool kTransposed, class Rows>
-  static void multiply(ConstMatrix left, const Rows& right, char* memory, const Result& result) {
-    const std::int64_t inner = left.cols, cols = result.out.cols, at_once = cols_at_once({inner, cols});
+  static void multiply(ConstMatrix x, const Rows& w, char* memory, const Result& result) {
+    const std::int64_t inner = x.cols, cols = result.out.cols, at_once = cols_at_once({inner, cols});
     for (std::int64_t n = 0; n < cols; n += at_once) {
       const std::int64_t count = smaller(at_once, cols - n);
       const Matrix panel =
           kTransposed ? Matrix{memory, kType, count, inner, inner} : Matrix{memory, kType, inner, count, count};
-      decode_rows(right, kTransposed ? n : 0, kTransposed ? 0 : n, panel);
-      hooks().dense_gemm({.x = left,
+      decode_rows(w, kTransposed ? n : 0, kTransposed ? 0 : n, panel);
+      hooks().dense_gemm({.x = x,
                           .w = readable(panel),
                           .transpose_w = kTransposed,
                           .bias = result.bias == nullptr ? nullptr : static_cast<const char*>(result.bias) + n * kSize,
@@ -141,18 +141,18 @@ struct Panels {
   }
 };
 
-// A product by panels, of rows that have one adapter or none.
+// A product by panels of rows that have one adapter or none.
 template <class Dot, class Rows, class Args>
 class PanelsJob final : public Job {
  public:
   PanelsJob(const Rows& w, const Args& args, const WeightRows& part) : w_(w) {
     rows_ = part.end - part.begin;
     args_ = args_of(args, part, rows_);
-    const std::vector<Adapted> adapted = adapted_rows(args.lora, part, rows_, args.weight);
-    if (adapted.empty())
+    const std::vector<JobAdapter> adapters = job_adapters(args.lora, part, rows_, args.weight);
+    if (adapters.empty())
       args_.lora.rank = 0;
     else
-      args_.lora = adapted.front().lora;
+      args_.lora = adapters.front().lora;
   }
   void cut(std::int64_t) override {}
   void prepare(std::byte*) override {}

@@ -1,5 +1,5 @@
-// C[M,K] = L[M,N] . W[N,K]: lanes along the columns of W, units of L broadcast. A unit spans kElementsPerUnit rows of
-// W (two bfloat16, one float). product_nn_layout-inl.h says how operands and sums lie in memory.
+// C[M,K] = X[M,N] . W[N,K]: lanes along the columns of W, units of X broadcast. A unit spans kElementsPerUnit rows of
+// W (two bfloat16, one float). product_nn_layout-inl.h says how operands and accumulators lie in memory.
 #pragma once
 
 #include <span>
@@ -22,11 +22,11 @@ struct ProductNn : LayoutNn<DotOf> {
       typename Layout::Tiling;
   using Tiles = typename TilesOf<Dot>::type;
   // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
-  // number. Therefore the sums of so many panels are added to a total.
+  // number. Therefore the accumulators of so many panels are added to a total.
   static constexpr std::int64_t kPanelsOfTotal = 16;
-  static constexpr std::int64_t kMostSums = 128 << 10;  // floats
+  static constexpr std::int64_t kMaxAccumulators = 128 << 10;  // floats
 
-  // What one adapter adds to the sums of its strips: V . A.
+  // What one adapter adds to the accumulators of its strips: V . A.
   struct LowRank {
     float* v = nullptr;  // packed, from the first row of the first strip on; zero in rows of other adapters
     DenseRows<Dot, false> a;
@@ -36,12 +36,12 @@ struct ProductNn : LayoutNn<DotOf> {
   struct LowRanks {
     std::span<const LowRank> parts;
     Dropout dropout;
-    std::int64_t first_row = 0;  // what dropout counts the first row of L as
+    std::int64_t first_row = 0;  // what dropout counts the first row of X as
   };
 
-  // Adds `left` . w to the sums of a part, or sets them to it.
+  // Adds x . w to the accumulators of a part, or sets them to it.
   template <class Rows>
-  static void multiply(Tiles& tiles, const Rows& w, const Packed& left, const Part& part, bool accumulate) {
+  static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
     const std::int64_t units = units_of(w.rows());
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
     const std::int64_t panels = ceil_div(units, step);
@@ -52,24 +52,25 @@ struct ProductNn : LayoutNn<DotOf> {
     };
     const bool has_totals = part.totals != nullptr && panels > kPanelsOfTotal;
     multiply_panels(w, panels, panel_of, [&](std::int64_t i, const Panel& panel, auto& decoding) {
-      const bool afresh = has_totals && i != 0 && i % kPanelsOfTotal == 0;
-      if (afresh) add_sums(part, part.sums, part.totals, i != kPanelsOfTotal);
-      multiply_panel<Rows>(tiles, w.cols(), left, panel, part, !afresh && (accumulate || i != 0), decoding);
+      const bool restarts = has_totals && i != 0 && i % kPanelsOfTotal == 0;
+      if (restarts) add_accumulators(part, part.accumulators, part.totals, i != kPanelsOfTotal);
+      multiply_panel<Rows>(tiles, w.cols(), x, panel, part, !restarts && (accumulate || i != 0), decoding);
     });
-    if (has_totals) add_sums(part, part.totals, part.sums, true);
+    if (has_totals) add_accumulators(part, part.totals, part.accumulators, true);
   }
 
-  // Some packed rows times one chunk of columns, [unit][64 columns], of which `vectors` vectors count. Sums are
+  // Some packed rows times one chunk of columns, [unit][64 columns], of which `vectors` vectors count. Accumulators are
   // [row][64 columns]. With tiles there is room for a whole one after the last row.
   static void multiply_rows(Tiles& tiles, const float* rows, std::int64_t stride, std::int64_t count,
-                            const float* columns, std::int64_t units, int vectors, float* sums, bool accumulate) {
+                            const float* columns, std::int64_t units, int vectors, float* accumulators,
+                            bool accumulate) {
     NoDecoder none;
     if constexpr (kByTiles) {
       const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t row, int first) {
         multiply_tiles<row_tiles, tile_columns>(
             tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
             {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
-            {sums + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, none);
+            {accumulators + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, none);
       };
       for (int first = 0; first < vectors; first += 2)
         for (std::int64_t row = 0; row < count; row += 2 * kTileRows)
@@ -77,15 +78,17 @@ struct ProductNn : LayoutNn<DotOf> {
             with_constant<2>(vectors - first > 1 ? 2 : 1, [&](auto columns) { block(row_tiles, columns, row, first); });
           });
     } else {
-      for (std::int64_t row = 0; row < count; row += kMostRows)
-        with_constant<kMostRows>(static_cast<int>(smaller<std::int64_t>(kMostRows, count - row)), [&](auto strip) {
-          multiply_strip<strip>({rows + row * stride, stride, columns, units, vectors, sums + row * kChunk, accumulate},
-                                none);
-        });
+      for (std::int64_t row = 0; row < count; row += kMaxStripRows)
+        with_constant<kMaxStripRows>(
+            static_cast<int>(smaller<std::int64_t>(kMaxStripRows, count - row)), [&](auto strip) {
+              multiply_strip<strip>(
+                  {rows + row * stride, stride, columns, units, vectors, accumulators + row * kChunk, accumulate},
+                  none);
+            });
     }
   }
 
-  // How left . w is cut into tasks, for some strips of left.
+  // How x . w is cut into tasks, for some strips of x.
   struct Cut {
     Tiling tiling{};
     Grid grid{};
@@ -95,18 +98,18 @@ struct ProductNn : LayoutNn<DotOf> {
   template <class Rows>
   static Cut cut(const Strips& strips, Range range, const Rows& w, std::int64_t threads) {
     const Tiling cut = tiling(strips.rows, Rows::kQuantized && !w.aligned());
-    const std::int64_t most_strips =
-        larger<std::int64_t>(for_second_level(kMostSums, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
-    const std::int64_t fewest_strips = 128 / kStripRows;
-    const Grid grid = make_grid(range.count(), ceil_div(w.cols(), kChunk),
-                                {most_strips, fewest_strips, cut.chunks, 1, 1}, threads, cut.tasks_per_thread);
+    const std::int64_t max_strips =
+        larger<std::int64_t>(scaled_to_l2(kMaxAccumulators, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
+    const std::int64_t min_strips = 128 / kStripRows;
+    const Grid grid = make_grid(range.count(), ceil_div(w.cols(), kChunk), {max_strips, min_strips, cut.chunks, 1, 1},
+                                threads, cut.tasks_per_thread);
     return {cut, grid, range};
   }
 
-  // Computes a task of left . w. write(row, first column, sums in natural order) takes each row and chunk of the
+  // Computes a task of x . w. write(row, first column, accumulators in natural order) takes each row and chunk of the
   // result.
   template <class Rows, class Write>
-  static void product(const Cut& cut, std::int64_t task, const float* left, const Strips& strips, const Rows& w,
+  static void product(const Cut& cut, std::int64_t task, const float* x, const Strips& strips, const Rows& w,
                       const LowRanks& lora, const Write& write) {
     const Grid& grid = cut.grid;
     const std::int64_t s0 = cut.strips.begin + task % grid.row_parts * grid.row_part;
@@ -117,16 +120,16 @@ struct ProductNn : LayoutNn<DotOf> {
               .panel_units = cut.tiling.panel_units()};
     const bool has_totals = !kOneChain && part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
     part.panels = scratch_floats(Slot::thread, 2 * kPanelFloats + (has_totals ? 2 : 1) * part.floats());
-    part.sums = part.panels + 2 * kPanelFloats;
-    part.totals = has_totals ? part.sums + part.floats() : nullptr;
+    part.accumulators = part.panels + 2 * kPanelFloats;
+    part.totals = has_totals ? part.accumulators + part.floats() : nullptr;
     Tiles tiles;
     const bool begun = add_low_rank(tiles, lora, part);
-    multiply(tiles, w, {left, packed_stride(units_of(w.rows()))}, part, begun);
+    multiply(tiles, w, {x, packed_stride(units_of(w.rows()))}, part, begun);
     for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
       for (int row = 0; row < strips.size(s); ++row)
         for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
           F32 natural[Dot::kColumnVectors];
-          const float* from = part.sums_of(s, c) + row * kChunk;
+          const float* from = part.accumulators_of(s, c) + row * kChunk;
           for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
           if (!Rows::kNatural) Dot::to_natural(natural);
           write(strips.first(s) + row, c * kChunk, natural);
@@ -134,20 +137,20 @@ struct ProductNn : LayoutNn<DotOf> {
   }
 
  private:
-  // Begins the sums of a part with what its adapters add, and says whether there is an adapter.
+  // Begins the accumulators of a part with what its adapters add, and says whether there is an adapter.
   static bool add_low_rank(Tiles& tiles, const LowRanks& lora, const Part& part) {
     if (lora.parts.empty()) return false;
     const Range covered = lora.parts.front().strips;
-    // An adapter that is the only one of all strips sets the sums; several add to them.
+    // An adapter that is the only one of all strips sets the accumulators; several add to them.
     const bool covers = lora.parts.size() == 1 && covered.begin <= part.strips.begin && covered.end >= part.strips.end;
-    if (!covers) __builtin_memset(part.sums, 0, static_cast<std::size_t>(part.floats()) * sizeof(float));
+    if (!covers) __builtin_memset(part.accumulators, 0, static_cast<std::size_t>(part.floats()) * sizeof(float));
     for (const LowRank& adapter : lora.parts) {
-      const Part own = part.within(adapter.strips);
-      if (own.strips.begin >= own.strips.end) continue;
+      const Part adapter_part = part.within(adapter.strips);
+      if (adapter_part.strips.begin >= adapter_part.strips.end) continue;
       const Packed v{adapter.v, packed_stride(units_of(adapter.a.rows())), part.all_strips.first(adapter.strips.begin)};
-      multiply(tiles, adapter.a, v, own, !covers);
+      multiply(tiles, adapter.a, v, adapter_part, !covers);
     }
-    if (lora.dropout) drop(lora, part);
+    if (lora.dropout) apply_dropout(lora, part);
     return true;
   }
 
@@ -159,22 +162,22 @@ struct ProductNn : LayoutNn<DotOf> {
   }
 
   template <class Rows, class Decoding>
-  static void multiply_panel(Tiles& tiles, std::int64_t cols, const Packed& left, const Panel& panel, const Part& part,
+  static void multiply_panel(Tiles& tiles, std::int64_t cols, const Packed& x, const Panel& panel, const Part& part,
                              bool accumulate, Decoding& decoding) {
     if constexpr (kByTiles) {
-      return multiply_panel_by_tiles<Rows>(tiles, cols, left, panel, part, accumulate, decoding);
+      return multiply_panel_by_tiles<Rows>(tiles, cols, x, panel, part, accumulate, decoding);
     } else {
       NoDecoder none;
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
         for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
-          const StripAndChunk operands{.left = left.row(part.all_strips.first(s)) + panel.lines.begin,
-                                       .stride = left.stride,
+          const StripAndChunk operands{.x = x.row(part.all_strips.first(s)) + panel.lines.begin,
+                                       .stride = x.stride,
                                        .columns = panel.columns(c),
                                        .units = panel.units(),
                                        .vectors = vectors_of<Rows>(c, cols),
-                                       .sums = part.sums_of(s, c),
+                                       .accumulators = part.accumulators_of(s, c),
                                        .accumulate = accumulate};
-          with_constant<kMostRows>(part.all_strips.size(s), [&](auto rows) {
+          with_constant<kMaxStripRows>(part.all_strips.size(s), [&](auto rows) {
             if (s == part.strips.begin)
               multiply_strip<rows>(operands, decoding);
             else
@@ -184,14 +187,14 @@ struct ProductNn : LayoutNn<DotOf> {
     }
   }
 
-  // A strip of L and a chunk of a panel.
+  // A strip of X and a chunk of a panel.
   struct StripAndChunk {
-    const float* left;
+    const float* x;
     std::int64_t stride;   // from one of its rows to the next
     const float* columns;  // [unit][64 columns]
     std::int64_t units;
     int vectors;
-    float* sums;
+    float* accumulators;
     bool accumulate;
   };
   template <int kRows, class Decoding>
@@ -205,10 +208,11 @@ struct ProductNn : LayoutNn<DotOf> {
           // unit.
           constexpr std::int64_t kDecodingUnits = 2 * Dot::kColumnVectors / kDecodingColumnStep;
           multiply_register_tile<ProductNn, kRows, vectors, kOneChain, kDecodingUnits>(
-              Strided{operands.left + unit, operands.stride},
+              Strided{operands.x + unit, operands.stride},
               Strided{operands.columns + unit * kChunk + j * kLanes, FixedStride<kChunk>()},
-              smaller(kChain, operands.units - unit), Strided{operands.sums + j * kLanes, FixedStride<kChunk>()},
-              operands.accumulate || unit != 0, decoding);
+              smaller(kChain, operands.units - unit),
+              Strided{operands.accumulators + j * kLanes, FixedStride<kChunk>()}, operands.accumulate || unit != 0,
+              decoding);
         };
         if (operands.vectors - j == 1)
           multiply(std::integral_constant<int, 1>());
@@ -222,7 +226,7 @@ struct ProductNn : LayoutNn<DotOf> {
   // Multiplies the columns of two tiles by all strips, one after another, so that this part of the panel stays in the
   // first-level cache.
   template <class Rows, class Decoding>
-  static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const Packed& left, const Panel& panel,
+  static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const Packed& x, const Panel& panel,
                                       const Part& part, bool accumulate, Decoding& decoding) {
     const std::int64_t units = panel.units();
     const auto multiply_with = [&](auto& meanwhile) {
@@ -230,11 +234,9 @@ struct ProductNn : LayoutNn<DotOf> {
         const int column_tiles = vectors_of<Rows>(c, cols);
         const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t s, int first) {
           multiply_tiles<row_tiles, tile_columns>(
-              tiles,
-              {left.row(part.all_strips.first(s)) + panel.lines.begin, left.stride, kTileRows * left.stride,
-               kTileUnits},
+              tiles, {x.row(part.all_strips.first(s)) + panel.lines.begin, x.stride, kTileRows * x.stride, kTileUnits},
               {panel.columns(c) + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
-              {part.sums_of(s, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
+              {part.accumulators_of(s, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
         };
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, 2> two;
@@ -257,8 +259,8 @@ struct ProductNn : LayoutNn<DotOf> {
     if constexpr (std::is_same_v<Decoding, NoDecoder>) {
       multiply_with(decoding);
     } else {
-      // Decoding takes longer than the products of one strip, so all strips share it. A block has two tiles of sums or
-      // more.
+      // Decoding takes longer than the products of one strip, so all strips share it. A block has two tiles of
+      // accumulators or more.
       const std::int64_t rows = part.all_strips.first(part.strips.end) - part.all_strips.first(part.strips.begin);
       const std::int64_t products =
           ceil_div(rows, kTileRows) * part.chunks.count() * (kChunk / kLanes) * (units / kTileUnits);
@@ -267,24 +269,24 @@ struct ProductNn : LayoutNn<DotOf> {
     }
   }
 
-  // Copies all sums of a part, or adds them to what stands there.
-  static void add_sums(const Part& part, const float* from, float* to, bool accumulate) {
+  // Copies all accumulators of a part, or adds them to what stands there.
+  static void add_accumulators(const Part& part, const float* from, float* to, bool accumulate) {
     for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
-        const std::int64_t first = part.sums_of(s, c) - part.sums;
+        const std::int64_t first = part.accumulators_of(s, c) - part.accumulators;
         for (std::int64_t i = first; i < first + part.all_strips.size(s) * kChunk; i += kLanes)
           store(to + i, accumulate ? add(load(to + i), load(from + i)) : load(from + i));
       }
   }
 
-  static void drop(const LowRanks& lora, const Part& part) {
+  static void apply_dropout(const LowRanks& lora, const Part& part) {
     for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
       for (int row = 0; row < part.all_strips.size(s); ++row)
         for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
-          const std::uint64_t keep = lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row, c);
-          float* p = part.sums_of(s, c) + row * kChunk;
+          const std::uint64_t mask = lora.dropout.keep_mask(lora.first_row + part.all_strips.first(s) + row, c);
+          float* p = part.accumulators_of(s, c) + row * kChunk;
           for (int i = 0; i < Dot::kColumnVectors; ++i)
-            store(p + i * kLanes, Dot::keep_columns(load(p + i * kLanes), i, keep));
+            store(p + i * kLanes, Dot::mask_columns(load(p + i * kLanes), i, mask));
         }
   }
 };

@@ -1,10 +1,10 @@
-// How the operands and the sums of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
+// How the operands and the accumulators of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
 //
-//   packed L   [row][unit], packed_stride(units) apart
-//   panel      the decoded columns of W, [chunk][unit][64 columns]
-//   sums       fp32, [strip][chunk][row of the strip][64 columns], in the order that decoding leaves (Dot::to_natural)
+//   packed X       [row][unit], packed_stride(units) apart
+//   panel          the decoded columns of W, [chunk][unit][64 columns]
+//   accumulators   fp32, [strip][chunk][row of the strip][64 columns] in decoded order (Dot::to_natural)
 //
-// With tiles, packed L is A, a quarter of a chunk of the panel is B, and the sums are C (tiles-inl.h).
+// With tiles, packed X is A, a quarter of a chunk of the panel is B, and the accumulators are C (tiles-inl.h).
 #pragma once
 
 #include "cpu/product/dense_rows-inl.h"
@@ -21,20 +21,20 @@ struct LayoutNn {
   using Chunk = typename Dot::Chunk;
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
-  static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMostRows;
+  static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
   static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
-  // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long stretches.
-  // The same holds for ragged W, which is not asked for ahead. With many rows panels are long, so that the sums are
-  // added to rarely. Two panels and the sums stay below 1 MB.
+  // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long ranges.
+  // The same holds for ragged W, which is not prefetched. With many rows panels are long, so that the accumulators
+  // are added to rarely. Two panels and the accumulators stay below 1 MB.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
-    std::int64_t tuned_chunks = chunks;  // of a tile, if the second-level cache has the size of kTunedSecondLevel
+    std::int64_t tuned_chunks = chunks;  // of a tile, if the second-level cache has the size of kTunedL2
 
-    // Units of a panel. Sums in fp32 start afresh with each panel, so its length must not depend on how wide the tile
-    // of a task really is, which follows the number of threads and the cache.
+    // Units of a panel. Accumulators in fp32 start from zero with each panel, so its length must not depend on how wide
+    // the tile of a task really is, which follows the number of threads and the cache.
     constexpr std::int64_t panel_units() const {
       return smaller<std::int64_t>(kPanelFloats / kChunk / tuned_chunks, Dot::kBlock / Dot::kElementsPerUnit);
     }
@@ -45,14 +45,14 @@ struct LayoutNn {
       tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
-    return {for_second_level(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
+    return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
-  // Whether a sum goes on from panel to panel. Else the sums of each panel are added to those before, because the error
-  // of one sum of N terms would be too large for a result in fp32.
+  // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
+  // the error of one sum of N terms would be too large for a result in fp32.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
 
-  // The strips that rows of L are cut into. Their sizes differ by at most one; with tiles they are whole, but for the
+  // The strips that rows of X are cut into. Their sizes differ by at most one; with tiles they are whole, but for the
   // last.
   struct Strips {
     explicit Strips(std::int64_t rows) : rows(rows), count(ceil_div(rows, kStripRows)) {}
@@ -61,7 +61,7 @@ struct LayoutNn {
       return strip * (rows / count) + smaller(strip, rows % count);
     }
     int size(std::int64_t strip) const { return static_cast<int>(first(strip + 1) - first(strip)); }
-    // Returns where a strip begins in packed L. A last tile has zeros after the last row.
+    // Returns where a strip begins in packed X. A last tile has zeros after the last row.
     std::int64_t first_packed(std::int64_t strip) const {
       if (strip < count) return first(strip);
       return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows;
@@ -83,18 +83,18 @@ struct LayoutNn {
   // cache sets.
   static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
 
-  // Packed rows of L, from row `first` on.
+  // Packed rows of X, from row `first` on.
   struct Packed {
     const float* data;
     std::int64_t stride;
     std::int64_t first = 0;
     const float* row(std::int64_t r) const { return data + (r - first) * stride; }
   };
-  // Packs some rows of left, one after another. Rows that left does not have become zero.
-  static void pack(ConstMatrix left, Range rows, float* out) {
-    const DenseRows<Dot, true> from(left);
-    const std::int64_t stride = packed_stride(units_of(left.cols));
-    const Range chunks{0, ceil_div(left.cols, kChunk)};
+  // Packs some rows of x, one after another. Rows that x does not have become zero.
+  static void pack(ConstMatrix x, Range rows, float* out) {
+    const DenseRows<Dot, true> from(x);
+    const std::int64_t stride = packed_stride(units_of(x.cols));
+    const Range chunks{0, ceil_div(x.cols, kChunk)};
     for (std::int64_t row = rows.begin; row < rows.end; ++row, out += stride)
       from.template chunks<1>(row, row >= 0 && row < from.rows(), chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
         for (int i = 0; i < Dot::kVectors; ++i) store(out + c * Dot::kUnits + i * kLanes, chunk[0].v[i]);
@@ -106,7 +106,7 @@ struct LayoutNn {
     using Chunk = typename Dot::Chunk;
     static constexpr int kLineRows = Dot::kElementsPerUnit;
     static constexpr bool kLineAfterLine = false;
-    static constexpr std::int64_t kMostScaledChunks = kPanelFloats / kChunk * kLineRows;
+    static constexpr std::int64_t kMaxScaledChunks = kPanelFloats / kChunk * kLineRows;
     Range lines, chunks;  // lines are units
     float* data;
 
@@ -128,17 +128,17 @@ struct LayoutNn {
     }
   };
 
-  // What a task computes: the sums of some strips and some chunks of columns.
+  // What a task computes: the accumulators of some strips and some chunks of columns.
   struct Part {
     const Strips& all_strips;
     Range strips, chunks;
     std::int64_t panel_units;
     float* panels;  // two
-    float* sums;
-    float* totals;  // laid out as sums, or null where sums go on to the end
+    float* accumulators;
+    float* totals;  // laid out as accumulators, or null where accumulators go on to the end
 
     std::int64_t floats() const { return strips.count() * chunks.count() * kStripRows * kChunk; }
-    float* sums_of(std::int64_t strip, std::int64_t chunk) const { return at(sums, strip, chunk); }
+    float* accumulators_of(std::int64_t strip, std::int64_t chunk) const { return at(accumulators, strip, chunk); }
     float* at(float* data, std::int64_t strip, std::int64_t chunk) const {
       return data + ((strip - strips.begin) * chunks.count() + (chunk - chunks.begin)) * kStripRows * kChunk;
     }
@@ -147,7 +147,7 @@ struct LayoutNn {
       Part part = *this;
       part.strips = {larger(strips.begin, range.begin), smaller(strips.end, range.end)};
       if (part.strips.begin >= part.strips.end) return part;
-      part.sums = at(sums, part.strips.begin, chunks.begin);
+      part.accumulators = at(accumulators, part.strips.begin, chunks.begin);
       if (totals != nullptr) part.totals = at(totals, part.strips.begin, chunks.begin);
       return part;
     }

@@ -1,11 +1,11 @@
-// Y = X . W^T for many rows of X: lanes across the rows of X, units of W broadcast.
+// Y = X . W^T: lanes across the rows of X, units of W broadcast.
 //
-//   packed X   strips of 1 ... kWidestStrip vectors of rows; a strip is [unit][vector][lane]
-//   panel      the decoded rows of W, [row][unit], kPanelStride units apart
-//   sums       fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
+//   packed X       strips of 1 ... kMaxStripVectors vectors of rows; a strip is [unit][vector][lane]
+//   panel          the decoded rows of W, [row][unit], kPanelStride units apart
+//   accumulators   fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
 //
 // Decoding leaves a row of W contiguous, which is what a broadcast reads, so W is never transposed. With tiles, rows of
-// the panel are A, a strip is B, and the sums are C (tiles-inl.h).
+// the panel are A, a strip is B, and the accumulators are C (tiles-inl.h).
 #pragma once
 
 #include "cpu/product/panel_pipeline-inl.h"
@@ -17,10 +17,10 @@ namespace {
 // The strips that `vectors` vectors of rows are cut into. All have one width, but for the last ones.
 class Strips {
  public:
-  Strips(std::int64_t vectors, int width, int widest) : vectors_(vectors), width_(width) {
+  Strips(std::int64_t vectors, int width, int max_width) : vectors_(vectors), width_(width) {
     const std::int64_t rest = vectors % width;
     count_ = vectors / width + (rest != 0);
-    if (rest == 1 && vectors > width && widest > width) --count_;  // 3 + 1 -> 4
+    if (rest == 1 && vectors > width && max_width > width) --count_;  // 3 + 1 -> 4
   }
   std::int64_t count() const { return count_; }
   std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * width_ : vectors_; }
@@ -40,16 +40,16 @@ struct ProductNt {
   static_assert(!kTiled<Dot> || kLanes == kTileUnits);
   // Vectors of rows in a strip. With tiles there are two, so that a block has 2 x 2 tiles.
   static constexpr int kStripVectors = kTiled<Dot> ? 2 : 3;
-  static constexpr int kWidest = kTiled<Dot> ? 2 : kWidestStrip;
+  static constexpr int kMaxStripWidth = kTiled<Dot> ? 2 : kMaxStripVectors;
   // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
   static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
   // Rows of W in a panel. Tiles get more of them, because they multiply so fast that reading X again for other rows of
   // W would be the limit.
-  static constexpr std::int64_t kWidestTile = kTiled<Dot> ? 256 : 64;
-  static constexpr std::int64_t kNarrowestTile = 16;  // a multiple of every kRowsOfStrip
-  static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
+  static constexpr std::int64_t kMaxPanelRows = kTiled<Dot> ? 256 : 64;
+  static constexpr std::int64_t kMinPanelRows = 16;  // a multiple of every kRowsOfStrip
+  static constexpr std::int64_t kPanelFloats = kMaxPanelRows * kPanelStride;
 
   template <class Rows>
   static std::int64_t padded_units(const Rows& rows) {
@@ -84,14 +84,14 @@ struct ProductNt {
     }
   }
 
-  static std::int64_t whole_tiles(std::int64_t rows) { return ceil_div(rows, kNarrowestTile) * kNarrowestTile; }
+  static std::int64_t whole_tiles(std::int64_t rows) { return ceil_div(rows, kMinPanelRows) * kMinPanelRows; }
 
   // Rows of W, [row][unit], and zeros up to a whole register tile.
   struct Panel {
     using Chunk = typename Dot::Chunk;
     static constexpr int kLineRows = 1;
     static constexpr bool kLineAfterLine = true;
-    static constexpr std::int64_t kMostScaledChunks = kWidestTile * kBlockChunks;
+    static constexpr std::int64_t kMaxScaledChunks = kMaxPanelRows * kBlockChunks;
     Range lines, chunks;
     float* data;
 
@@ -119,21 +119,21 @@ struct ProductNt {
     int width;
     std::int64_t unit_stride;
   };
-  // Its sums, [row of W][vector][lane].
-  struct Sums {
+  // Its accumulators, [row of W][vector][lane].
+  struct Accumulators {
     float* data;
     std::int64_t row_stride;
   };
 
   // Multiplies a strip by the first `units` units of a panel. strip.data begins with the same units.
   template <class Decoding>
-  static void multiply_strip(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units, const Sums& sums,
-                             bool accumulate, Decoding& decoding) {
-    with_constant<kWidest>(strip.width, [&](auto width) {
+  static void multiply_strip(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
+                             const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
+    with_constant<kMaxStripWidth>(strip.width, [&](auto width) {
       if constexpr (kTiled<Dot>)
-        multiply_by_tiles<width>(tiles, strip, panel, units, sums, accumulate, decoding);
+        multiply_by_tiles<width>(tiles, strip, panel, units, accumulators, accumulate, decoding);
       else
-        multiply_by_vectors<width>(strip, panel, units, sums, accumulate, decoding);
+        multiply_by_vectors<width>(strip, panel, units, accumulators, accumulate, decoding);
     });
   }
 
@@ -149,8 +149,8 @@ struct ProductNt {
       const int width = strips.width(s);
       return {data + (strips.first(s) * units + unit * width) * kLanes, width, width * kLanes};
     }
-    // The sums of strip s in a buffer [strip][row of W][vector][lane] for these rows of W.
-    Sums sums(std::int64_t s, float* all, Range rows) const {
+    // The accumulators of strip s in a buffer [strip][row of W][vector][lane] for these rows of W.
+    Accumulators accumulators(std::int64_t s, float* all, Range rows) const {
       const std::int64_t vectors_before = strips.first(s) - strips.first(range.begin);
       return {all + vectors_before * whole_tiles(rows.count()) * kLanes, strips.width(s) * kLanes};
     }
@@ -159,25 +159,25 @@ struct ProductNt {
   // Multiplies by some rows of W, and calls done(rows, the memory of a panel that is free again) for each panel of
   // them.
   template <class Rows, class Done>
-  static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* sums,
+  static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* accumulators,
                        const Done& done) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
     const auto panel_of = [&](std::int64_t i) {
-      const std::int64_t row = rows.begin + i / blocks * kWidestTile, chunk = i % blocks * kBlockChunks;
-      return Panel{.lines = {row, smaller(row + kWidestTile, rows.end)},
+      const std::int64_t row = rows.begin + i / blocks * kMaxPanelRows, chunk = i % blocks * kBlockChunks;
+      return Panel{.lines = {row, smaller(row + kMaxPanelRows, rows.end)},
                    .chunks = {chunk, smaller(chunk + kBlockChunks, chunks)},
                    .data = panels + i % 2 * kPanelFloats};
     };
-    multiply_panels(w, ceil_div(rows.count(), kWidestTile) * blocks, panel_of,
+    multiply_panels(w, ceil_div(rows.count(), kMaxPanelRows) * blocks, panel_of,
                     [&](std::int64_t i, const Panel& panel, auto& decoding) {
-                      multiply_panel(tiles, x, panel, sums, decoding);
+                      multiply_panel(tiles, x, panel, accumulators, decoding);
                       if (i % blocks == blocks - 1) done(panel.lines, panel.data);
                     });
   }
 
-  // Writes the sums of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ... of `out`,
-  // as far as it has them.
-  static void write(const Sums& sums, int width, Range rows, float scale, const void* bias, Matrix out,
+  // Writes the accumulators of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ...
+  // of `out`, as far as it has them.
+  static void write(const Accumulators& accumulators, int width, Range rows, float scale, const void* bias, Matrix out,
                     std::int64_t m) {
     constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
     const std::int64_t n = rows.begin, count = rows.count();
@@ -189,7 +189,8 @@ struct ProductNt {
       for (int vector = 0; vector < width; ++vector) {
         F32 block[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          block[i] = j + i < count ? load(sums.data + (j + i) * sums.row_stride + vector * kLanes) : zero();
+          block[i] =
+              j + i < count ? load(accumulators.data + (j + i) * accumulators.row_stride + vector * kLanes) : zero();
         transpose(block);
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = m + vector * kLanes + lane;
@@ -204,10 +205,12 @@ struct ProductNt {
 
  private:
   template <class Decoding>
-  static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* sums, Decoding& decoding) {
+  static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* accumulators,
+                             Decoding& decoding) {
     const std::int64_t unit = panel.chunks.begin * Dot::kUnits, units = smaller(kBlockUnits, x.units - unit);
     const auto multiply_with = [&](std::int64_t s, auto& meanwhile) {
-      multiply_strip(tiles, x.strip(s, unit), panel, units, x.sums(s, sums, panel.lines), unit != 0, meanwhile);
+      multiply_strip(tiles, x.strip(s, unit), panel, units, x.accumulators(s, accumulators, panel.lines), unit != 0,
+                     meanwhile);
     };
     NoDecoder none;
     for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
@@ -225,12 +228,12 @@ struct ProductNt {
   }
 
   template <int kWidth, class Decoding>
-  static void multiply_by_vectors(const Strip& strip, const Panel& panel, std::int64_t units, const Sums& sums,
-                                  bool accumulate, Decoding& decoding) {
+  static void multiply_by_vectors(const Strip& strip, const Panel& panel, std::int64_t units,
+                                  const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
     constexpr bool kDecodes = !std::is_same_v<Decoding, NoDecoder>;
     constexpr int kRows = kDecodes ? kRowsOfDecodingStrip[kWidth] : kRowsOfStrip[kWidth];
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
-    // The strip's tiles have kWidestTile / kRows * units between them, the panel kWidestTile * units / (2 * kUnits)
+    // The strip's tiles have kMaxPanelRows / kRows * units between them, the panel kMaxPanelRows * units / (2 * kUnits)
     // pairs of chunks.
     constexpr std::int64_t kDecodingUnits = larger(2 * Dot::kUnits / kRows, 1);
     // A chain of units is multiplied by all rows of W, so that its part of the strip is in the first-level cache from
@@ -240,19 +243,21 @@ struct ProductNt {
         multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
             Strided{panel.row(row) + unit, FixedStride<kPanelStride>()},
             Strided{strip.data + unit * strip.unit_stride, strip.unit_stride}, smaller(kChain, units - unit),
-            Strided{sums.data + row * sums.row_stride, sums.row_stride}, accumulate || unit != 0, decoding);
+            Strided{accumulators.data + row * accumulators.row_stride, accumulators.row_stride},
+            accumulate || unit != 0, decoding);
   }
 
   // Multiplies blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
   template <int kWidth, class Decoding>
   static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
-                                const Sums& sums, bool accumulate, Decoding& decoding) {
+                                const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
     const TileGrid<const float*> b{strip.data, strip.unit_stride, kLanes, kTileUnits * strip.unit_stride};
     const auto multiply = [&](auto tile_rows, std::int64_t row) {
-      multiply_tiles<tile_rows, kWidth>(
-          tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, b, units,
-          {sums.data + row * sums.row_stride, sums.row_stride, kTileRows * sums.row_stride, kLanes}, accumulate,
-          decoding);
+      multiply_tiles<tile_rows, kWidth>(tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, b,
+                                        units,
+                                        {accumulators.data + row * accumulators.row_stride, accumulators.row_stride,
+                                         kTileRows * accumulators.row_stride, kLanes},
+                                        accumulate, decoding);
     };
     constexpr int kBlockRows = 4 / kWidth;
     std::int64_t row = 0;

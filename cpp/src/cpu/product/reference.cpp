@@ -46,21 +46,21 @@ class Adapters {
   Adapters(const LoraView& all, const RowGroups& groups, std::int64_t rows, std::int64_t N, std::int64_t K)
       : all_(all), rows_(adapter_rows(all, groups, rows)), N_(N), K_(K) {}
   // The adapters of rows m ... m+count-1, of rank 0 where a row has none.
-  std::vector<LoraView> of_rows(std::int64_t m, std::int64_t count) const {
+  std::vector<LoraView> for_rows(std::int64_t m, std::int64_t count) const {
     std::vector<LoraView> loras;
-    for (std::int64_t i = 0; i < count; ++i) loras.push_back(of_row(m + i));
+    for (std::int64_t i = 0; i < count; ++i) loras.push_back(for_row(m + i));
     return loras;
   }
 
  private:
-  LoraView of_row(std::int64_t m) const {
+  LoraView for_row(std::int64_t m) const {
     LoraView lora = all_;
     lora.rank = 0;
-    for (const AdapterRows& of : rows_) {
-      if (m < of.begin || m >= of.end) continue;
+    for (const AdapterRows& adapter : rows_) {
+      if (m < adapter.begin || m >= adapter.end) continue;
       const auto at = [&](const void* data, std::int64_t elements) {
         return static_cast<const char*>(data) +
-               of.adapter * all_.rank * elements * static_cast<std::int64_t>(size_of(all_.dtype));
+               adapter.adapter * all_.rank * elements * static_cast<std::int64_t>(size_of(all_.dtype));
       };
       lora.rank = all_.rank;
       lora.a = at(all_.a, K_);
@@ -82,20 +82,20 @@ void for_rows_of_weights(const QuantizedWeightView& weight, const RowGroups& gro
       f(part.weight, m, std::min(kTileRows, part.end - m));
 }
 
-// emit(r, c, sum of left[m,r] * right(m,c) over the adapter's rows) for every r < rank and c < cols.
-template <class Right, class Emit>
-void sum_over_rows(const ConstMatrix& left, const AdapterRows& adapter, std::int64_t cols, const Right& right,
+// emit(r, c, sum of low_rank[m,r] * dense(m,c) over the adapter's rows) for every r < rank and c < cols.
+template <class Dense, class Emit>
+void sum_over_rows(const ConstMatrix& low_rank, const AdapterRows& adapter, std::int64_t cols, const Dense& dense,
                    const Emit& emit) {
-  const std::int64_t rank = left.cols;
+  const std::int64_t rank = low_rank.cols;
   parallel_for(ceil_div(cols, kTileCols), [&](std::int64_t task) {
     const std::int64_t c0 = task * kTileCols, count = std::min(kTileCols, cols - c0);
     double* sum = doubles(Slot::thread, rank * kTileCols);
     std::fill(sum, sum + rank * kTileCols, 0.0);
     for (std::int64_t m = adapter.begin; m < adapter.end; ++m) {
       float row[kTileCols];
-      for (std::int64_t c = 0; c < count; ++c) row[c] = right(m, c0 + c);
+      for (std::int64_t c = 0; c < count; ++c) row[c] = dense(m, c0 + c);
       for (std::int64_t r = 0; r < rank; ++r) {
-        const double factor = at(left, m, r);
+        const double factor = at(low_rank, m, r);
         for (std::int64_t c = 0; c < count; ++c) sum[r * kTileCols + c] += factor * row[c];
       }
     }
@@ -117,17 +117,18 @@ void linear_forward(const LinearForwardArgs& args, const Stream&) {
                       [&](std::int64_t weight, std::int64_t m0, std::int64_t rows) {
                         float* x = scratch_floats(Slot::call, rows * (K + rank));  // [rows, K]
                         float* u = x + rows * K;                                   // [rows, rank]
-                        const std::vector<LoraView> loras = adapters.of_rows(m0, rows);
+                        const std::vector<LoraView> loras = adapters.for_rows(m0, rows);
                         parallel_for(rows, [&](std::int64_t i) {
                           for (std::int64_t k = 0; k < K; ++k) x[i * K + k] = at(args.x, m0 + i, k);
                           if (rank == 0) return;
                           const LoraView& lora = loras[static_cast<std::size_t>(i)];
-                          float* kept = scratch_floats(Slot::thread, K);
-                          for (std::int64_t k = 0; k < K; ++k) kept[k] = dropout.keeps(m0 + i, k) ? x[i * K + k] : 0.0f;
+                          float* dropped = scratch_floats(Slot::thread, K);
+                          for (std::int64_t k = 0; k < K; ++k)
+                            dropped[k] = dropout.keeps(m0 + i, k) ? x[i * K + k] : 0.0f;
                           for (std::int64_t r = 0; r < rank; ++r) {
                             double sum = 0.0;
                             for (std::int64_t k = 0; k < K && lora.rank > 0; ++k)
-                              sum += double{kept[k]} * lora_a(lora, r, k, K, dtype);
+                              sum += double{dropped[k]} * lora_a(lora, r, k, K, dtype);
                             u[i * rank + r] = round_to(dtype, static_cast<float>(sum * dropout.scale));
                             if (args.u.data != nullptr)
                               store(args.u.data, dtype, (m0 + i) * args.u.stride + r, u[i * rank + r]);
@@ -158,7 +159,7 @@ void linear_backward_input(const LinearBackwardInputArgs& args, const Stream&) {
       args.weight, args.groups, args.dy.rows, [&](std::int64_t weight, std::int64_t m0, std::int64_t rows) {
         float* dy = scratch_floats(Slot::call, rows * (N + rank));  // [rows, N]
         float* v = dy + rows * N;                                   // [rows, rank]
-        const std::vector<LoraView> loras = adapters.of_rows(m0, rows);
+        const std::vector<LoraView> loras = adapters.for_rows(m0, rows);
         parallel_for(rows, [&](std::int64_t i) {
           const LoraView& lora = loras[static_cast<std::size_t>(i)];
           for (std::int64_t n = 0; n < N; ++n) dy[i * N + n] = at(args.dy, m0 + i, n);
@@ -200,19 +201,20 @@ void lora_gradients(const LoraGradientsArgs& args, const Stream&) {
   const std::int64_t N = args.dy.cols, K = args.x.cols, rank = args.lora.rank;
   if (rank == 0) return;
   const Dropout dropout(args.lora);
-  for (const AdapterRows& of : adapter_rows(args.lora, args.groups, args.x.rows)) {
+  for (const AdapterRows& adapter : adapter_rows(args.lora, args.groups, args.x.rows)) {
     if (args.da != nullptr) {
       sum_over_rows(
-          args.v, of, K, [&](std::int64_t m, std::int64_t k) { return dropout.keeps(m, k) ? at(args.x, m, k) : 0.0f; },
+          args.v, adapter, K,
+          [&](std::int64_t m, std::int64_t k) { return dropout.keeps(m, k) ? at(args.x, m, k) : 0.0f; },
           [&](std::int64_t r, std::int64_t k, double sum) {
-            store(args.da, args.lora.dtype, (of.adapter * rank + r) * K + k, static_cast<float>(sum));
+            store(args.da, args.lora.dtype, (adapter.adapter * rank + r) * K + k, static_cast<float>(sum));
           });
     }
     if (args.db != nullptr) {
       sum_over_rows(
-          args.u, of, N, [&](std::int64_t m, std::int64_t n) { return at(args.dy, m, n); },
+          args.u, adapter, N, [&](std::int64_t m, std::int64_t n) { return at(args.dy, m, n); },
           [&](std::int64_t r, std::int64_t n, double sum) {
-            store(args.db, args.lora.dtype, (of.adapter * N + n) * rank + r,
+            store(args.db, args.lora.dtype, (adapter.adapter * N + n) * rank + r,
                   static_cast<float>(sum * args.lora.scaling));
           });
     }

@@ -42,10 +42,10 @@ struct TileGrid {
   std::int64_t step;  // of A and B: from these 16 units to the next 16. Of C: from a tile to the one on its right
 };
 
-// A block of kRows x kCols tiles of sums over `units` units, a multiple of kTileUnits, beginning with what `c` holds or
-// with zero. The sums stay in registers: C in tiles 0 ... 3, A in 4 and 5, B in 6 and 7, so that 2 x 2 tiles of sums
-// cost one load a product, the least that eight tiles allow. `meanwhile` is called at every step of 16 units: its
-// vector instructions run beside the products.
+// A block of kRows x kCols tiles of accumulators over `units` units, a multiple of kTileUnits, beginning with what `c`
+// holds or with zero. The accumulators stay in registers: C in tiles 0 ... 3, A in 4 and 5, B in 6 and 7, so that 2 x 2
+// tiles of accumulators cost one load a product, the minimum for eight tiles. `meanwhile` is called at every step
+// of 16 units: its vector instructions run beside the products.
 template <int kRows, int kCols, class Tiles, class Meanwhile>
 [[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
                                       std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {

@@ -81,7 +81,7 @@ inline Table16 order_table(const SortedCodebook& codebook) {
   return table16(order);
 }
 
-// Encodes 2 * kLanes neighbours, which are scaled to [-1, 1].
+// Encodes 2 * kLanes adjacent elements, which are scaled to [-1, 1].
 template <class Search>
 struct Encode4 {
   static constexpr int kBits = 4;
@@ -111,13 +111,13 @@ template <DType kType, class Encode>
 inline float quantize_block(const char* p, int blocksize, const Encode& encode, std::uint8_t* codes) {
   constexpr int kGroup = 2 * kLanes;
   constexpr auto kSize = static_cast<int>(size_of(kType));
-  I32 most = set1_i32(0);
+  I32 max_bits = set1_i32(0);
   for (int i = 0; i < blocksize; i += kGroup) {
     F32 even, odd;
     load_pairs<kType>(p + i * kSize, even, odd);
-    most = max_i32(most, max_i32(as_i32(abs(even)), as_i32(abs(odd))));
+    max_bits = max_i32(max_bits, max_i32(as_i32(abs(even)), as_i32(abs(odd))));
   }
-  const auto bits = static_cast<std::uint32_t>(reduce_max_i32(most));
+  const auto bits = static_cast<std::uint32_t>(reduce_max_i32(max_bits));
   float absmax;
   __builtin_memcpy(&absmax, &bits, sizeof(absmax));
   if (bits >= kInfinity) return absmax;
@@ -222,15 +222,16 @@ struct MapMidpoints {
 inline float mean(const float* values, std::int64_t count) {
   constexpr std::int64_t kTaskValues = 4096;
   const std::int64_t tasks = ceil_div(count, kTaskValues);
-  double* sums = reinterpret_cast<double*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(double)));
+  double* partial_sums =
+      reinterpret_cast<double*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(double)));
   parallel_for(tasks, [&](std::int64_t task) {
     const std::int64_t end = smaller((task + 1) * kTaskValues, count);
     double part[8] = {};
     for (std::int64_t i = task * kTaskValues; i < end; ++i) part[i % 8] += double{values[i]};
-    sums[task] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+    partial_sums[task] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
   });
   double sum = 0.0;
-  for (std::int64_t task = 0; task < tasks; ++task) sum += sums[task];
+  for (std::int64_t task = 0; task < tasks; ++task) sum += partial_sums[task];
   return count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
 }
 
@@ -250,9 +251,9 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
       }
       return add(load(p), set1(-offset));
     };
-    F32 most = zero();
-    for (std::int64_t i = first; i < end; i += kLanes) most = max(most, abs(centred(i)));
-    const float absmax = reduce_max(most);
+    F32 largest = zero();
+    for (std::int64_t i = first; i < end; i += kLanes) largest = max(largest, abs(centred(i)));
+    const float absmax = reduce_max(largest);
     args.nested_absmax[nested] = absmax;
     const F32 divisor = set1(larger(absmax, 1e-38f));
     for (std::int64_t i = first; i < end; i += kLanes) {
@@ -280,13 +281,13 @@ inline void decode_chunks(const Rows& rows, std::int64_t n, Range chunks, char* 
 template <DType kType, bool kStream>
 inline void dequantize_as(const DequantizeArgs& args) {
   // Tasks are long: with a sixteenth of these a large weight took 7 to 37 % longer.
-  constexpr std::int64_t kFewestChunks = 1 << 10, kMostChunks = 1 << 14;
+  constexpr std::int64_t kMinTaskChunks = 1 << 10, kMaxTaskChunks = 1 << 14;
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
   flat.N = flat.count = 1;
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
-  const std::int64_t of_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
-  const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
+  const std::int64_t chunks_per_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
+  const std::int64_t task_chunks = smaller(larger(chunks_per_thread, kMinTaskChunks), kMaxTaskChunks);
   with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
       const std::int64_t first = task * task_chunks;
@@ -296,8 +297,8 @@ inline void dequantize_as(const DequantizeArgs& args) {
   });
 }
 
-// Decodes the rows that are asked for. They lie anywhere in the weight, and the next product reads the result, so no
-// store goes past the caches.
+// Decodes the requested rows. They lie anywhere in the weight, and the next product reads the result, so no store is
+// non-temporal.
 template <DType kType>
 inline void dequantize_rows_as(const DequantizeArgs& args) {
   constexpr std::int64_t kTaskElements = 1 << 14;  // as many as take some microseconds
@@ -321,7 +322,7 @@ template <DType kType>
 inline void dequantize_as(const DequantizeArgs& args) {
   if (args.rows != nullptr)
     dequantize_rows_as<kType>(args);
-  else if (written_past_caches(args.out, args.elements() * static_cast<std::int64_t>(size_of(kType))))
+  else if (wants_streaming_stores(args.out, args.elements() * static_cast<std::int64_t>(size_of(kType))))
     dequantize_as<kType, true>(args);
   else
     dequantize_as<kType, false>(args);

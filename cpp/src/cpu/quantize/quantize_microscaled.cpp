@@ -26,7 +26,7 @@ template <class T>
 float absmax_of(const QuantizeMicroscaledArgs& args) {
   const T* const weight = static_cast<const T*>(args.weight);
   std::mutex mutex;
-  std::uint32_t most = 0;
+  std::uint32_t max_bits = 0;
   parallel_for(ceil_div(args.elements, kTaskElements), [&](std::int64_t task) {
     const std::int64_t end = std::min(args.elements, (task + 1) * kTaskElements);
     std::uint32_t found = 0;
@@ -34,9 +34,9 @@ float absmax_of(const QuantizeMicroscaledArgs& args) {
       found = std::max(found, magnitude_bits(to_f32(weight[e], args.dtype)));
     }
     const std::lock_guard lock(mutex);
-    most = std::max(most, found);
+    max_bits = std::max(max_bits, found);
   });
-  return std::bit_cast<float>(most);
+  return std::bit_cast<float>(max_bits);
 }
 
 template <class T, int kBlocksize>
@@ -50,19 +50,20 @@ void quantize_blocks(const QuantizeMicroscaledArgs& args, float global_scale) {
     for (std::int64_t begin = task * kTaskElements; begin < task_end; begin += kBlocksize) {
       const std::int64_t count = std::min<std::int64_t>(kBlocksize, args.elements - begin);
       float w[kBlocksize] = {};
-      std::uint32_t most = 0;
+      std::uint32_t max_bits = 0;
       for (std::int64_t i = 0; i < count; ++i) {
         w[i] = to_f32(weight[begin + i], args.dtype);
-        most = std::max(most, magnitude_bits(w[i]));
+        max_bits = std::max(max_bits, magnitude_bits(w[i]));
       }
-      if (most >= kInfinity) {
+      if (max_bits >= kInfinity) {
         for (std::int64_t i = 0; i < count; ++i) {
           if (magnitude_bits(w[i]) >= kInfinity && found.count++ == 0) found.first = begin + i;
         }
         continue;
       }
       std::uint8_t codes[kBlocksize / 2];
-      args.scales[begin / kBlocksize] = encode_block<kBlocksize>(w, std::bit_cast<float>(most), global_scale, codes);
+      args.scales[begin / kBlocksize] =
+          encode_block<kBlocksize>(w, std::bit_cast<float>(max_bits), global_scale, codes);
       std::memcpy(args.codes + begin / 2, codes, static_cast<std::size_t>((count + 1) / 2));
     }
     if (found.count == 0) return;

@@ -37,7 +37,7 @@ class QuantizedRows {
   // codes kAhead bytes further on are prefetched.
   template <int kRows, int kAhead = 0, class Sink>
   void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
-    float scales[kRows][kMostScales];
+    float scales[kRows][kMaxScales];
     for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kChunksAtOnce) {
       const std::int64_t end = smaller(begin + kChunksAtOnce, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
@@ -52,10 +52,10 @@ class QuantizedRows {
       }
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
-        const std::int64_t left = elements - (c - begin) * kChunk;
+        const std::int64_t count_left = elements - (c - begin) * kChunk;
         for (int i = 0; i < count; ++i)
-          chunk[i] = decode_ragged(element(n + i, c), static_cast<int>(smaller<std::int64_t>(kChunk, left)), scales[i],
-                                   first_block[i]);
+          chunk[i] = decode_ragged(element(n + i, c), static_cast<int>(smaller<std::int64_t>(kChunk, count_left)),
+                                   scales[i], first_block[i]);
         sink(c, chunk);
       }
     }
@@ -75,10 +75,10 @@ class QuantizedRows {
       blocks = {first, blocks.count * blocks.rows, 1, 0};
     if (shift == 0) return scales_.decode(blocks, out, stride);
     for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
-      const std::int64_t of_row = first + row * per_row, first_block = of_row >> shift;
-      scales_.decode(first_block, ((of_row + blocks.count - 1) >> shift) + 1 - first_block, out);
+      const std::int64_t first_scale = first + row * per_row, first_block = first_scale >> shift;
+      scales_.decode(first_block, ((first_scale + blocks.count - 1) >> shift) + 1 - first_block, out);
       // From the last on: no scale is overwritten before it is read.
-      for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((of_row + i) >> shift) - first_block];
+      for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((first_scale + i) >> shift) - first_block];
     }
   }
   // Prefetches such scales, as far as the weight has the rows.
@@ -119,15 +119,15 @@ class QuantizedRows {
   static_assert(kScales == 1 || (kBits == 4 && (kScales == 2 || kScales == 4)));
   static constexpr int kScaleElements = kChunk / kScales;  // elements that have one scale
   static constexpr std::int64_t kChunksAtOnce = 64;        // chunks whose scales are decoded at once
-  static constexpr std::int64_t kMostScales = kChunksAtOnce * kChunk / 16 + 2;  // of the smallest blocks
+  static constexpr std::int64_t kMaxScales = kChunksAtOnce * kChunk / 16 + 2;  // of the smallest blocks
 
   // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
-  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMostScales],
+  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMaxScales],
                     Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
-    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], kMostScales);
+    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], kMaxScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];

@@ -33,7 +33,7 @@ class Scales {
                        static_cast<std::size_t>(count) * sizeof(float));
       return;
     }
-    if (count <= kFew) return decode_few(first, count, out);
+    if (count <= kMaxOneByOne) return decode_one_by_one(first, count, out);
     const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
     for (std::int64_t i = 0; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
@@ -53,8 +53,9 @@ class Scales {
   // The scales of several rows, which out has `stride` floats apart.
   void decode(const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
     const auto [first, count, rows, row_blocks] = blocks;
-    if (nested_absmax_ != nullptr && count <= kFew) {
-      for (std::int64_t row = 0; row < rows; ++row) decode_few(first + row * row_blocks, count, out + row * stride);
+    if (nested_absmax_ != nullptr && count <= kMaxOneByOne) {
+      for (std::int64_t row = 0; row < rows; ++row)
+        decode_one_by_one(first + row * row_blocks, count, out + row * stride);
       return;
     }
     if (nested_absmax_ == nullptr || count > kAtOnce / 2) {
@@ -97,7 +98,7 @@ class Scales {
   static constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
   static constexpr std::int64_t kStaged = 512;  // scales of short rows that are decoded together
 
-  [[gnu::always_inline]] void decode_few(std::int64_t first, std::int64_t count, float* out) const {
+  [[gnu::always_inline]] void decode_one_by_one(std::int64_t first, std::int64_t count, float* out) const {
     const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
     for (std::int64_t i = 0; i < count; ++i)  // two roundings, as in scaled()
       out[i] = nested_code_[absmax[i]] * nested_absmax_[nested_of(first + i)] + offset_;
@@ -119,7 +120,7 @@ class Scales {
   }
 
   // So many scales or fewer are looked up one by one, for the lookup of a vector goes through all of the table.
-  static constexpr std::int64_t kFew = 4;
+  static constexpr std::int64_t kMaxOneByOne = 4;
   static constexpr float kNoLevels[256] = {};
 
   std::int64_t nested_of(std::int64_t block) const {

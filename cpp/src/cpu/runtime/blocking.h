@@ -1,5 +1,5 @@
 // How the cpu products are cut into blocks: a cache model in plain scalar code, so that it can be read and tested.
-// Where a sum starts afresh is not decided here, so that no choice changes a result.
+// Where accumulators start from zero is not decided here, so that no choice changes a result.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace qlora_native {
 
-// Bytes of packed activations that a call keeps for all its threads. They are most of the 8 MB that it may take beside
-// 1 MB a thread, for a weight is decoded once for every block of rows.
+// Bytes of packed activations that all threads of a call share: nearly all of the 8 MB that it may take beside 1 MB a
+// thread, because a weight is decoded once for every block of rows.
 constexpr std::int64_t kPackedBytes = 15 << 19;
 // Each thread gets about so many tasks where the shape allows it, so that all threads end together.
 constexpr std::int64_t kTasksPerThread = 8;
@@ -24,9 +24,9 @@ struct Grid {
   std::int64_t column_tile = 0, column_tiles = 0;
 };
 struct GridLimits {
-  std::int64_t most_rows, fewest_rows;    // of a part
-  std::int64_t widest_tile, narrow_tile;  // columns are split down to narrow_tile before rows are,
-  std::int64_t narrowest_tile;            // and down to this if that is not enough; each divides the one before
+  std::int64_t max_rows, min_rows;            // of a part
+  std::int64_t max_tile, preferred_min_tile;  // columns are split down to preferred_min_tile before rows are,
+  std::int64_t min_tile;                      // and down to this if that is not enough; each divides the one before
 };
 // Splits until each thread has `tasks_per_thread` parts times tiles. A weight is decoded once for every part of the
 // rows, and activations are read once for every tile of the columns, so rows are split only where narrow tiles are not
@@ -37,16 +37,16 @@ Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits
 
 // What a task keeps in the second-level cache was tuned for a cache of 1 MB. A smaller one holds less in proportion; a
 // larger one gets no more, because the memory of a task is bounded.
-constexpr std::int64_t kTunedSecondLevel = 1 << 20;
-constexpr std::int64_t for_second_level(std::int64_t tuned, std::int64_t least, const Caches& of) {
-  return std::clamp(tuned * std::min(of.second, kTunedSecondLevel) / kTunedSecondLevel, least, tuned);
+constexpr std::int64_t kTunedL2 = 1 << 20;
+constexpr std::int64_t scaled_to_l2(std::int64_t tuned, std::int64_t minimum, const Caches& caches) {
+  return std::clamp(tuned * std::min(caches.second, kTunedL2) / kTunedL2, minimum, tuned);
 }
 
-// Whether an output of so many bytes is to be written past the caches. That saves what a plain store does, which first
-// reads the line that it is about to fill. It pays from half of the last-level cache on, which would not hold the
+// Whether an output of so many bytes is to be written by non-temporal stores. A plain store first reads the cache line
+// that it is about to fill; these do not. It pays from half of the last-level cache on, which would not hold the
 // output until it is read; and from 16 MB on where the cache is larger, for other programs use it too. The output must
 // be aligned, and its memory must not be new: then its lines are in the cache already, where the system cleared them.
-constexpr std::int64_t stream_bytes(const Caches& of) { return std::min<std::int64_t>(of.last / 2, 16 << 20); }
-bool written_past_caches(const void* out, std::int64_t bytes);
+constexpr std::int64_t stream_bytes(const Caches& caches) { return std::min<std::int64_t>(caches.last / 2, 16 << 20); }
+bool wants_streaming_stores(const void* out, std::int64_t bytes);
 
 }  // namespace qlora_native

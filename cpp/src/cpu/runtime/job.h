@@ -18,7 +18,7 @@ class Job {
   Job& operator=(const Job&) = delete;
   virtual ~Job() = default;
 
-  // How many of the rows that were asked for this job computes, from the first on.
+  // How many of the requested rows this job computes, from the first on.
   std::int64_t rows() const { return rows_; }
   // Bytes of memory that its tasks share.
   std::int64_t bytes() const { return bytes_; }

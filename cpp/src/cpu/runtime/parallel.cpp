@@ -13,7 +13,7 @@
 namespace qlora_native {
 namespace {
 
-// The pool where the host program has set none: OpenMP's, or without OpenMP the calling thread.
+// The pool if the application has set none: OpenMP's, or without OpenMP the calling thread.
 void default_parallel_for(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
 #ifdef _OPENMP
   openmp_parallel_for(tasks, body, context);
@@ -22,9 +22,9 @@ void default_parallel_for(std::int64_t tasks, void (*body)(void*, std::int64_t, 
 #endif
 }
 
-// How often a thread looks whether a stage has ended before it sleeps. That takes some 50 us, which is longer than the
+// How often a thread checks whether a stage has ended before it sleeps. That takes some 50 us, which is longer than the
 // last task of a stage usually takes, and short beside the time slice of a thread that waits for a core.
-constexpr int kLooks = 1000;
+constexpr int kSpins = 1000;
 inline void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -41,7 +41,7 @@ struct Run {
     std::atomic<std::int64_t> next{0}, done{0};
     std::atomic<bool> ended{false};
   };
-  Progress progress[kMostStages];
+  Progress progress[kMaxStages];
   std::atomic_flag failed{};
   std::exception_ptr error{};  // written by the one that set `failed`
 
@@ -53,9 +53,9 @@ struct Run {
   }
 
  private:
-  void take_tasks(const StageView& stage, Progress& of) {
+  void take_tasks(const StageView& stage, Progress& current) {
     for (;;) {
-      const std::int64_t task = of.next.fetch_add(1, std::memory_order_relaxed);
+      const std::int64_t task = current.next.fetch_add(1, std::memory_order_relaxed);
       if (task >= stage.tasks) return;
       try {
         // After a failure tasks are counted and not run, so that nobody waits for ever.
@@ -63,19 +63,19 @@ struct Run {
       } catch (...) {  // an exception must not leave a thread of the pool
         if (!failed.test_and_set()) error = std::current_exception();
       }
-      if (of.done.fetch_add(1, std::memory_order_acq_rel) + 1 == stage.tasks) {
-        of.ended.store(true, std::memory_order_release);
-        of.ended.notify_all();
+      if (current.done.fetch_add(1, std::memory_order_acq_rel) + 1 == stage.tasks) {
+        current.ended.store(true, std::memory_order_release);
+        current.ended.notify_all();
       }
     }
   }
-  static void wait_for_end(const StageView& stage, Progress& of) {
+  static void wait_for_end(const StageView& stage, Progress& current) {
     if (stage.tasks == 0) return;
-    for (int i = 0; i < kLooks; ++i) {
-      if (of.ended.load(std::memory_order_acquire)) return;
+    for (int i = 0; i < kSpins; ++i) {
+      if (current.ended.load(std::memory_order_acquire)) return;
       pause_briefly();
     }
-    of.ended.wait(false, std::memory_order_acquire);
+    current.ended.wait(false, std::memory_order_acquire);
   }
 };
 
@@ -90,9 +90,9 @@ int default_threads() {
 }
 
 void run_stages(const StageView* stages, int count) {
-  std::int64_t most = 0;
-  for (int i = 0; i < count; ++i) most = std::max(most, stages[i].tasks);
-  const std::int64_t workers = std::min<std::int64_t>(most, most > 1 ? num_threads() : 1);
+  std::int64_t max_tasks = 0;
+  for (int i = 0; i < count; ++i) max_tasks = std::max(max_tasks, stages[i].tasks);
+  const std::int64_t workers = std::min<std::int64_t>(max_tasks, max_tasks > 1 ? num_threads() : 1);
   if (workers <= 1) {
     for (int i = 0; i < count; ++i)
       for (std::int64_t task = 0; task < stages[i].tasks; ++task) stages[i].body(stages[i].context, task);

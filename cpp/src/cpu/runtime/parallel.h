@@ -15,7 +15,7 @@ struct StageView {
   void (*body)(void* context, std::int64_t task);
   void* context;
 };
-constexpr int kMostStages = 5;
+constexpr int kMaxStages = 5;
 
 // Runs the stages one after another. Each begins when all tasks of the one before have ended. They share one use of the
 // pool, because at the end of each use a pool waits for all of its threads, and on a busy machine some may not even
@@ -32,7 +32,7 @@ Stage(std::int64_t, Body) -> Stage<Body>;
 
 template <class... Bodies>
 void parallel_stages(Stage<Bodies>... stages) {
-  static_assert(sizeof...(Bodies) <= kMostStages);
+  static_assert(sizeof...(Bodies) <= kMaxStages);
   const StageView views[] = {{stages.tasks,
                               [](void* context, std::int64_t task) { (*static_cast<Bodies*>(context))(task); },
                               &stages.body}...};

@@ -65,7 +65,7 @@ bool amx_is_permitted() {
 #endif
 }
 
-// On a system that cannot be asked in one of these ways the answer is no.
+// False on a system that offers neither.
 bool has_arm_bf16() {
 #if QLN_ARM && defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack

@@ -6,9 +6,9 @@
 
 namespace qlora_native {
 
-// Memory of the calling thread, aligned to 64 bytes and uninitialized. It is valid until this thread asks for the same
-// slot again. It grows and is kept, so that a call costs no page faults.
-//   Slot::call    what one call shares among its threads; asked for by the calling thread
+// Memory of the calling thread, aligned to 64 bytes and uninitialized. It is valid until this thread requests the
+// same slot again. It grows and is kept, so that a call costs no page faults.
+//   Slot::call    what one call shares among its threads; requested by the calling thread
 //   Slot::thread  what one task needs for itself
 enum class Slot { call, thread };
 std::byte* scratch(Slot slot, std::size_t bytes);

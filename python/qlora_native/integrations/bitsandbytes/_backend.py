@@ -30,8 +30,6 @@ from ... import _C
 from ..._core.errors import FLOAT_DTYPES
 from ..._core.formats import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
 
-__all__ = ["disable", "enable", "enabled"]
-
 _ops = torch.ops.qlora_native
 _KERNELS: dict[str, Callable[..., Any]] = {}  # {operation: our kernel}
 _library: torch.library.Library | None = None
@@ -57,8 +55,8 @@ def enable() -> None:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for device in devices():
             for name, kernel in _KERNELS.items():
-                own = torch.library.get_kernel(f"bitsandbytes::{name}", device)
-                library.impl(name, functools.partial(kernel, own), device, with_keyset=True, allow_override=True)
+                theirs = torch.library.get_kernel(f"bitsandbytes::{name}", device)
+                library.impl(name, _with_fallback(kernel, theirs), device, with_keyset=True, allow_override=True)
     _repack = modules._convert_weight_packed_for_cpu
     modules._convert_weight_packed_for_cpu = lambda weight, state, *_: (weight, state)
     _library = library
@@ -87,13 +85,23 @@ def devices() -> list[str]:
 
 
 def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a kernel of ours. It is called with bitsandbytes' own kernel, our dispatch keys, and the arguments."""
+    """Register a kernel of ours, which takes the arguments of an operation and may return NotImplemented."""
 
     def decorator(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _KERNELS[name] = kernel
         return kernel
 
     return decorator
+
+
+def _with_fallback(kernel: Callable[..., Any], theirs: Any) -> Callable[..., Any]:
+    """Our kernel, and bitsandbytes' own for the arguments that ours does not implement."""
+
+    def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kernel(*args, **kwargs)
+        return theirs.call_boxed(keys, *args, **kwargs) if result is NotImplemented else result
+
+    return call
 
 
 @functools.cache
@@ -106,31 +114,22 @@ def _on(device: torch.device, table: str) -> Tensor:
 
 
 @_implements("quantize_4bit")
-def _quantize_4bit(
-    own: Any, keys: Any, A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> Any:
     if A.dtype in FLOAT_DTYPES and A.numel() > 0:
         code = _on(A.device, quant_type)
         codes, absmax, _, _, non_finite = _ops.quantize(A, code, None, 4, blocksize)
         if not non_finite[0]:
             return codes.view(quant_storage).unsqueeze(1), absmax
-    return own.call_boxed(keys, A, blocksize, quant_type, quant_storage)
+    return NotImplemented
 
 
 @_implements("dequantize_4bit")
 def _dequantize_4bit(
-    own: Any,
-    keys: Any,
-    A: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Any:
     elements = math.prod(shape)
     if dtype not in FLOAT_DTYPES or elements == 0:
-        return own.call_boxed(keys, A, absmax, blocksize, quant_type, shape, dtype)
+        return NotImplemented
     N, K = elements // shape[-1], shape[-1]
     scales = (absmax.float().contiguous(), None, None, None)
     return _ops.dequantize(_codes(A), *scales, _on(A.device, quant_type), N, K, 4, blocksize, dtype).view(shape)
@@ -138,22 +137,10 @@ def _dequantize_4bit(
 
 @_implements("gemm_4bit")
 def _gemm_4bit(
-    own: Any,
-    keys: Any,
-    A: Tensor,
-    B: Tensor,
-    shapeB: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
+    A, B, shapeB, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
+):  # fmt: skip
     if A.dtype not in FLOAT_DTYPES:
-        nested = (absmax_8bit, absmax_code, absmax_offset)
-        return own.call_boxed(keys, A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
+        return NotImplemented
     scales = (absmax.float(), None, None, None)
     if absmax_8bit is not None:
         scales = (absmax_8bit, absmax.float(), absmax_code, absmax_offset.float())
@@ -161,27 +148,16 @@ def _gemm_4bit(
 
 
 @_implements("gemv_4bit")
-def _gemv_4bit(
-    own: Any, keys: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
-) -> Tensor:
+def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Any:
     # A weight repacked for AVX512_BF16 has bf16 scales [K / blocksize, N], which only bitsandbytes' own kernel reads.
     if absmax.dtype != torch.float32 or A.dtype not in FLOAT_DTYPES:
-        return own.call_boxed(keys, A, B, shapeB, absmax, code, blocksize)
+        return NotImplemented
     return _linear(A, B, (absmax, None, None, None), code.float(), shapeB, blocksize, None)
 
 
-def _linear(
-    A: Tensor,
-    B: Tensor,
-    scales: tuple[Tensor | None, ...],
-    code: Tensor,
-    shape: Sequence[int],
-    blocksize: int,
-    bias: Tensor | None,
-) -> Tensor:
-    return _ops.linear_forward(
-        A, _codes(B), *scales, code, *shape, 4, blocksize, bias, None, None, 1.0, 0.0, None
-    )[0]  # fmt: skip
+def _linear(A, B, scales, code, shape, blocksize, bias):
+    no_adapter = (None, None, 1.0, 0.0, None)
+    return _ops.linear_forward(A, _codes(B), *scales, code, *shape, 4, blocksize, bias, *no_adapter)[0]
 
 
 def _codes(packed: Tensor) -> Tensor:
@@ -194,28 +170,9 @@ def _codes(packed: Tensor) -> Tensor:
 
 @_implements("optimizer_update_8bit_blockwise")
 def _optimizer_update_8bit_blockwise(
-    own: Any,
-    keys: Any,
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    weight_decay: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1, absmax2,
+    weight_decay, gnorm_scale, skip_zeros=False,
+):  # fmt: skip
     ours = (
         optimizer_name == "adam"
         and not skip_zeros
@@ -223,58 +180,22 @@ def _optimizer_update_8bit_blockwise(
         and is_dynamic_map(qmap2, _on(qmap2.device, "udynamic"))
     )
     options = (lr, beta1, beta2, eps, weight_decay)
-    if ours and _step(g, p, state1, state2, [absmax1], [absmax2], step, options, gnorm_scale):
-        return
-    own.call_boxed(
-        keys, optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1,
-        absmax2, weight_decay, gnorm_scale, skip_zeros,
-    )  # fmt: skip
+    if not (ours and _step(g, p, state1, state2, [absmax1], [absmax2], step, options, gnorm_scale)):
+        return NotImplemented
 
 
 @_implements("optimizer_update_32bit")
 def _optimizer_update_32bit(
-    own: Any,
-    keys: Any,
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
+    weight_decay, step, lr, gnorm_scale, skip_zeros=False,
+):  # fmt: skip
     ours = optimizer_name == "adam" and not skip_zeros and max_unorm <= 0 and state1.dtype == torch.float32
     options = (lr, beta1, beta2, eps, weight_decay)
-    if ours and _step(g, p, state1, state2, [], [], step, options, gnorm_scale):
-        return
-    own.call_boxed(
-        keys, optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
-        weight_decay, step, lr, gnorm_scale, skip_zeros,
-    )  # fmt: skip
+    if not (ours and _step(g, p, state1, state2, [], [], step, options, gnorm_scale)):
+        return NotImplemented
 
 
-def _step(
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: list[Tensor],
-    absmax2: list[Tensor],
-    step: int,
-    options: tuple[float, ...],
-    gnorm_scale: float,
-) -> bool:
+def _step(g, p, state1, state2, absmax1, absmax2, step, options, gnorm_scale) -> bool:
     """Step, and return whether it was done: a gradient of NaN or above 1.8e19, or paged memory, is left to them."""
     tensors = (g, p, state1, state2, *absmax1, *absmax2)
     if p.dtype not in FLOAT_DTYPES or g.dtype not in FLOAT_DTYPES:

@@ -19,17 +19,12 @@ from ..._core.formats import codes_shape
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
 
-__all__ = ["from_quant_state", "put_experts", "quantized_experts"]
-
 
 def from_quant_state(codes: Tensor, state: QuantState) -> QuantizedWeight:
     """Make a QuantizedWeight of a weight of bitsandbytes. The tensors are shared, not copied.
 
     Args:
         codes, state: the codes, and bitsandbytes' quant_state beside them.
-
-    Raises:
-        TypeError, ValueError: a tensor is damaged (see QuantizedWeight).
     """
     shape = tuple(state.shape)
     return QuantizedWeight(

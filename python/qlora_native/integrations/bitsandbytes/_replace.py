@@ -1,11 +1,4 @@
-"""bitsandbytes: replace its layers by ours, or run its layers on our kernels.
-
-    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the same codes
-    enable()            # bitsandbytes keeps its layers and calls our kernels (_backend.py)
-
-`replace` gains more: adapters run inside the product, and the weight is decoded in parts. A model in training keeps its
-optimizer. `enable` changes no module, so code that expects bitsandbytes' own modules keeps working.
-"""
+"""Replace bitsandbytes' layers by ours."""
 
 from __future__ import annotations
 
@@ -14,7 +7,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("bitsandbytes")
 
@@ -25,13 +18,10 @@ from torch import nn
 
 from ..._core.errors import bad, bad_type
 from ..._core.weight import QuantizedWeight
+from ..._layers.adapters import is_of_peft
 from ..._layers.base import QuantizedLayer
-from ..._layers.callbacks import adopt_layers_of_peft, check_layers_of_peft
 from ...nn import Linear4bit
-from ._backend import disable, enable, enabled
 from ._experts import from_quant_state, put_experts, quantized_experts
-
-__all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
 
 # Attributes of nn.Module that the new layer takes over from the old one.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -71,7 +61,11 @@ def replace(model: nn.Module) -> nn.Module:
         instead = ", ".join(f"{count} {name}" for name, count in others.items()) or "no linear layer either"
         warnings.warn(f"replace: found no bitsandbytes.nn.Linear4bit, but {instead}", stacklevel=2)
         return model
-    check_layers_of_peft(model, {id(module.weight) for _, module in found})
+    has_adapters = any(map(is_of_peft, model.modules()))
+    if has_adapters:
+        from ..peft._lora import adopt_layers, check_layers
+
+        check_layers(model, {id(module.weight) for _, module in found})
     layers: dict[int, Linear4bit] = {}
     for name, module in found:
         if id(module) not in layers:
@@ -80,7 +74,8 @@ def replace(model: nn.Module) -> nn.Module:
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
-    adopt_layers_of_peft(model)
+    if has_adapters:
+        adopt_layers(model)
     _tell_transformers(model)
     return model
 
@@ -116,7 +111,7 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
         raise type(error)(f"{name}.{error}") from None
     # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
-        layer.product_dtype = module.compute_dtype
+        layer.compute_dtype = module.compute_dtype
     for hooks in _HOOKS:
         getattr(layer, hooks).update(getattr(module, hooks))
     if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices

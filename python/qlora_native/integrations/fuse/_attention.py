@@ -3,8 +3,8 @@
     fuse_attention(model)                   # then train, or generate, as before
 
 transformers looks up the attention of a model by the name of an implementation, and importing this module registers one
-more, "qlora_native". Where that op does not compute what a call asks for, it is transformers' own "sdpa" that answers:
-on a GPU, with dropout, under torch.compile, and with a mask in which the keys that a query sees are not neighbours.
+more, "qlora_native". For calls that the op does not support, transformers' own "sdpa" computes as before:
+on a GPU, with dropout, under torch.compile, and with a mask in which the keys that a query sees are not contiguous.
 A mask becomes ranges of keys once, however many layers read it.
 """
 
@@ -13,10 +13,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import warnings
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -31,71 +30,48 @@ from ...functional import attention
 from ._deferred import is_plain
 from ._rotary import fuse_rotary
 
-__all__ = ["fuse_attention"]
-
 NAME = "qlora_native"
 REPLACED = "sdpa"
 _NOT_COMPUTED = ("position_bias", "softcap", "s_aux", "output_attentions")  # arguments of an attention function
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # in configs
 # A module that treats sdpa differently from other implementations would take "qlora_native" for one of the others.
-_ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
+_REQUIRES_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
 
 
-def fuse_attention(model: nn.Module) -> bool:
-    """Let the attention of a model be `qlora_native.functional.attention` wherever that computes the same.
-
-    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (rotary.py).
-
-    Results change only by rounding, gradients too. The model and those within it, such as the encoder of images beside
-    a language model, are changed where their implementation is "sdpa", which is transformers' default; another one is
-    the user's choice and stays. `model.set_attn_implementation("sdpa")` undoes it. Saved configs do not name the
-    implementation, so files are as before. A second call changes nothing.
-
-    On a GPU, under torch.compile, with dropout of probabilities in training, with a position bias, and where a mask
-    leaves holes between the keys that a query sees, transformers' own function computes as before.
-
-    Args:
-        model: a model of transformers, PEFT's model of one, or any module that holds some; it is changed in place.
-
-    Returns:
-        Whether any attention was fused. A warning says what was not, and why.
-
-    Raises:
-        TypeError: there is no model of transformers in `model`.
-    """
+def models_within(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers that a module is or holds."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    models = [each for each in modules if isinstance(each, PreTrainedModel)]
-    if not models:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    return [each for each in modules if isinstance(each, PreTrainedModel)]
+
+
+def replace_attention(model: nn.Module) -> tuple[bool, list[str]]:
+    """Do what `fuse_attention` promises: whether any attention was replaced, and what was not, and why."""
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices and devices.isdisjoint(("cpu", "meta")):
         where = ", ".join(sorted(devices))
-        warnings.warn(
-            f"fuse_attention: {type(model).__name__} keeps its attention: its weights are on {where}", stacklevel=2
-        )
-        return False
+        return False, [f"{type(model).__name__} keeps its attention: its weights are on {where}"]
     # Models that share a config, such as one with a head and the one within it, share the implementation that it names.
     sharing: dict[int, list[PreTrainedModel]] = {}
-    for each in models:
+    for each in models_within(model):
         sharing.setdefault(id(each.config), []).append(each)
-    fused = False
+    replaced, remarks = False, []
     for group, found in [(group, group[0].config._attn_implementation) for group in sharing.values()]:
-        remark = _fuse(group, found)
+        remark = _replace(group, found)
         if remark is not None:
-            warnings.warn(f"fuse_attention: {type(group[0]).__name__} {remark}", stacklevel=2)
-        fused = fused or group[0].config._attn_implementation == NAME
-    if fused:
+            remarks.append(f"{type(group[0]).__name__} {remark}")
+        replaced = replaced or group[0].config._attn_implementation == NAME
+    if replaced:
         fuse_rotary(model)
-    return fused
+    return replaced, remarks
 
 
-def _fuse(models: list[PreTrainedModel], found: str) -> str | None:
+def _replace(models: list[PreTrainedModel], found: str) -> str | None:
     """Set the implementation of models that share a config, which had `found`, and say what is not fused, and why."""
     config, wanted, reason = models[0].config, NAME, None
     if found not in (NAME, REPLACED):
         wanted, reason = found, f"its implementation is {found!r}, and {REPLACED!r} is what this replaces"
-    elif any(map(_asks_for_sdpa, models)):
-        wanted, reason = REPLACED, f"its code asks for {REPLACED!r} by name"
+    elif any(map(_requires_sdpa, models)):
+        wanted, reason = REPLACED, f"its code requires {REPLACED!r} by name"
     for each in models:
         # Also sets back what an outer model has set, which an inner config follows if the outer one does not list it.
         if config._attn_implementation != wanted:
@@ -110,9 +86,9 @@ def _fuse(models: list[PreTrainedModel], found: str) -> str | None:
     return f"computes attention by {REPLACED!r} in training: its {name} is {getattr(config, name)}"
 
 
-def _asks_for_sdpa(model: PreTrainedModel) -> bool:
+def _requires_sdpa(model: PreTrainedModel) -> bool:
     try:
-        return _ASKS_FOR_SDPA.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
+        return _REQUIRES_SDPA.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
     except (KeyError, OSError, TypeError):
         return False  # of a class without a file, such as one from a notebook
 
@@ -140,7 +116,7 @@ def attention_forward(
         attention_mask: bool [B, 1, Tq, Tk], true where a query sees a key; None if causality is all there is.
         dropout: of probabilities.
         scaling: None is 1 / sqrt(D).
-        is_causal: what holds where there is no mask; None asks `module`.
+        is_causal: what holds where there is no mask; None reads it from `module`.
         **kwargs: of other implementations.
 
     Returns:

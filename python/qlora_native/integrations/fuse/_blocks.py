@@ -5,14 +5,13 @@
 Between its products a block of a language model computes f(gate) * up and a norm. From torch's parts autograd keeps a
 tensor for every part, those of the norm in fp32; the ops of `qlora_native.functional` keep their operands, and take a
 pass over memory each. They are put in where a module computes just that, which is found out by trying, whatever its
-family is: an activation hands on a `DeferredActivation`, whose product with another tensor is the op, and a norm has
+family is: an activation returns a `DeferredActivation`, whose product with another tensor is the op, and a norm has
 another forward. Nothing else of the model changes; state dicts and checkpoints are the same.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -25,8 +24,6 @@ from ..._core.elementwise import ACTIVATIONS
 from ..._core.errors import FLOAT_DTYPES
 from ...functional import gated_activation, rms_norm
 from ._deferred import Deferred, is_plain
-
-__all__ = ["DeferredActivation", "fuse_blocks"]
 
 # What the ops compute, by the names of `gated_activation`.
 _DEFINITIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -44,7 +41,7 @@ class DeferredActivation(Deferred):
     """
 
     def __init__(self, module: nn.Module, gate: Tensor) -> None:
-        """An activation that nobody has asked for."""
+        """Defer the activation of `gate`."""
         self.module, self.gate = module, gate
 
     def compute(self) -> Tensor:
@@ -73,40 +70,19 @@ class DeferredActivation(Deferred):
         return self.gate.shape[0]
 
 
-def fuse_blocks(model: nn.Module) -> int:
-    """Let the gated activations and RMS norms of a model be one op each, in training and without.
-
-    A norm is any module with one parameter, `weight` [N], and an epsilon, which gives what `functional.rms_norm` does,
-    with or without the shift of Gemma's. An activation is `act_fn` or `activation_fn` of a module that has gate_proj
-    and up_proj, or gate_up_proj, and computes SiLU or the tanh of GELU; a mixture's experts too. Results differ from
-    those before by rounding: each is computed in fp32 and rounded once. Where tensors of other kinds come, or a norm
-    has another dtype than its input, and under torch.compile, which fuses by itself, the module computes as before.
-
-    Args:
-        model: loaded, with its weights; transformers' or PEFT's, or any other.
-
-    Returns:
-        How many modules were changed. Calling it again changes none.
-
-    Raises:
-        TypeError: `model` is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+def replace_blocks(model: nn.Module) -> tuple[int, str | None]:
+    """Do what `fuse_blocks` promises: how many modules were changed, and why, if there is none to change."""
     changed, found = 0, 0
     for module in list(model.modules()):
-        for each, fuse in _candidates(module):
+        for each, replace in _candidates(module):
             found += 1
-            forward = vars(each).get("forward")
-            if forward is None:  # else it is ours, or another library's
-                changed += fuse(each)
-    if not found:
-        warnings.warn(f"fuse_blocks: {type(model).__name__} has no gated activation and no RMS norm", stacklevel=2)
-    return changed
+            if "forward" not in vars(each):  # else it is ours, or another library's
+                changed += replace(each)
+    return changed, None if found else f"{type(model).__name__} has no gated activation and no RMS norm"
 
 
 def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module], bool]]]:
-    """(what may be fused, how) of a module: itself, if it may be a norm, or its activation."""
+    """(what may be replaced, how) of a module: itself, if it may be a norm, or its activation."""
     result: list[tuple[nn.Module, Callable[[nn.Module], bool]]] = []
     if any(all(hasattr(module, name) for name in names) for names in _GATES):
         activations = (getattr(module, name, None) for name in _ACTIVATIONS_OF_MODULES)

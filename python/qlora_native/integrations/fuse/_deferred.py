@@ -1,4 +1,4 @@
-"""Results of a module that are computed only if something other than the step that follows asks for them."""
+"""Results of a module that are computed only if anything but the step that follows reads them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from torch.utils._pytree import tree_map
 class Deferred:
     """A tensor for everything but what a subclass knows better: any use of it computes the tensor."""
 
+    computed: Tensor | None = None
+
     def compute(self) -> Tensor:
         """The tensor that this stands for."""
         raise NotImplementedError
 
     def tensor(self) -> Tensor:
         """The same, computed once."""
-        if self.__dict__.get("made") is None:
-            self.made: Tensor | None = self.compute()
-        return self.made  # type: ignore[return-value]
+        if self.computed is None:
+            self.computed = self.compute()
+        return self.computed
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """torch's functions see the tensor."""
-        made, named = tree_map(lambda each: each.tensor() if isinstance(each, Deferred) else each, (args, kwargs or {}))
-        return func(*made, **named)
+        args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, Deferred) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else that a tensor has."""
@@ -45,7 +47,7 @@ class Deferred:
         """The first dimension, as a tensor's."""
         return len(self.tensor())
 
-    # Python looks for operators on the type, where __getattr__ is not asked.
+    # Python looks for operators on the type, where __getattr__ does not apply.
     def __add__(self, other: Any) -> Any:
         return self.tensor() + other
 

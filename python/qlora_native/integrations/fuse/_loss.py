@@ -12,17 +12,17 @@ loop, computes the logits. TRL's SFTTrainer has a loss of its own without logits
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..._core.errors import FLOAT_DTYPES
@@ -30,23 +30,19 @@ from ...functional import linear_cross_entropy
 from ...nn import Linear4bit
 from ._deferred import Deferred
 
-__all__ = ["DeferredLogits", "fuse_loss"]
-
 
 class DeferredLogits(Deferred):
-    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, computed when anything but the loss reads it.
 
     Attributes:
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
-        made: z, once something has asked for it.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
-        """Logits that nobody has asked for."""
+        """Defer the logits of `hidden`."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
-        self.made = None
 
     def compute(self) -> Tensor:
         """The logits, as the model would have made them."""
@@ -60,7 +56,7 @@ class DeferredLogits(Deferred):
 
     def __mul__(self, factor: Any) -> Any:
         """z times a factor of the family's."""
-        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
+        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.computed is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
@@ -87,31 +83,17 @@ class DeferredLogits(Deferred):
         return self.hidden.shape[0]
 
 
-def fuse_loss(model: nn.Module) -> bool:
-    """Make a causal language model compute its training loss without making logits.
+def with_loss(model: nn.Module) -> PreTrainedModel | None:
+    """The model of transformers that `model` is or that PEFT has wrapped, or None."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner if hasattr(inner, "loss_function") and hasattr(inner, "get_output_embeddings") else None
 
-    The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
-    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
-    changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
-    because its weight is sharded again by the time the loss is computed.
 
-    Args:
-        model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
-
-    Returns:
-        Whether the loss was fused. If not, the model is unchanged, and a warning says why: its loss is not that of
-        causal language models, or its head is not an `nn.Linear` or `Linear4bit` with at most one plain LoRA adapter.
-
-    Raises:
-        TypeError: `model` is not a model of transformers.
-    """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(causal, "loss_function") or not hasattr(causal, "get_output_embeddings"):
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+def replace_loss(causal: PreTrainedModel) -> str | None:
+    """Do what `fuse_loss` promises, or say why the model keeps its own loss."""
     if causal.loss_function is _loss:
-        return True
-    head = causal.get_output_embeddings()
-    reason = None
+        return None
+    head, reason = causal.get_output_embeddings(), None
     if causal.loss_function is not ForCausalLMLoss:
         reason = f"its loss function is {getattr(causal.loss_function, '__name__', causal.loss_function)}"
     elif head is None or _operands(head) is None:
@@ -119,14 +101,13 @@ def fuse_loss(model: nn.Module) -> bool:
     elif "forward" in vars(head):
         reason = "another library has replaced its head's forward"
     if reason is not None:
-        warnings.warn(f"fuse_loss: {type(causal).__name__} keeps its own loss: {reason}", stacklevel=2)
-        return False
+        return f"{type(causal).__name__} keeps its own loss: {reason}"
     head._wants_loss = False
     head.forward = MethodType(_head_forward, head)  # bound, so that a copy of the model gets one of its own
     causal.register_forward_pre_hook(_before, with_kwargs=True)
     causal.register_forward_hook(_after, always_call=True)
     causal.loss_function = _loss
-    return True
+    return None
 
 
 def _before(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
@@ -159,8 +140,8 @@ def _loss(
     options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
-    if logits.made is not None:
-        return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
+    if logits.computed is not None:
+        return ForCausalLMLoss(logits.computed, labels, vocab_size, **options, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]
@@ -193,7 +174,7 @@ def _operands(head: nn.Module, x: Tensor | None = None) -> tuple[Any, ...] | Non
         if name:
             lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
     if isinstance(base, Linear4bit):
-        casts = x is not None and base.product_dtype not in (None, x.dtype)
+        casts = x is not None and base.compute_dtype not in (None, x.dtype)
         return None if casts else (base.quantized_weight, base.bias, *lora)
     weight = getattr(base, "weight", None)
     plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES

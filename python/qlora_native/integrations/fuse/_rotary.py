@@ -1,8 +1,8 @@
 """The rotation of positions in transformers' models as one op, which `fuse_attention` puts before attention.
 
 A model's code calls a function of its module by the name `apply_rotary_pos_emb`, and transformers has no registry for
-it. So the function of a module is replaced, once for all models of it, by one that asks whether the call comes from a
-fused model: the module that makes cos and sin marks them in such a model (by a hook). All other calls reach the
+it. So the function of a module is replaced, once for all models of it, by one that checks whether a fused model
+makes the call: the module that makes cos and sin marks them in such a model (by a hook). All other calls reach the
 function that was there.
 """
 
@@ -26,9 +26,6 @@ _MARK = "_of_fused_model"
 
 def fuse_rotary(model: nn.Module) -> bool:
     """Let a model rotate queries and keys by `qlora_native.functional.rotary_embedding`, on the CPU in eager mode.
-
-    Args:
-        model: a model of transformers; it is changed in place.
 
     Returns:
         Whether its code has the function, which computes the same.

@@ -1,4 +1,4 @@
-"""`DecodedLinear4bit`, a `Linear4bit` whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
+"""`DequantizedLinear`, a quantized layer whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core.weight import QuantizedWeight
-from ...nn import Linear4bit
-
-__all__ = ["DecodedLinear4bit", "WeightWritten", "base_to_merge_into", "run_over_decoded"]
+from ...nn import Linear4bit, Linear8bit
 
 
 class WeightWritten(NotImplementedError):
     """Code wrote to the decoded weight of a quantized layer, which would have had no effect."""
 
 
-class _DecodedWeight(nn.Parameter):
+class _DequantizedWeight(nn.Parameter):
     """A decoded weight [N, K]. It is a copy, so assigning to it raises: the values would be lost."""
 
     @property
@@ -34,11 +32,11 @@ class _DecodedWeight(nn.Parameter):
         raise WeightWritten("Linear4bit.weight: expected to be read, got values to put in its place: it has 4 bits")
 
 
-class DecodedLinear4bit(Linear4bit):
-    """A `Linear4bit` for PEFT: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
+class DequantizedLinear(Linear4bit):
+    """A layer for PEFT: reading `weight` [out_features, in_features] decodes it.
 
     Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
-    into one, and back into a `Linear4bit`, by assigning its `__class__`.
+    into one of the two classes below, and back, by `make_readable` and `make_plain`.
     """
 
     @property
@@ -47,26 +45,48 @@ class DecodedLinear4bit(Linear4bit):
         codes = self._parameters.get("weight")
         if codes is None:
             raise AttributeError("weight")
-        return _DecodedWeight(self.dequantize(), requires_grad=False)
+        return _DequantizedWeight(self.dequantize(), requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, as in any module; but `weight` can only be set to codes.
-
-        Raises:
-            WeightWritten: `weight` is set to something else.
-        """
+        """Set an attribute, as in any module; but `weight` can only be set to codes."""
         if name == "weight" and getattr(value, "dtype", None) != torch.uint8:
             raise WeightWritten("Linear4bit.weight: expected codes, got a weight: it has 4 bits. Use replace_weight")
         super().__setattr__(name, value)
+
+
+class DequantizedLinear4bit(DequantizedLinear):
+    """A `Linear4bit` whose weight PEFT reads."""
+
+
+class DequantizedLinear8bit(DequantizedLinear, Linear8bit):
+    """A `Linear8bit` whose weight PEFT reads."""
+
+
+_READABLE: dict[type[nn.Module], type[nn.Module]] = {
+    Linear4bit: DequantizedLinear4bit,
+    Linear8bit: DequantizedLinear8bit,
+}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is of one of this library's own classes, whose weight PEFT does not read."""
+    return type(layer) in _READABLE
+
+
+def make_readable(layer: nn.Module) -> None:
+    """Let PEFT read the weight of a plain layer."""
+    layer.__class__ = _READABLE[type(layer)]
+
+
+def make_plain(layer: nn.Module) -> None:
+    """Turn a layer whose weight PEFT has read back into what it was."""
+    layer.__class__ = next(plain for plain, readable in _READABLE.items() if readable is type(layer))
 
 
 def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:
     """The quantized layer directly below `layer`.
 
     A layer of another method in between would have merged into the same weight and would restore it out of order.
-
-    Raises:
-        NotImplementedError: another layer of PEFT stands in between.
     """
     base = layer.base_layer
     if not isinstance(base, Linear4bit):
@@ -77,15 +97,10 @@ def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:
     return base
 
 
-def run_over_decoded(layer: BaseTunerLayer, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def run_over_dequantized(layer: BaseTunerLayer, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Run PEFT's `merge` or `unmerge` on an `nn.Linear` with the decoded weight, and quantize the result.
 
     The weight and bias from before the first `merge` are kept and restored when nothing is merged any more.
-
-    Args:
-        layer: the layer of PEFT over a quantized one.
-        method: its `merge` or `unmerge`.
-        args, kwargs: the arguments of `method`.
 
     Raises:
         NotImplementedError: two layers of PEFT are stacked over the quantized one.

@@ -8,8 +8,6 @@ from torch import Tensor
 from ... import functional
 from ...nn import Linear4bit
 
-__all__ = ["RowNorms"]
-
 
 class RowNorms:
     """The norms of the rows of W + s B A of one layer, while its adapter is trained.
@@ -21,7 +19,7 @@ class RowNorms:
     """
 
     def __init__(self) -> None:
-        """Start without a weight, which the first call brings."""
+        """Start without a weight, which the first call sets."""
         self._squares: Tensor | None = None  # |w|^2, fp32 [N], of the weight described by:
         self._of: list[tuple[Tensor, int, int]] = []  # (tensor, address, version)
 

@@ -26,8 +26,6 @@ from ... import functional
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
 
-__all__ = ["ParamWrapper", "check_experts_config", "experts_as_parameters", "targeted_experts"]
-
 
 class ParamWrapper(PeftParamWrapper):
     """PEFT's layer over one parameter of a module, for quantized experts. PEFT recognises it by this class name."""
@@ -109,11 +107,7 @@ def targeted_experts(target: nn.Module, parameter: str | None) -> bool:
 
 
 def check_experts_config(method: str, config: PeftConfig) -> None:
-    """Refuse a config that cannot work over quantized experts, before PEFT makes a layer.
-
-    Raises:
-        NotImplementedError: the method is not LoRA, or its adapters are initialized from the weights.
-    """
+    """Refuse a config that cannot work over quantized experts, before PEFT makes a layer."""
     if method != "LORA":
         raise NotImplementedError(f"{method}, target_parameters: expected LoRA over quantized experts")
     start = getattr(config, "init_lora_weights", True)

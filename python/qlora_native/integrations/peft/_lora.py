@@ -1,18 +1,7 @@
-"""PEFT's LoRA on `Linear4bit`: adapter and quantized weight run as one fused product, also for DoRA.
-
-    model = get_peft_model(quantized_model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    model.save_pretrained(folder)
-    model = PeftModel.from_pretrained(quantized_model, folder)
+"""`LoraLinear4bit`, PEFT's LoRA over a `Linear4bit`, and its place in PEFT's registry.
 
 PEFT looks our layers up in its own registry (`LoraConfig._register_custom_module`) before its built-in ones. The
-registry is not written into adapter files, so these load anywhere. Importing this module registers the layers for every
-config, and installs what PEFT's other methods need (_methods.py). It is imported when a `Linear4bit` is made after
-PEFT has been imported, and by `integrations.transformers` and `integrations.bitsandbytes`.
-
-**The adapter's dtype.** PEFT makes adapters in the base layer's `compute_dtype` and then, by default
-(`autocast_adapter_dtype=True`), casts them to fp32. Keep this for training: AdamW's steps are about `lr` in size, and
-bf16, with its 8 bits of precision, rounds away every step smaller than 1/512 of the weight that it is added to. The
-fused op reads fp32 adapters beside bf16 activations, so it does not cast activations to fp32 and back, as PEFT does.
+registry is not written into adapter files, so these load anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +11,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("peft")
 
@@ -39,14 +28,13 @@ from torch import Tensor, nn
 from ... import functional
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
+from ..._layers import callbacks
 from ...nn import Linear4bit
 from ._batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
-from ._dequantized import base_to_merge_into, run_over_decoded
+from ._dequantized import base_to_merge_into, run_over_dequantized
 from ._dora import RowNorms
 from ._experts import ParamWrapper, targeted_experts
 from ._methods import check_method, guard_layers, install
-
-__all__ = ["LoraLinear4bit", "adopt_layers", "check_layers", "register"]
 
 
 def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
@@ -208,7 +196,7 @@ class LoraLinear4bit(PeftLoraLinear):
         if self._needs_peft_to_merge([*self.merged_adapters, *names]):
             if self._unmerged is not None:
                 raise NotImplementedError(f"adapters {names}: merge them together with {self.merged_adapters}")
-            return run_over_decoded(self, PeftLoraLinear.merge, safe_merge, names)
+            return run_over_dequantized(self, PeftLoraLinear.merge, safe_merge, names)
         base = base_to_merge_into(self)
         original = self._unmerged or (base.quantized_weight, None if base.bias is None else base.bias.data.clone())
         names = [*self.merged_adapters, *names]
@@ -224,7 +212,7 @@ class LoraLinear4bit(PeftLoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._unmerged is None:
-            return run_over_decoded(self, PeftLoraLinear.unmerge)
+            return run_over_dequantized(self, PeftLoraLinear.unmerge)
         weight, bias = self._unmerged
         self._set_base(weight.to(self.get_base_layer().weight.device), bias)
         self._unmerged = None
@@ -269,16 +257,7 @@ class LoraLinear4bit(PeftLoraLinear):
 
 
 def check_layers(model: nn.Module, weights: set[int]) -> None:
-    """Check that PEFT's layers over weights that are to be quantized, or exchanged, can stand over a `Linear4bit`.
-
-    Args:
-        model: any module.
-        weights: the ids of the weights.
-
-    Raises:
-        NotImplementedError: the method of a layer is refused over quantized layers.
-        ValueError: an adapter is merged into a weight, from which `unmerge` could not take it out exactly.
-    """
+    """Check that PEFT's layers over weights that are to be quantized, or exchanged, can stand over a `Linear4bit`."""
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -292,9 +271,6 @@ def adopt_layers(model: nn.Module) -> None:
     """Turn PEFT's LoRA layers over layers that are quantized now into ours, and guard those of its other methods.
 
     The parameters of adapters stay the same objects, so an optimizer that holds them stays valid.
-
-    Args:
-        model: any module, changed in place.
     """
     for module in model.modules():
         if not isinstance(module, LoraLayer):
@@ -325,3 +301,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 register()
+callbacks.check_model.append(check_layers)
+callbacks.adopt_model.append(adopt_layers)

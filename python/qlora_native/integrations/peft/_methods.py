@@ -5,8 +5,8 @@ PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`. So each of
 therefore has no code for a single tuner, but intercepts the three things that they do to a layer:
 
 - **Reading.** While PEFT makes its layers, and as long as a tuner stands over it, a `Linear4bit` is a
-  `DecodedLinear4bit`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
-  (Plain LoRA and DoRA do not read the weight, so a layer under them turns back into a `Linear4bit`.)
+  `DequantizedLinear`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
+  (Plain LoRA and DoRA do not read the weight, so a layer under them becomes a `Linear4bit` again.)
 - **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, and the result
 is
   quantized to the format of the weight. The old weight is kept, and `unmerge` restores it bit for bit.
@@ -36,10 +36,8 @@ from torch import nn
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
-from ._dequantized import DecodedLinear4bit, WeightWritten, run_over_decoded
+from ._dequantized import DequantizedLinear, WeightWritten, is_plain, make_plain, make_readable, run_over_dequantized
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts
-
-__all__ = ["METHODS", "check_method", "guard_layers", "install"]
 
 # The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
 METHODS = frozenset(
@@ -59,8 +57,8 @@ def install() -> None:
     if getattr(BaseTuner.inject_adapter, "_qlora_native", False):
         return
     for name, wrapper in (
-        ("__init__", _made_over_decoded),
-        ("inject_adapter", _made_over_decoded),
+        ("__init__", _makes_layers),
+        ("inject_adapter", _makes_layers),
         ("merge_and_unload", _unloaded),
         ("unload", _unloaded),
     ):
@@ -69,7 +67,7 @@ def install() -> None:
         setattr(BaseTuner, name, wrapped)
 
 
-def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
+def _makes_layers(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap BaseTuner's `__init__` or `inject_adapter`, which take the model first and make layers."""
 
     @functools.wraps(method)
@@ -79,7 +77,7 @@ def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
         for config in vars(self).get("peft_config", {}).values():
             _check_modules_to_save(model, config)
             _leave_out_routers(model, config)
-        with _decoded(model), experts_as_parameters(model), _checked(self):
+        with _dequantized(model), experts_as_parameters(model), _checked(self):
             return method(self, model, *args, **kwargs)
 
     return wrapped
@@ -107,7 +105,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
             check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
             return method(config, adapter_name, target, *args, **kwargs)
-        if type(base) is not DecodedLinear4bit and name != "LORA":
+        if not isinstance(base, DequantizedLinear) and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
         _switch_fan_in_fan_out_off(config)
@@ -140,9 +138,6 @@ def _leave_out_routers(model: nn.Module, config: PeftConfig) -> None:
     """Exclude from "all-linear" the routers that are subclasses of nn.Linear, as those of Llama 4 and PhiMoE are.
 
     Their forward returns a tuple, at which a layer of PEFT fails, over 16 bits too.
-
-    Raises:
-        NotImplementedError: `target_modules` names a router, or the method has no `exclude_modules`.
     """
     targets = getattr(config, "target_modules", None)
     routers = (
@@ -173,9 +168,6 @@ def _check_config(method: str, config: PeftConfig, parameter: str | None) -> Non
         method: PEFT's name of the method.
         config: the config that was given to PEFT.
         parameter: the parameter of the layer that `target_parameters` names, or None if the layer itself is targeted.
-
-    Raises:
-        NotImplementedError: the method, or the initialization of LoRA, is refused. The message names it.
     """
     if parameter not in (None, "weight"):
         raise NotImplementedError(f"{method}, target_parameters: expected weight of a Linear4bit, got {parameter}")
@@ -227,30 +219,30 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if type(module) is DecodedLinear4bit]
+        layers = [module for module in self.model.modules() if isinstance(module, DequantizedLinear)]
         for layer in layers:
-            layer.__class__ = Linear4bit
+            make_plain(layer)
         try:
             return method(self, *args, **kwargs)
         finally:
             for layer in layers:
-                layer.__class__ = DecodedLinear4bit
-            _undecode(self.model, layers)  # all of them, unless PEFT has failed
+                make_readable(layer)
+            _restore_plain(self.model, layers)  # all of them, unless PEFT has failed
 
     return wrapped
 
 
 @contextmanager
-def _decoded(model: nn.Module) -> Iterator[None]:
-    """Turn the quantized layers of `model` into decoded ones while PEFT makes its layers; some stay so."""
-    plain = [module for module in model.modules() if type(module) is Linear4bit]
+def _dequantized(model: nn.Module) -> Iterator[None]:
+    """Turn the quantized layers of `model` into `DequantizedLinear` while PEFT makes its layers; some stay so."""
+    plain = [module for module in model.modules() if is_plain(module)]
     for layer in plain:
-        layer.__class__ = DecodedLinear4bit
+        make_readable(layer)
     try:
         yield
         guard_layers(model)
     finally:
-        _undecode(model, plain)
+        _restore_plain(model, plain)
 
 
 def guard_layers(model: nn.Module) -> None:
@@ -261,17 +253,17 @@ def guard_layers(model: nn.Module) -> None:
     for holder in model.modules():
         if _reads_weight(holder):
             base = holder.get_base_layer()
-            if type(base) is Linear4bit:
-                base.__class__ = DecodedLinear4bit
+            if is_plain(base):
+                make_readable(base)
             _guard_merges(type(holder))
 
 
-def _undecode(model: nn.Module, layers: list[nn.Module]) -> None:
+def _restore_plain(model: nn.Module, layers: list[nn.Module]) -> None:
     """Turn each of `layers` back into a plain `Linear4bit`, unless something in `model` reads its weight."""
     read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
     for layer in layers:
-        if type(layer) is DecodedLinear4bit and id(layer) not in read:
-            layer.__class__ = Linear4bit
+        if isinstance(layer, DequantizedLinear) and id(layer) not in read:
+            make_plain(layer)
 
 
 def _reads_weight(holder: nn.Module) -> bool:
@@ -292,16 +284,16 @@ def _guard_merges(cls: type) -> None:
         method = getattr(cls, name)
         if getattr(cls, "merges_by_itself", False) or getattr(method, "_qlora_native", False):
             continue
-        guarded = _over_decoded(method)
+        guarded = _merges_over_dequantized(method)
         guarded._qlora_native = True
         setattr(cls, name, guarded)
 
 
-def _over_decoded(method: Callable[..., None]) -> Callable[..., None]:
+def _merges_over_dequantized(method: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(method)
     def guarded(self: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.get_base_layer(), Linear4bit):
-            return run_over_decoded(self, method, *args, **kwargs)
+            return run_over_dequantized(self, method, *args, **kwargs)
         return method(self, *args, **kwargs)
 
     return guarded

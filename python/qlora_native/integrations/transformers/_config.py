@@ -11,7 +11,7 @@ import functools
 import inspect
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -21,7 +21,8 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils import is_bitsandbytes_available
 
-from ..._core.errors import bad, bad_type, check_float_dtype, chosen_blocksize, dtype_name
+from ..._core.blocks import chosen_blocksize
+from ..._core.errors import bad, bad_type, check_float_dtype, dtype_name
 from ..._core.microscaling import MICROSCALED
 from ..._layers.base import QuantizedLayer
 
@@ -42,7 +43,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             further formats.
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
         bnb_4bit_compute_dtype: the dtype that activations are cast to for the product: fp32, bf16 or fp16. float32, the
-            default, does not cast them; sums are fp32 in any case. The config of a file then has the model's dtype.
+            default, does not cast them; accumulators are fp32 in any case. The config of a file then has the model's
+            dtype.
         llm_int8_skip_modules: names of modules that stay in 16 bits; by default the output layer and tied weights. An
             empty list also quantizes embeddings, and an output layer tied to one shares its bytes. Only this library
             reads such a model, because bitsandbytes has no 4-bit embedding in its files.
@@ -100,20 +102,16 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         }
 
     @property
-    def product_dtype(self) -> torch.dtype | None:
-        """The `product_dtype` of the layers; None does not cast activations."""
+    def compute_dtype(self) -> torch.dtype | None:
+        """The `compute_dtype` of the layers; None does not cast activations."""
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def note_layers(self, model: nn.Module) -> None:
-        """Store the formats that a model has, with that of the config first, and the dtype of its products.
-
-        Args:
-            model: the model.
-        """
+        """Store the formats that a model has, with that of the config first, and the dtype of its products."""
         layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
         others = sorted({layer.format for layer in layers} - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)
-        self.layers_dtype = next((layer.product_dtype or layer.compute_dtype for layer in layers), None)
+        self.layers_dtype = next((layer.compute_dtype or layer.dtype for layer in layers), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a file.
@@ -123,7 +121,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         of bitsandbytes, would leave weights out that it does not know, and stops at a type that is not a string.
         """
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
-        if self.product_dtype is None and self.layers_dtype is not None:
+        if self.compute_dtype is None and self.layers_dtype is not None:
             fields["bnb_4bit_compute_dtype"] = dtype_name(self.layers_dtype)
         if not set(self.formats) <= set(FILE_FORMATS):
             fields |= {"quant_method": METHOD, "bnb_4bit_quant_type": list(self.formats)}
@@ -170,8 +168,8 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         if not types or any(type not in FORMATS for type in types):
             raise bad("bnb_4bit_quant_type", f"some of {', '.join(FORMATS)}", types)
         fields["bnb_4bit_quant_type"] = types[0]
-    if ours and given.product_dtype is not None:
-        fields["bnb_4bit_compute_dtype"] = given.product_dtype
+    if ours and given.compute_dtype is not None:
+        fields["bnb_4bit_compute_dtype"] = given.compute_dtype
     return BitsAndBytesConfig(**fields)
 
 

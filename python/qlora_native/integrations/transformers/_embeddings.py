@@ -23,8 +23,6 @@ from ..._layers.sizes import is_linear, note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._weight_files import file_has
 
-__all__ = ["codes_of_embeddings", "replace_embeddings", "replace_tied", "tied_linears"]
-
 
 def tied_linears(model: nn.Module) -> dict[str, str]:
     """The ties of a model of transformers: {path of an nn.Linear: path of the module that shares its weight}."""
@@ -55,11 +53,7 @@ def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: s
         if not chosen or not can_be_quantized(module) or not should_convert_module(name, keep):
             continue
         layer = Embedding4bit(
-            *module.weight.shape,
-            module.padding_idx,
-            "meta",
-            module.weight.dtype,
-            **config.quantize_options,
+            *module.weight.shape, module.padding_idx, "meta", module.weight.dtype, **config.quantize_options
         )
         layer.transposed_source = False
         model.set_submodule(name, layer)
@@ -83,7 +77,7 @@ def replace_tied(model: nn.Module, config: Any) -> None:
         embedding, linear = model.get_submodule(source), model.get_submodule(target)
         if isinstance(embedding, Embedding4bit):
             layer = Linear4bit.from_quantized(embedding.quantized_weight, linear.bias)
-            layer.product_dtype = config.product_dtype
+            layer.compute_dtype = config.compute_dtype
             model.set_submodule(target, layer.train(linear.training))
 
 

@@ -14,26 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    PrefixChange,
-    WeightConverter,
-    log_conversion_errors,
-)
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, log_conversion_errors
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import functional
+from ..._core.blocks import NESTED_BLOCKSIZE, ceil_div
 from ..._core.errors import bad
-from ..._core.formats import ceil_div
-from ..._core.linear import double_quantized
-from ..._core.quant_state import NESTED_BLOCKSIZE
+from ..._core.quantize import double_quantized
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
 from ..._layers.sizes import note_reason
-from ._experts import find_experts, run_quantized
+from ._experts import find_experts
 from ._weight_files import SUFFIXES, file_has, read_weight
-
-__all__ = ["experts_by_path", "read_conversions", "replace_experts", "saved_conversions"]
 
 
 def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
@@ -73,10 +65,10 @@ def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: s
                     blocksize=None if config.experts_in_mxfp4 else config.blocksize,
                     double_quant=config.bnb_4bit_use_double_quant,
                 )
-                layer.product_dtype = config.product_dtype
+                layer.compute_dtype = config.compute_dtype
                 del found.module._parameters[name]
                 setattr(found.module, name, layer)
-            run_quantized(found.module)
+            found.run_quantized()
 
 
 def read_conversions(conversions: list[Any], model: nn.Module, quantizer: Any) -> list[Any]:
@@ -280,11 +272,7 @@ class _ReadEntries(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
-        """Return the tensor of experts that the file has in 16 bits.
-
-        Raises:
-            ValueError: the file has them in 4 bits, but they are to stay in 16.
-        """
+        """Return the tensor of experts that the file has in 16 bits."""
         if len(input_dict) != 1:
             got = ", ".join(name.removesuffix("$") for name in input_dict)
             raise bad("llm_int8_skip_modules", f"no {target_patterns[0]}, which the file has in 4 bits", got)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from ..._core.errors import FLOAT_DTYPES, bad
-from ..._core.linear import _Permuted as Permuted
+from ..._core.linear import Permuted
+from ..._layers import callbacks
 from ..._layers.experts import Experts4bit
-
-__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
 
 IMPLEMENTATION = "qlora_native"
 # The attributes that transformers' decorator `use_experts_implementation` gives to a module.
@@ -51,17 +50,21 @@ class Experts:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """(E, N, K) of both parameters.
-
-        Raises:
-            ValueError: the shapes do not fit each other.
-        """
+        """(E, N, K) of both parameters."""
         first, second = (self._shape(name) for name in self.names)
         halves = 2 if getattr(self.module, "has_gate", True) else 1
         if second != (first[0], first[2], first[1] // halves) or first[1] % halves:
             got = f"{list(first)} and {list(second)}"
             raise bad(self.path, f"experts of one shape, [E, {halves} * I, H] and [E, H, I]", got)
         return first, second
+
+    def check_shapes(self) -> None:
+        """Raise a ValueError unless the shapes of both parameters fit each other."""
+        _ = self.shapes
+
+    def run_quantized(self) -> None:
+        """Choose our implementation for the experts of the module and of all modules that share its config."""
+        run_quantized(self.module)
 
     def _shape(self, name: str) -> tuple[int, int, int]:
         E, *sizes = getattr(self.module, name).shape
@@ -129,9 +132,6 @@ def experts_forward(
 
     Returns:
         [T, H].
-
-    Raises:
-        NotImplementedError: experts are spread over processes.
     """
     first = getattr(self, "gate_up_proj" if self.has_gate else "up_proj")
     if not isinstance(first, Experts4bit):
@@ -155,3 +155,4 @@ def experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+callbacks.find_experts.append(find_experts)

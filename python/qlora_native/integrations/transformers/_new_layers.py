@@ -23,8 +23,6 @@ from ..._layers.sizes import note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._config import BitsAndBytesConfig
 
-__all__ = ["check_devices", "names_to_skip", "restore_missing"]
-
 
 def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing: set[str]) -> None:
     """Replace each quantized layer whose weight is missing by one in 16 bits, without values.
@@ -73,18 +71,14 @@ def _dense(layer: QuantizedLayer) -> nn.Module:
             dense = Conv1D(layer.out_features, layer.in_features)
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    dense = dense.to(layer.compute_dtype)
+    dense = dense.to(layer.dtype)
     if getattr(layer, "bias", None) is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)
 
 
 def check_devices(device_map: Any) -> None:
-    """Refuse a map of devices that leaves a part of a model on the disk.
-
-    Raises:
-        NotImplementedError: it does. The message names the part.
-    """
+    """Refuse a map of devices that leaves a part of a model on the disk."""
     parts = [part for part, device in device_map.items() if device == "disk"] if isinstance(device_map, dict) else []
     if parts:
         raise NotImplementedError(
@@ -94,11 +88,7 @@ def check_devices(device_map: Any) -> None:
 
 
 def _check_keys(unexpected: Iterable[str]) -> None:
-    """Refuse files of a model that was saved with PEFT's layers in it.
-
-    Raises:
-        ValueError: they are such files. The message names a tensor, and says how to save the model.
-    """
+    """Refuse files of a model that was saved with PEFT's layers in it."""
     if wrapped := sorted(key for key in unexpected if ".base_layer." in key):
         raise bad(
             "the checkpoint",

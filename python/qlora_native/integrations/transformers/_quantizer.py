@@ -1,14 +1,4 @@
-"""transformers: quantize a model while it loads, and read and write bitsandbytes' 4-bit files.
-
-    from qlora_native.integrations.transformers import BitsAndBytesConfig      # instead of transformers' own
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=config)
-    model.save_pretrained(folder)               # bitsandbytes' file format, which stock transformers loads too
-
-Each weight is quantized as soon as it has been read, so memory holds the 4-bit model and one tensor of the checkpoint.
-A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this module if `from_pretrained` gets this
-config, or if bitsandbytes is not installed and this module has been imported.
+"""The quantizer that transformers calls while it loads and saves a model.
 
 transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes" if it has
 bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (_weight_files.py).
@@ -19,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -52,8 +42,6 @@ from ._expert_files import experts_by_path, read_conversions, replace_experts, s
 from ._new_layers import check_devices
 from ._weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
 
-__all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
-
 logger = transformers.logging.get_logger(__name__)
 
 
@@ -68,23 +56,14 @@ class Quantizer(HfQuantizer):
     unsaved: ValueError | None = None  # why the model cannot be saved
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
-        """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized.
-
-        Args:
-            quantization_config: the config.
-            kwargs: as in transformers.
-        """
+        """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized."""
         # A copy, because it gets the names of the layers of this model that stay.
         super().__init__(copy.copy(quantization_config), **kwargs)
         if quantization_config.experts_in_mxfp4:
             self.pre_quantized = False
 
     def is_serializable(self) -> bool:
-        """True, or an error with the reason, which transformers' own message would not give.
-
-        Raises:
-            ValueError: there is no file format for a layer of the model.
-        """
+        """True, or an error with the reason, which transformers' own message would not give."""
         if self.unsaved is not None:
             raise self.unsaved
         return True
@@ -141,7 +120,7 @@ class Quantizer(HfQuantizer):
                 linear.weight.dtype,
                 **config.quantize_options,
             )
-            layer.product_dtype = config.product_dtype
+            layer.compute_dtype = config.compute_dtype
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
 
@@ -275,9 +254,7 @@ class ReadQuantized(ConversionOps):
 def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
     """The paths of the layers that transformers would give to bitsandbytes, nn.Linear and Conv1D, and of Falcon's.
 
-    Args:
-        model: a `PreTrainedModel`, on any device.
-        skip: names as in `llm_int8_skip_modules`; None skips the output layer and tied weights.
+    `skip` has names as in `llm_int8_skip_modules`; None skips the output layer and tied weights.
     """
     keep = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     return [
@@ -290,10 +267,7 @@ def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list
 def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = None) -> None:
     """Make transformers, PEFT and TRL treat a model, whose layers are ours, as quantized.
 
-    Args:
-        model: the model, changed in place.
-        quantizer: the quantizer that saves it.
-        unsaved: the error of saving it, if its config cannot describe it; a layer that has no files is found here.
+    `unsaved` is the error of saving it, if its config cannot describe it; a layer that has no files is found here.
     """
     quantizer.unsaved = unsaved or why_not_saved(model)
     model.hf_quantizer = quantizer

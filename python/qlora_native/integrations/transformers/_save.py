@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..._core.errors import bad
+from ..._layers import callbacks
+from ..._layers.adapters import modules_without_peft
 from ..._layers.base import QuantizedLayer
-from ..._layers.callbacks import modules_without_peft
 from ..._layers.embedding import Embedding4bit
 from ..._layers.sizes import is_linear
 from ._config import FORMATS
@@ -20,19 +21,23 @@ from ._experts import find_experts
 from ._new_layers import names_to_skip
 from ._quantizer import BitsAndBytesConfig, Quantizer, adopt
 
-__all__ = ["adopt_quantized"]
+
+def _adopt_quantized_models(model: nn.Module) -> None:
+    """Make transformers treat the outermost models in `model` that it can save as quantized."""
+    if isinstance(model, PreTrainedModel):
+        adopt_quantized(model)
+        return
+    for child in model.children():
+        _adopt_quantized_models(child)
 
 
 def adopt_quantized(model: nn.Module) -> None:
-    """Make transformers treat a model as quantized, as if it had been loaded quantized. `quantize_model` calls this.
+    """Make transformers treat a model as quantized, as if it had been loaded quantized.
 
     `save_pretrained` then writes files (_weight_files.py) with a quantization_config by which the same layers are
     quantized when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If there
     are no files of a format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says
     so.
-
-    Args:
-        model: a `PreTrainedModel`; if it contains quantized layers, it is changed in place.
     """
     # Files are written without adapters, so the config names layers as they are called without PEFT's around them.
     modules = list(modules_without_peft(model))
@@ -92,3 +97,4 @@ def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
 
 
 PreTrainedModel.save_pretrained = _save
+callbacks.adopt_model.append(_adopt_quantized_models)

@@ -28,16 +28,6 @@ from ..._layers.base import QuantizedLayer
 from ...nn import Experts4bit
 from ._config import FORMATS
 
-__all__ = [
-    "SUFFIXES",
-    "check_weights_are_dense",
-    "file_has",
-    "names_in_files",
-    "read_weight",
-    "why_not_saved",
-    "written_weight",
-]
-
 _BLOCKS, _SCALES, _SCALE_VALUES = "_blocks", "_scales", "_scale_values"
 SUFFIXES = ("", *STATE_SUFFIXES, _BLOCKS, _SCALES, _SCALE_VALUES)
 
@@ -56,12 +46,7 @@ def why_not_saved(model: nn.Module) -> ValueError | None:
 
 
 def written_weight(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    """Make the tensors of a file for the parameter `name`. Codes of mxfp4 and nvfp4 are copied, others are shared.
-
-    Args:
-        name: the parameter, such as "model.layers.0.self_attn.q_proj.weight" or "model.layers.0.mlp.experts.down_proj".
-        layer: the quantized layer in its place, for which `why_not_saved` has no error.
-    """
+    """Make the tensors of a file for the parameter `name`. Codes of mxfp4 and nvfp4 are copied, others are shared."""
     q = layer.quantized_weight
     if q.format not in MICROSCALED:
         parent, _, own = name.rpartition(".")
@@ -79,16 +64,7 @@ def written_weight(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def read_weight(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> QuantizedWeight:
-    """Make the weight of the parameter `name` from the bytes of a file.
-
-    Args:
-        name: the parameter.
-        layer: the layer that the weight is for, without values.
-        found: the tensors of the file, by their suffixes.
-
-    Raises:
-        ValueError, TypeError: a tensor is missing, or has another shape, dtype or content than the config needs.
-    """
+    """Make the weight of the parameter `name` from the tensors of a file, by their suffixes."""
     transposed = isinstance(layer, Experts4bit) and layer.transposed
     if any(suffix in found for suffix in (_BLOCKS, _SCALES, _SCALE_VALUES)):
         q = _read_blocks(name, layer, found)
@@ -117,8 +93,8 @@ def _read_blocks(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> 
         if _SCALE_VALUES in found:
             fields = nvfp4_block_fields(blocks, scales, found[_SCALE_VALUES])
             code = CODEBOOKS["nvfp4"].to(blocks.device, copy=True)
-            return QuantizedWeight(**fields, code=code, dtype=layer.compute_dtype)
-        return QuantizedWeight.from_mxfp4(blocks, scales, layer.compute_dtype)
+            return QuantizedWeight(**fields, code=code, dtype=layer.dtype)
+        return QuantizedWeight.from_mxfp4(blocks, scales, layer.dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}, {error}") from None
 
@@ -129,15 +105,6 @@ def check_weights_are_dense(
     """Check that safetensors files have floats, and no scales, for layers that are quantized while they are read.
 
     transformers casts what it reads to the dtype of the model, so codes in FP8 or int8 would be taken for values.
-
-    Args:
-        files: the files of the checkpoint.
-        model: the model, with `Experts4bit` in the place of experts.
-        linears: the paths of its linear layers that will be quantized.
-        experts_in_mxfp4: the files have the experts in 4 bits.
-
-    Raises:
-        ValueError: the files have something else.
     """
     stacks = [] if experts_in_mxfp4 else [p for p, module in model.named_modules() if isinstance(module, Experts4bit)]
     experts = {path.rpartition(".")[0] for path in stacks}

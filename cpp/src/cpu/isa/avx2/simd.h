@@ -16,12 +16,12 @@ using F32 = __m256;
 using I32 = __m256i;
 
 constexpr int kRegisters = 16;
-// Twelve sums of a register tile, and what multiplies them, fill the sixteen registers.
-constexpr int kWidestStrip = 3;
-constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 8, 4, 4};
-constexpr int kMostRows = 6;
+// Twelve accumulators of a register tile, and what multiplies them, fill the sixteen registers.
+constexpr int kMaxStripVectors = 3;
+constexpr int kRowsOfStrip[kMaxStripVectors + 1] = {0, 8, 4, 4};
+constexpr int kMaxStripRows = 6;
 constexpr int kColumnStep = 2;
-constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 8, 4, 4};
+constexpr int kRowsOfDecodingStrip[kMaxStripVectors + 1] = {0, 8, 4, 4};
 constexpr int kDecodingColumnStep = 2;
 
 inline F32 zero() { return _mm256_setzero_ps(); }
@@ -283,10 +283,10 @@ inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
 }
-inline F32 keep_lanes(F32 x, std::uint32_t keep) {
+inline F32 mask_lanes(F32 x, std::uint32_t mask) {
   const I32 bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const I32 kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), bit), bit);
-  return _mm256_and_ps(x, as_f32(kept));
+  const I32 selected = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
+  return _mm256_and_ps(x, as_f32(selected));
 }
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   const I32 below = _mm256_cmpgt_epi32(_mm256_set1_epi32(boundary), load_bytes(element));

@@ -25,16 +25,16 @@ struct DotBf16 {
     __m512i level;  // the 16 levels twice, so that the fifth bit of an index does not matter
   };
 
-  static F32 dot(F32 sum, F32 x, F32 w) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  static F32 dot(F32 accumulator, F32 x, F32 w) {
+    return _mm512_dpbf16_ps(accumulator, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
 
   static F32 broadcast(const float* unit) { return set1(*unit); }
   // Multiplies by one unit in memory, for all lanes. The compiler would first broadcast it to a register, which halves
   // the speed where the unit is used once.
-  static F32 dot_broadcast(F32 sum, F32 x, const float* unit) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*unit));
-    return sum;
+  static F32 dot_broadcast(F32 accumulator, F32 x, const float* unit) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(accumulator) : "v"(x), "m"(*unit));
+    return accumulator;
   }
 
   static Table table(Table16 code, float scale) {
@@ -75,10 +75,10 @@ struct DotBf16 {
     return {{to_bf16(even), to_bf16(odd)}};
   }
 
-  // Few rows of x multiply two chunks at once, and vector k of a step holds elements 4i + k. In 64 bytes of 4-bit codes
-  // these are one nibble of each 16-bit word, so nothing has to be widened. The words of a chunk are one half of the
-  // vector, so one half of a table is for the first chunk and the other half for the second, and one instruction rounds
-  // both.
+  // The small_m kernel multiplies two chunks at once, and vector k of a step holds elements 4i + k. In 64 bytes of
+  // 4-bit codes these are one nibble of each 16-bit word, so nothing has to be widened. The words of a chunk are one
+  // half of the vector, so one half of a table is for the first chunk and the other half for the second, and one
+  // instruction rounds both.
   static constexpr int kStepChunks = 2;
   static constexpr int kStepVectors = 4;
   struct Step {
@@ -167,9 +167,9 @@ struct DotBf16 {
         {blend_words(a.v[0], b.v[0], _pext_u64(from, kEven)), blend_words(a.v[1], b.v[1], _pext_u64(from, kOdd64))}};
   }
 
-  static void keep(Chunk& chunk, std::uint64_t bits) {
-    chunk.v[0] = keep_words(chunk.v[0], _pext_u64(bits, kEven));
-    chunk.v[1] = keep_words(chunk.v[1], _pext_u64(bits, kOdd64));
+  static void mask(Chunk& chunk, std::uint64_t bits) {
+    chunk.v[0] = mask_words(chunk.v[0], _pext_u64(bits, kEven));
+    chunk.v[1] = mask_words(chunk.v[1], _pext_u64(bits, kOdd64));
   }
 
   // dX = dY . W: a unit holds the elements of rows n and n+1 in one column.
@@ -195,17 +195,17 @@ struct DotBf16 {
                                                                   _mm512_castps_si512(n1.v[i / 2])));
     return result;
   }
-  static void to_natural(F32 (&sums)[kColumnVectors]) {
+  static void to_natural(F32 (&accumulators)[kColumnVectors]) {
     // Columns 16j ... 16j+15 are lanes 4j ... 4j+3 of the four vectors.
     F32 even[2], odd[2];  // 32 even columns in order, 32 odd ones
-    join_lanes(sums[0], sums[1], even);
-    join_lanes(sums[2], sums[3], odd);
-    for (int g = 0; g < 2; ++g) interleave(even[g], odd[g], sums[2 * g], sums[2 * g + 1]);
+    join_lanes(accumulators[0], accumulators[1], even);
+    join_lanes(accumulators[2], accumulators[3], odd);
+    for (int g = 0; g < 2; ++g) interleave(even[g], odd[g], accumulators[2 * g], accumulators[2 * g + 1]);
   }
-  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
+  static F32 mask_columns(F32 accumulators, int vector, std::uint64_t bits) {
     constexpr std::uint64_t kColumns[kColumnVectors] = {0x0055005500550055, 0x5500550055005500, 0x00AA00AA00AA00AA,
                                                         0xAA00AA00AA00AA00};
-    return keep_lanes(sums, static_cast<std::uint32_t>(_pext_u64(bits, kColumns[vector])));
+    return mask_lanes(accumulators, static_cast<std::uint32_t>(_pext_u64(bits, kColumns[vector])));
   }
 
  private:
@@ -250,8 +250,8 @@ struct DotBf16 {
     return _mm512_castsi512_ps(
         _mm512_mask_blend_epi16(static_cast<__mmask32>(from_b), _mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
-  static F32 keep_words(F32 a, std::uint64_t keep) {
-    return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(static_cast<__mmask32>(keep), _mm512_castps_si512(a)));
+  static F32 mask_words(F32 a, std::uint64_t mask) {
+    return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(static_cast<__mmask32>(mask), _mm512_castps_si512(a)));
   }
   static F32 unpack_low(F32 a, F32 b) {
     return _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
@@ -259,7 +259,7 @@ struct DotBf16 {
   static F32 unpack_high(F32 a, F32 b) {
     return _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
-  // Four-float lanes of low and high in turn: low 0, high 0, low 1, ...
+  // Four-float lanes of low and high alternate: low 0, high 0, low 1, ...
   static void join_lanes(F32 low, F32 high, F32 (&out)[2]) {
     const I32 order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     out[0] = _mm512_permutex2var_ps(low, order, high);

@@ -15,12 +15,12 @@ using F32 = __m512;
 using I32 = __m512i;
 
 constexpr int kRegisters = 32;
-// These register tiles were measured as the best of their neighbours on Zen 4.
-constexpr int kWidestStrip = 4;
-constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kMostRows = 6;
+// These register tiles were measured as the best of similar ones on Zen 4.
+constexpr int kMaxStripVectors = 4;
+constexpr int kRowsOfStrip[kMaxStripVectors + 1] = {0, 16, 8, 8, 4};
+constexpr int kMaxStripRows = 6;
 constexpr int kColumnStep = 4;
-constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
+constexpr int kRowsOfDecodingStrip[kMaxStripVectors + 1] = {0, 16, 8, 4, 4};
 constexpr int kDecodingColumnStep = 4;
 
 inline F32 zero() { return _mm512_setzero_ps(); }
@@ -271,7 +271,7 @@ inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
 }
-inline F32 keep_lanes(F32 x, std::uint32_t keep) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), x); }
+inline F32 mask_lanes(F32 x, std::uint32_t mask) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), x); }
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return _mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(load_bytes(element), _mm512_set1_epi32(boundary)), a, b);
 }

@@ -58,13 +58,13 @@ inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVecto
 // Takes one byte of each lane, in the order of elements.
 template <int kByte>
 inline I32 bytes_of(const I32 (&x)[kTableVectors]) {
-  const auto of_two = [](I32 a, I32 b) {
+  const auto bytes_of_two = [](I32 a, I32 b) {
     // Bytes kByte, 4 + kByte, ... of the two side by side.
     const I32 lanes = _mm512_setr_epi32(0x0C080400, 0x1C181410, 0x2C282420, 0x3C383430, 0x4C484440, 0x5C585450,
                                         0x6C686460, 0x7C787470, 0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_permutex2var_epi8(a, _mm512_add_epi8(lanes, _mm512_set1_epi8(kByte)), b);
   };
-  return _mm512_inserti64x4(of_two(x[0], x[1]), _mm512_castsi512_si256(of_two(x[2], x[3])), 1);
+  return _mm512_inserti64x4(bytes_of_two(x[0], x[1]), _mm512_castsi512_si256(bytes_of_two(x[2], x[3])), 1);
 }
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   _mm512_storeu_si512(p, bytes_of<2>(x));

@@ -32,16 +32,16 @@ struct DotBf16 {
     uint8x16_t low, high;  // bytes of the 16 levels
   };
 
-  static F32 dot(F32 sum, F32 x, F32 w) { return vbfdotq_f32(sum, pairs_of(x), pairs_of(w)); }
+  static F32 dot(F32 accumulator, F32 x, F32 w) { return vbfdotq_f32(accumulator, pairs_of(x), pairs_of(w)); }
 
   // One unit for all lanes: the instruction takes it from a lane.
   struct Unit {
     bfloat16x4_t pair;
   };
   static Unit broadcast(const float* unit) { return {vreinterpret_bf16_f32(float32x2_t{*unit, 0.0f})}; }
-  static F32 dot(F32 sum, F32 x, Unit w) { return vbfdotq_lane_f32(sum, pairs_of(x), w.pair, 0); }
-  static F32 dot(F32 sum, Unit x, F32 w) { return dot(sum, w, x); }
-  static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, broadcast(unit)); }
+  static F32 dot(F32 accumulator, F32 x, Unit w) { return vbfdotq_lane_f32(accumulator, pairs_of(x), w.pair, 0); }
+  static F32 dot(F32 accumulator, Unit x, F32 w) { return dot(accumulator, w, x); }
+  static F32 dot_broadcast(F32 accumulator, F32 x, const float* unit) { return dot(accumulator, x, broadcast(unit)); }
 
   [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
     const Table16 levels = map_table(code, mul, set1(scale));
@@ -152,11 +152,11 @@ struct DotBf16 {
     return chunk;
   }
 
-  static void keep(Chunk& chunk, std::uint64_t bits) {
+  static void mask(Chunk& chunk, std::uint64_t bits) {
     for (int i = 0; i < kVectors; ++i) {
       const uint16x8_t all = vdupq_n_u16(static_cast<std::uint16_t>(bits >> first_element(i)));
-      const uint16x8_t kept = vtstq_u16(all, uint16x8_t{1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14});
-      chunk.v[i] = vreinterpretq_f32_u16(vandq_u16(words_of(chunk.v[i]), kept));
+      const uint16x8_t mask = vtstq_u16(all, uint16x8_t{1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14});
+      chunk.v[i] = vreinterpretq_f32_u16(vandq_u16(words_of(chunk.v[i]), mask));
     }
   }
 
@@ -174,18 +174,18 @@ struct DotBf16 {
     return result;
   }
   static Columns columns_natural(const Chunk& n0, const Chunk& n1) { return columns(n0, n1); }
-  static void to_natural(F32 (&sums)[kColumnVectors]) {
+  static void to_natural(F32 (&accumulators)[kColumnVectors]) {
     F32 natural[kColumnVectors];
     for (int g = 0; g < kChunk / 16; ++g)
       for (int i = 0; i < 2; ++i)
-        interleave(sums[2 * even_vector(g) + i], sums[2 * odd_vector(g) + i], natural[4 * g + 2 * i],
+        interleave(accumulators[2 * even_vector(g) + i], accumulators[2 * odd_vector(g) + i], natural[4 * g + 2 * i],
                    natural[4 * g + 2 * i + 1]);
-    for (int i = 0; i < kColumnVectors; ++i) sums[i] = natural[i];
+    for (int i = 0; i < kColumnVectors; ++i) accumulators[i] = natural[i];
   }
-  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
+  static F32 mask_columns(F32 accumulators, int vector, std::uint64_t bits) {
     const auto from = static_cast<std::uint32_t>(bits >> (first_element(vector / 2) + vector % 2 * 8));
-    const uint32x4_t kept = vtstq_u32(vdupq_n_u32(from), uint32x4_t{1, 1 << 2, 1 << 4, 1 << 6});
-    return vreinterpretq_f32_u32(vandq_u32(bits_of(sums), kept));
+    const uint32x4_t mask = vtstq_u32(vdupq_n_u32(from), uint32x4_t{1, 1 << 2, 1 << 4, 1 << 6});
+    return vreinterpretq_f32_u32(vandq_u32(bits_of(accumulators), mask));
   }
 
  private:

@@ -17,15 +17,15 @@ using F32 = float32x4_t;
 using I32 = int32x4_t;
 
 constexpr int kRegisters = 32;
-// A core with four pipes and multiply-adds of four cycles wants 16 sums of a register tile in flight. 24 sums, the 3 or
-// 4 vectors that they share and a unit fill the registers, and load the least for each multiply-add: 3 vectors and 8
-// units, or 4 and 6. No Arm machine has measured these tiles.
-constexpr int kWidestStrip = 4;
-constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kMostRows = 6;
+// A core with four pipes and multiply-adds of four cycles wants 16 accumulators of a register tile in flight. 24
+// accumulators, the 3 or 4 vectors that they share and a unit fill the registers, and load the least for each
+// multiply-add: 3 vectors and 8 units, or 4 and 6. No Arm machine has measured these tiles.
+constexpr int kMaxStripVectors = 4;
+constexpr int kRowsOfStrip[kMaxStripVectors + 1] = {0, 16, 8, 8, 4};
+constexpr int kMaxStripRows = 6;
 constexpr int kColumnStep = 4;
 // Decoding takes half of the registers.
-constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
+constexpr int kRowsOfDecodingStrip[kMaxStripVectors + 1] = {0, 16, 8, 4, 4};
 constexpr int kDecodingColumnStep = 2;
 
 inline F32 zero() { return vdupq_n_f32(0.0f); }
@@ -133,8 +133,8 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// No store goes past the caches: there is no intrinsic for it, and these processors see for themselves that whole lines
-// are written.
+// No store is non-temporal: there is no intrinsic for it, and these processors see for themselves that whole lines are
+// written.
 inline void end_stream() {}
 template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
@@ -324,9 +324,9 @@ inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   x = (x | x >> 1) & 0x33;
   return (x | x >> 2) & 0x0F;
 }
-inline F32 keep_lanes(F32 x, std::uint32_t keep) {
-  const uint32x4_t kept = vtstq_u32(vdupq_n_u32(keep), uint32x4_t{1, 2, 4, 8});
-  return vreinterpretq_f32_u32(vandq_u32(bits_of(x), kept));
+inline F32 mask_lanes(F32 x, std::uint32_t mask) {
+  const uint32x4_t selected = vtstq_u32(vdupq_n_u32(mask), uint32x4_t{1, 2, 4, 8});
+  return vreinterpretq_f32_u32(vandq_u32(bits_of(x), selected));
 }
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return vbslq_f32(vcgeq_s32(load_bytes(element), vdupq_n_s32(boundary)), b, a);

@@ -43,7 +43,7 @@ struct DotBf16 {
     return make_chunk([&](int e) { return static_cast<float>(static_cast<std::int8_t>(bytes[e])) * step; });
   }
 
-  // There are no steps, because few rows are multiplied by tiles too.
+  // There are no steps, because tiles multiply any number of rows.
   static constexpr int kStepChunks = 1;
   struct Step {};
   template <int kScales>
@@ -70,7 +70,7 @@ struct DotBf16 {
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     return select([&](int e) { return element(e < boundary ? a : b, e); });
   }
-  static void keep(Chunk& chunk, std::uint64_t bits) {
+  static void mask(Chunk& chunk, std::uint64_t bits) {
     const Chunk all = chunk;
     chunk = select([&](int e) { return bits >> e & 1 ? element(all, e) : std::uint16_t{0}; });
   }
@@ -87,8 +87,8 @@ struct DotBf16 {
     return make_columns([&](int e) { return unit(element_natural(n0, e), element_natural(n1, e)); });
   }
   static void to_natural(F32 (&)[kColumnVectors]) {}
-  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
-    return keep_lanes(sums, static_cast<std::uint32_t>(bits >> (vector * kLanes)));
+  static F32 mask_columns(F32 accumulators, int vector, std::uint64_t bits) {
+    return mask_lanes(accumulators, static_cast<std::uint32_t>(bits >> (vector * kLanes)));
   }
 
  private:

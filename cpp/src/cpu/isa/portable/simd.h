@@ -21,12 +21,12 @@ struct I32 {
 };
 
 // No register tile of vectors is multiplied here, but the products, which have both, name them.
-constexpr int kWidestStrip = 3;
-constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 1, 1, 1};
-constexpr int kMostRows = 6;
+constexpr int kMaxStripVectors = 3;
+constexpr int kRowsOfStrip[kMaxStripVectors + 1] = {0, 1, 1, 1};
+constexpr int kMaxStripRows = 6;
 constexpr int kColumnStep = 2;
 constexpr int kDecodingColumnStep = 2;
-constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 1, 1, 1};
+constexpr int kRowsOfDecodingStrip[kMaxStripVectors + 1] = {0, 1, 1, 1};
 
 // A vector whose lane i is f(i).
 template <class Vector = F32, class F>
@@ -72,9 +72,9 @@ inline F32 with_sign_of(F32 a, F32 b) {
   return each_lane([&](int i) { return std::copysign(a.lane[i], b.lane[i]); });
 }
 inline float reduce_max(F32 a) {
-  float most = a.lane[0];
-  for (int i = 1; i < kLanes; ++i) most = a.lane[i] > most ? a.lane[i] : most;
-  return most;
+  float largest = a.lane[0];
+  for (int i = 1; i < kLanes; ++i) largest = a.lane[i] > largest ? a.lane[i] : largest;
+  return largest;
 }
 inline float reduce_add(F32 a) {
   for (int half = kLanes / 2; half > 0; half /= 2)
@@ -148,7 +148,7 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   odd = each_lane([&](int i) { return load_lane<kType>(p, 2 * i + 1); });
 }
 
-// There is no way past the caches in plain C++.
+// Plain C++ has no non-temporal stores.
 inline void end_stream() {}
 template <DType kType, bool>
 inline void store_pairs(void* p, F32 even, F32 odd) {
@@ -205,8 +205,8 @@ inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   odd = each_lane([&](int i) { return value(2 * i + 1); });
 }
 
-inline F32 keep_lanes(F32 x, std::uint32_t keep) {
-  return each_lane([&](int i) { return keep >> i & 1 ? x.lane[i] : 0.0f; });
+inline F32 mask_lanes(F32 x, std::uint32_t mask) {
+  return each_lane([&](int i) { return mask >> i & 1 ? x.lane[i] : 0.0f; });
 }
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return each_lane([&](int i) { return element[i] >= boundary ? b.lane[i] : a.lane[i]; });
