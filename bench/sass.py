@@ -157,7 +157,9 @@ MARK = "bench/sass.py"  # of the table in a page
 # What a page shows of kernels in bf16 over 4-bit weights: {page: {a kernel's name there: its name}}.
 SHOWN = {
     ROOT / "cuda/product/README.md": {
-        **{f"small-M GEMM, {rows} × 128, forward": f"small_m_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
+        **{
+            f"small-M GEMM, {rows} × 128, forward": f"small_m_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)
+        },
         **{
             f"GEMM, {rows} × {cols}, {direction}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
             for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))

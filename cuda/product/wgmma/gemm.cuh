@@ -68,7 +68,6 @@ struct WgmmaShared {
   __device__ __forceinline__ SharedAddress scratch_vector(unsigned thread, unsigned i) {
     return SharedAddress(&rows[thread].scratch[(i + thread) % kScratchVectors * 4]);
   }
-
   static constexpr std::uint32_t kXBytes = sizeof(Stage::x), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
   static __device__ WgmmaShared& in_dynamic_smem() { return *dynamic_smem_for_rows<WgmmaShared, true>(); }
