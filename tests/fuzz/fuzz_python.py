@@ -82,7 +82,8 @@ def fuzz_entries(choices: Choices) -> None:
 def fuzz_layer(choices: Choices) -> None:
     """Linear4bit.load_state_dict: what it accepts is finite, and the layer multiplies."""
     format = choices.of(("nf4", "int8", "mxfp4", "nvfp4"))
-    layer = qn.nn.Linear4bit(70, 6, format=format, double_quant=choices.one_in(2))
+    kind = qn.nn.Linear8bit if format == "int8" else qn.nn.Linear4bit
+    layer = kind(70, 6, format=format, double_quant=choices.one_in(2))
     state: dict[str, Any] = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     for _ in range(1 + choices.below(3)):
         key = choices.of(sorted(state)) if state else "weight"
