@@ -66,7 +66,7 @@ test-cpp: build-cpp
 test-python: $(stamp)-tested-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(if $(everything),,-m "not thorough") $(ARGS)
 
-# Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test` tries a sample.
+# Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test-all` tries a sample.
 mutants: $(stamp)-build
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(python) tools/mutants.py $(or $(ARGS),--output)
 
@@ -120,7 +120,8 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
 	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
 
-# Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
+# Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings
+# are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
 python_fuzz_targets := entries layer optimizer config folder export dtypes json functions ops
 comma := ,

@@ -48,9 +48,9 @@ SLACK = 0.02
 WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], float]], ...] = (
     # A warp's mma takes 16 of the inner dimension of 16 columns; those of other rows take the same weights once more.
     (r"gemm_kernel<\w+, \w+, GemmTile<(?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
-    (r"thin_gemm_kernel<\w+, (?P<rows>\d+)", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
+    (r"small_m_gemm_kernel<\w+, (?P<rows>\d+)", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # A warpgroup's wgmma takes 16 of the inner dimension of 64 columns.
-    (r"hopper_gemm_kernel<", "weight", lambda m, loop: count(loop, "HGMMA") * 16 * 64 / 128),
+    (r"wgmma_gemm_kernel<", "weight", lambda m, loop: count(loop, "HGMMA") * 16 * 64 / 128),
     # Its iterations are of 64 weights a lane; what else has a multiply-add in it is not as much as one.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
@@ -157,7 +157,9 @@ MARK = "bench/sass.py"  # of the table in a page
 # What a page shows of kernels in bf16 over 4-bit weights: {page: {a kernel's name there: its name}}.
 SHOWN = {
     ROOT / "cuda/product/README.md": {
-        **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
+        **{
+            f"small-M GEMM, {rows} × 128, forward": f"small_m_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)
+        },
         **{
             f"GEMM, {rows} × {cols}, {direction}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
             for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
@@ -165,15 +167,15 @@ SHOWN = {
         },
         "GEMV, up to 8 rows": "gemv_kernel<Bf16, 8, 4, true, false>",
         "GEMV, up to 8 rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
-        "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
+        "small-M GEMM, 16 × 128, forward, in groups": "small_m_gemm_kernel<Bf16, 16, true>",
         "GEMM, 16 × 128, dX, in groups": "gemm_kernel<Bf16, DecodedColumns, GemmTile<16, 128, true>, true>",
         "GEMM, 128 × 128, forward, in groups": "gemm_kernel<Bf16, DecodedRows, GemmTile<128, 128, true>, true>",
         "decoding a panel": "panel_kernel<Bf16, 4>",
     },
     ROOT / "cuda/product/wgmma/README.md": {
-        f"wgmma, {rows} × 128, {direction}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
+        f"wgmma, {rows} × 128, {direction}": f"wgmma_gemm_kernel<Bf16, {layout}, {rows}>"
         for rows in (16, 32, 64, 128, 256)
-        for direction, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
+        for direction, layout in (("forward", "WgmmaRows"), ("dX", "WgmmaColumns"))
     },
 }
 

@@ -71,7 +71,7 @@ if(qln_with_cuda)
   endif()
   set(CMAKE_CUDA_STANDARD 20)
   # wgmma and TMA exist in sm_90a alone, whose code no other device runs. So code for sm_90a is built in addition, if
-  # code for sm_90 is asked for.
+  # code for sm_90 is requested.
   set(qln_requested ${CMAKE_CUDA_ARCHITECTURES})
   if(qln_requested STREQUAL native)
     set(qln_requested ${CMAKE_CUDA_ARCHITECTURES_NATIVE})

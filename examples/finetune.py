@@ -11,8 +11,8 @@
         The same run, each batch shared among the processes.
 
 transformers loads the model, PEFT holds the adapter, torch optimizes it. Ours are quantize_model(), which puts the
-linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse_loss(), fuse_blocks()
-and fuse_attention(), which make the loss, a norm, a gated activation and attention one op each.
+linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse(), which makes the
+loss, a norm, a gated activation and attention one op each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ import processes
 import qlora_native as qn
 from checkpoints import Checkpoints, replaced
 from pairs import Example, batches, chat, encode, read_pairs, split
-from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 IGNORED = -100  # the label of a token that has no loss, in transformers
@@ -237,14 +236,6 @@ def train(
     return losses, tokens / (time.perf_counter() - started)
 
 
-def fuse(model: nn.Module, device: str) -> None:
-    """Let what stands between the products of a model be one op each, which keeps its operands alone for backward."""
-    fuse_loss(model)  # no logits in training
-    fuse_blocks(model)  # norms and activations
-    if device == "cpu":  # on a GPU, torch's own is fused
-        fuse_attention(model)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune, measure and save, and check that the saved adapter has the loss of the trained one."""
     args = arguments(argv)
@@ -254,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft/ says why
-    fuse(model, args.device)
+    fused = qn.fuse(model)  # what stands between the products keeps less for backward
     examples = encode(tokenizer, pairs, args.seq_len)
     checkpoints = Checkpoints(args, examples)
     if processes.rank() > 0:  # only the first process measures, prints and saves
@@ -265,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
     print(f"\npairs: {len(pairs)} for training, {len(held_pairs)} held out (loss measured on {len(held)} of them)")
     print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format}")
+    print(fused)
     print(f"trainable parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
 
     before = held_out_loss(model, held, args.batch_size)
@@ -280,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     del model, base
     fresh = PeftModel.from_pretrained(load_quantized(args)[1], checkpoints.adapter, config=lora_config(args))
-    fuse(fresh, args.device)  # its rounding is that of the model that was trained
+    qn.fuse(fresh)  # its rounding is that of the model that was trained
     reloaded = held_out_loss(fresh, held, args.batch_size)
     print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
     if not math.isclose(reloaded, after, rel_tol=1e-6):

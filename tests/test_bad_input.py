@@ -103,19 +103,8 @@ def test_bad_input_of_quantize_is_named_in_the_error(arguments, error, message):
 def fields(**changes):
     """The fields of a right container, changed."""
     q = qn.quantize(weight())
-    names = (
-        "codes",
-        "absmax",
-        "nested_absmax",
-        "nested_code",
-        "offset",
-        "code",
-        "shape",
-        "blocksize",
-        "format",
-        "dtype",
-    )
-    return {**{name: getattr(q, name) for name in names}, **changes}
+    rest = {name: getattr(q, name) for name in ("shape", "blocksize", "format", "dtype")}
+    return {**q.tensors(), **rest, **changes}
 
 
 PLAIN = {"nested_absmax": None, "nested_code": None, "offset": None}  # without double quantization

@@ -41,13 +41,13 @@ def run(*command, schedule="forward", **more):
 
 # Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
 @pytest.mark.parametrize(
-    ("schedule", "wgmma"),
-    [case for wgmma in ("0", "1") for case in orders(*SCHEDULES, CONCURRENT[0], others=(wgmma,))]
-    + orders(SCHEDULES[-1], CONCURRENT[0], others=("1,pairs",)),
+    ("schedule", "kernel"),
+    [case for kernel in ("", "wgmma") for case in orders(*SCHEDULES, CONCURRENT[0], others=(kernel,))]
+    + orders(SCHEDULES[-1], CONCURRENT[0], others=("wgmma,pairs",)),
 )
-def test_cases_pass_under_each_order_of_threads(schedule, wgmma):
-    step = 1 if schedule == SCHEDULES[0] and wgmma == "0" else EVERY
-    shown = run(*CONFORMANCE, f"--every={step}", schedule=schedule, QLN_FORCE_HOPPER=wgmma)
+def test_cases_pass_under_each_order_of_threads(schedule, kernel):
+    step = 1 if schedule == SCHEDULES[0] and kernel == "" else EVERY
+    shown = run(*CONFORMANCE, f"--every={step}", schedule=schedule, QLN_FORCE_KERNEL=kernel)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
 

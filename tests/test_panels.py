@@ -17,7 +17,7 @@ from test_kernels import check_products  # noqa: F401 (shown() calls it)
 import qlora_native as qn
 from qlora_native._core.weight import op_arguments
 
-BY_PANELS = "for the host program's product"
+BY_PANELS = "for the application's product"
 
 
 def shown(call, **more):

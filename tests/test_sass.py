@@ -177,7 +177,7 @@ def test_each_fault_is_reported(sass):
 def test_wgmma_that_waits_for_the_one_before_is_a_fault(machine_code, sass):
     def kernel(*operands):
         code = tuple(machine_code.Instruction(16 * i, "", "HGMMA.64x64x16", each) for i, each in enumerate(operands))
-        return machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 64>", "sm_90a", code, 168, 0)
+        return machine_code.Kernel("wgmma_gemm_kernel<Bf16, WgmmaRows, 64>", "sm_90a", code, 168, 0)
 
     together, apart = kernel("R24, R152, gdesc[UR8], R24", "R24, gsb0"), kernel("R24, gsb0", "R24, gsb0")
     assert "serialized" not in sass.figures(together)

@@ -237,7 +237,7 @@ def count(code: Sequence[Instruction], *kinds: str) -> int:
 # Kernels with two loops: one with vector loads, and one for the elements that these cannot reach.
 IN_VECTORS = r"(dequantize|panel|concatenate|check|update)_kernel<"
 # {kernel whose main loop is inside another loop: turns of the main loop in one of the other}. The outer turn counts.
-NESTED = {r"thin_gemm_kernel<": 2}
+NESTED = {r"small_m_gemm_kernel<": 2}
 
 
 def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:

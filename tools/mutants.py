@@ -6,7 +6,7 @@ the text to find, which occurs once in the file, and its replacement. This progr
 tree itself, and builds and runs the suite. The exit status is 1 if a mutant survives: then a test is missing.
 
     python tools/mutants.py                  all of them (make mutants)
-    python tools/mutants.py --sample         a few that are built and tested in seconds, as `make test` does
+    python tools/mutants.py --sample         a few that are built and tested in seconds, as `make test-all` does
     python tools/mutants.py --only low_rank  those whose file or description contains this text
     python tools/mutants.py --new --output   those that the report lacks, after an interrupted run
     python tools/mutants.py --check          build nothing; check that each mutant still fits the tree

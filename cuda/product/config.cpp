@@ -1,6 +1,7 @@
 #include "product/config.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
@@ -9,12 +10,10 @@
 #include <string_view>
 
 #include "common/layout.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native {
 namespace {
-
-// How many blocks of the kernel for few rows an SM holds. Each has a table of the codebook of 32 KB.
-constexpr std::int64_t kGemvBlocksPerSm = 2;
 
 // Whether more than an eighth of a dimension that is cut into parts of `large` would be zeros which parts of `small` do
 // not need.
@@ -25,120 +24,145 @@ bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
 }
 
 // How many rows each weight multiplies, on average.
-std::int64_t rows_of_weight(const ProductShape& shape) {
-  return shape.own_weights ? ceil_div(shape.rows, shape.groups) : shape.rows;
+std::int64_t rows_per_weight(const ProductShape& shape) {
+  return shape.group_weights ? ceil_div(shape.rows, shape.groups) : shape.rows;
 }
+std::int64_t count_row_tiles(const ProductShape& shape, int tile_rows) {
+  return max_row_tiles(shape.rows, shape.group_weights ? shape.groups : 1, tile_rows);
+}
+// Groups have kernels for vectors, and the general one.
+bool has_layout_of_kernels(const ProductShape& shape) {
+  return !shape.small_blocks && (shape.groups == 0 || shape.aligned);
+}
+
+// Counts tiles and the steps of each, and divides all steps among the blocks.
+void divide_steps(const ProductShape& shape, int step, GemmConfig& config) {
+  config.steps = static_cast<int>(ceil_div(shape.inner, step));
+  config.row_tiles = 1;
+  config.tiles = ceil_div(shape.cols, config.tile_cols);
+  config = config.with_row_tiles(count_row_tiles(shape, config.tile_rows));
+}
+
+// ---- gemv
+// ------------------------------------------------------------------------------------------------------------
 
 // Whether a weight has so few rows that reading it is all that matters. The limit for the average of groups is half of
 // kGemvRows, so that few groups have more than that.
-bool has_few_rows(const ProductShape& shape) {
-  return rows_of_weight(shape) <= (shape.own_weights ? kGemvRows / 2 : kGemvRows);
+bool reads_take_longest(const ProductShape& shape) {
+  return rows_per_weight(shape) <= (shape.group_weights ? kGemvRows / 2 : kGemvRows);
 }
 
-// Whether a tile of many rows is to be the tall one. In a group, half of the last tile is zeros on average.
-bool fills_tall_tiles(const ProductShape& shape) {
+GemvConfig gemv_config(const ProductShape& shape) {
+  constexpr std::int64_t kBlocksPerSm = 2;  // each has a table of the codebook of 32 KB
+  const std::int64_t tiles = count_row_tiles(shape, kGemvRows) * ceil_div(shape.cols, kGemvCols);
+  return {.aligned = shape.aligned, .blocks = static_cast<int>(std::min(kBlocksPerSm * shape.num_sms, tiles))};
+}
+
+// ---- gemm
+// ------------------------------------------------------------------------------------------------------------
+
+// Up to how many rows small_m.cuh is for. With groups it has no registers for more. It multiplies with one adapter
+// after another, while gemm.cuh takes several in a step.
+int max_small_m(const ProductShape& shape) {
+  constexpr std::int64_t kMaxAdapters = 4;
+  if (shape.groups == 0) return kMaxSmallM;
+  return shape.group_weights || shape.groups <= kMaxAdapters ? kMaxSmallM / 2 : 0;
+}
+
+// Whether tiles of 256 rows leave few of them empty. In a group, half of the last tile is zeros on average.
+bool fills_256_rows(const ProductShape& shape) {
   constexpr std::int64_t kPart = 8;
-  if (shape.own_weights) return rows_of_weight(shape) >= kPart * kGemmTallRows / 2;
-  return !wastes(shape.rows, kGemmTallRows, kGemmManyRows);
+  if (shape.group_weights) return rows_per_weight(shape) >= kPart * 256 / 2;
+  return !wastes(shape.rows, 256, 128);
 }
 
-// Up to how many rows the thin kernel is for. With groups it has no registers for more. It multiplies with one adapter
-// after another, while the GEMM takes several in a step.
-int most_thin_rows(const ProductShape& shape) {
-  constexpr std::int64_t kFewAdapters = 4;
-  if (shape.groups == 0) return kGemmMiddleRows;
-  return shape.own_weights || shape.groups <= kFewAdapters ? kThinRows : 0;
-}
-
-// Few rows get the smallest tile that holds all of them, so that no tensor core multiplies zeros. Many rows get as tall
-// a tile as shared memory has room for, because each weight is decoded once for all rows of a tile. The tall tile keeps
-// the tensor cores busiest, and the wide one is next: warps of both have the same number of columns, so that they load
-// the left operand equally rarely.
+// Few rows get the smallest tile that holds all of them, so that no tensor core multiplies zeros. Many rows get a tile
+// of as many rows as shared memory has room for, because each weight is decoded once for all rows of a tile. That of
+// 256 rows keeps the tensor cores busiest, and that of 256 columns is next: warps of both have the same number of
+// columns, so that they load X equally rarely.
 void choose_tile(const ProductShape& shape, GemmConfig& config) {
   const auto choose = [&](int rows, int cols) {
     config.tile_rows = rows;
     config.tile_cols = cols;
   };
   const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
-  const std::int64_t rows = rows_of_weight(shape);
-  if (rows <= most_thin_rows(shape) && shape.aligned_64 && !shape.backward) {
-    config.thin = true;
-    return choose(rows <= kGemmFewRows ? kGemmFewRows : rows <= kThinRows ? kThinRows : kGemmMiddleRows, kGemmCols);
+  const std::int64_t rows = rows_per_weight(shape);
+  if (rows <= max_small_m(shape) && shape.aligned_64 && !shape.backward) {
+    config.small_m = true;
+    return choose(rows <= 16 ? 16 : rows <= 32 ? 32 : 64, kTileCols);
   }
-  if (rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
-  if (rows <= kGemmMiddleRows || !shape.aligned || !fits(kGemmManyRows, kGemmCols)) {
-    return choose(kGemmMiddleRows, kGemmCols);
-  }
-  if (fits(kGemmTallRows, kGemmCols) && fills_tall_tiles(shape)) return choose(kGemmTallRows, kGemmCols);
-  const bool wide = shape.aligned_64 && fits(kGemmManyRows, kGemmWideCols) && shape.groups == 0;
-  choose(kGemmManyRows, wide && !wastes(shape.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
+  if (rows <= 16) return choose(16, kTileCols);
+  if (rows <= 64 || !shape.aligned || !fits(128, kTileCols)) return choose(64, kTileCols);
+  if (fits(256, kTileCols) && fills_256_rows(shape)) return choose(256, kTileCols);
+  const bool wide = shape.aligned_64 && fits(128, kMaxTileCols) && shape.groups == 0;
+  choose(128, wide && !wastes(shape.cols, kMaxTileCols, kTileCols) ? kMaxTileCols : kTileCols);
 }
 
-// How many blocks with this tile an SM holds at once. An SM has 1 KB more shared memory than a
-// block may have, and keeps 1 KB of it for each block.
+// How many blocks with this tile an SM holds at once. An SM has 1 KB more shared memory than a block may have, and
+// keeps 1 KB of it for each block.
 int blocks_per_sm(const ProductShape& shape, const GemmConfig& config) {
   constexpr std::size_t kReserved = 1024;
-  const std::size_t bytes = kReserved + (config.thin ? thin_smem_bytes(config.tile_rows)
-                                                     : gemm_smem_bytes(config.tile_rows, config.tile_cols));
-  const int most = gemm_blocks(config.tile_rows);
-  return shape.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
+  const std::size_t bytes = kReserved + (config.small_m ? small_m_smem_bytes(config.tile_rows)
+                                                        : gemm_smem_bytes(config.tile_rows, config.tile_cols));
+  const int max_blocks = gemm_blocks_per_sm(config.tile_rows);
+  return shape.smem_bytes + kReserved >= static_cast<std::size_t>(max_blocks) * bytes ? max_blocks : 1;
 }
 
-// The size of a part if `count` is cut evenly: a multiple of `step`, and at most `most`.
-std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t step) {
-  return ceil_div(ceil_div(count, ceil_div(count, most)), step) * step;
+GemmConfig gemm_config(const ProductShape& shape) {
+  GemmConfig config{.aligned = shape.aligned, .grouped = shape.groups > 0};
+  choose_tile(shape, config);
+  config.blocks = blocks_per_sm(shape, config) * shape.num_sms;
+  divide_steps(shape, config.small_m ? kSmallMStep : kGemmStep, config);
+  return config;
 }
 
-// The share of time in which an SM has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of
-// these columns are multiplied at a time.
-double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int num_sms) {
-  const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, num_sms); };
-  const std::int64_t all = cols / part * waves(rows * part) + waves(rows * (cols % part));
-  return static_cast<double>(rows * cols) / static_cast<double>(all * num_sms);
-}
+// ---- wgmma: cycles of an H100 ---------------------------------------------------------------------------------------
+//
+// All figures are in 16 cycles. They are an estimate that no GPU has confirmed.
 
-// Chooses panels, unless their products are too small for the device. cuBLAS's tiles are 128 x 128, one for each
-// SM. Where more than a quarter of the SMs has none, the dense product does not reach 73 % of
-// its rate (kFusedRows) either. Among the panels that memory allows, this takes the smallest whose products keep 95 %
-// of the SMs busy, or else those that keep the most busy.
-std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
-  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masked || shape.groups > 0) return std::nullopt;
-  PanelsConfig config;
-  config.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kPanelCopiedRows, kPanelCols);
-  const std::int64_t column_elements = panel_column_elements(shape.inner, shape.rank);
-  const std::int64_t tile_bytes = kPanelCols * column_elements * static_cast<std::int64_t>(size_of(shape.dtype));
-  const std::int64_t col_tiles = ceil_div(shape.cols, kPanelCols);
-  constexpr double kEnough = 0.95, kLeast = 0.75;
-  double best = 0.0;
-  for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
-       tiles * tile_bytes <= kPanelMostBytes && best < kEnough; ++tiles) {
-    const std::int64_t panel_tiles = even_part(col_tiles, tiles, 1);
-    const double busy =
-        busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, panel_tiles, shape.num_sms);
-    if (busy > best) {
-      best = busy;
-      config.cols = panel_tiles * kPanelCols;
-    }
-    if (tiles >= col_tiles) break;
+// The tiles of wgmma, and how long a step of one takes at least:
+//
+//   forward, backward   decoding, counted from the machine code for sm_90a: the largest of shared memory (128 bytes a
+//                       cycle), issue (4 instructions of a warp a cycle), and ALU (64 results of integer and logic
+//                       instructions a cycle: CUDA C++ Programming Guide, "Throughput of native arithmetic
+//                       instructions")
+//   alone, in_pair      what else may bound it, for a block alone and for one of a pair: the tensor cores (2048
+//                       multiply-adds a cycle), or L2, which gives all SMs 6.65 TB/s at 1.755 GHz (openxla/xla,
+//                       gpu_dot_fusion_cost_model.cc), and is assumed to give each at most 64 bytes a cycle
+constexpr struct WgmmaTileCycles {
+  int rows;
+  std::int64_t forward, backward, alone, in_pair;
+
+  std::int64_t step_cycles(bool is_backward, bool pairs) const {
+    return std::max(is_backward ? backward : forward, pairs ? in_pair : alone);
   }
-  if (best >= kLeast) return config;
-  return std::nullopt;
-}
+} kWgmmaTiles[] = {
+    {16, 26, 23, 14, 11}, {32, 25, 26, 18, 13}, {64, 27, 30, 27, 19}, {128, 39, 40, 45, 38}, {256, 71, 78, 81, 77}};
 
-// Counts tiles and the steps of each, and shares out all steps among the blocks.
-void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
-  config.steps = static_cast<int>(ceil_div(shape.inner, step));
-  config.row_tiles = 1;
-  config.tiles = ceil_div(shape.cols, config.tile_cols);
-  config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
-}
+// Exchanges of partial sums. A load takes 291 cycles from L2 and 700 from DRAM (github.com/markdewing/AI_kernels,
+// latency/README.md). From the shared memory of other blocks it takes 200, and all SMs of an H800 PCIe, 114 at 1.755
+// GHz, load 3.3 TB/s so in clusters of 2, and 2.65 TB/s in clusters of 4 (Luo et al., arXiv 2501.12084). For 8 the rate
+// is assumed to fall once more as it does from 2 to 4, and stores to be as fast as loads.
+//
+// In a cluster: a barrier and the latency, and for each 16 rows the time of storing the partial sums into the shared
+// memory of other blocks.
+constexpr std::int64_t kExchangeCycles = 25;
+constexpr struct {
+  int blocks;
+  std::int64_t cycles_per_16_rows;
+} kClusters[] = {{2, 16}, {4, 29}, {8, 42}};
+// The barrier of pairs before the first step.
+constexpr std::int64_t kPairBarrierCycles = 13;
+// By stream-K, in steps: a launch clears the flags, the partial sums go to L2, and the block that has the tile's
+// beginning adds those of one run after another, which takes so much more for each two runs.
+constexpr std::int64_t kStreamKSteps = 6, kStreamKStepsPerTwoRuns = 3;
 
-// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 SMs,
-// so that clusters of 4 or 8 may leave 2 of 18 idle.
-int clusters_at_once(int blocks_of_cluster, int num_sms) {
+// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 SMs, so that
+// clusters of 4 or 8 may leave 2 of 18 idle.
+int clusters_at_once(int blocks_per_cluster, int num_sms) {
   constexpr int kTogether = 16;
-  if (blocks_of_cluster <= 2) return num_sms / blocks_of_cluster;
-  return num_sms / kTogether * (kTogether / blocks_of_cluster);
+  if (blocks_per_cluster <= 2) return num_sms / blocks_per_cluster;
+  return num_sms / kTogether * (kTogether / blocks_per_cluster);
 }
 
 // How many tiles the device has at once, if `cluster` blocks share each.
@@ -147,110 +171,67 @@ std::int64_t tiles_at_once(int cluster, bool pairs, int num_sms) {
   return std::int64_t{clusters_at_once(cluster * tiles, num_sms)} * tiles;
 }
 
-// The tiles of wgmma, and how long a step of one takes at least, in 16 cycles of an H100. No GPU has confirmed it.
-//
-//   forward, backward   decoding, counted from the machine code for sm_90a: the largest of shared memory (128 bytes a
-//                       cycle), issue (4 instructions of a warp a cycle), and ALU (64 results of integer and logic
-//                       instructions a cycle: CUDA C++ Programming Guide, "Throughput of native arithmetic
-//                       instructions")
-//   alone, in_pair      what else may bound it, for a block alone and for one of a pair: the tensor cores (2048
-//                       multiply-adds a cycle), or L2, which gives all multiprocessors 6.65 TB/s at 1.755 GHz (openxla/
-//                       xla, gpu_dot_fusion_cost_model.cc), and is assumed to give each at most 64 bytes a cycle
-constexpr struct HopperTileTimes {
-  int rows;
-  std::int64_t forward, backward, alone, in_pair;
-
-  std::int64_t of_step(bool is_backward, bool pairs) const {
-    return std::max(is_backward ? backward : forward, pairs ? in_pair : alone);
-  }
-} kHopperTiles[] = {{kGemmFewRows, 26, 23, 14, 11},
-                    {kThinRows, 25, 26, 18, 13},
-                    {kGemmMiddleRows, 27, 30, 27, 19},
-                    {kGemmManyRows, 39, 40, 45, 38},
-                    {kGemmTallRows, 71, 78, 81, 77}};
-
-// HopperConfig::cluster, and how long the slowest block then takes, in 16 cycles.
-struct HopperSharing {
+// WgmmaConfig::cluster, and how long the slowest block then takes.
+struct TileSharing {
   int cluster;
-  std::int64_t time;
+  std::int64_t cycles;
 };
 
-// Chooses what takes the slowest block the least time, on an H100. A load takes 291 cycles from L2 and 700 from DRAM
-// (github.com/markdewing/AI_kernels, latency/README.md). From the shared memory of other blocks it takes 200, and all
-// multiprocessors of an H800 PCIe, 114 at 1.755 GHz, load 3.3 TB/s so in clusters of 2, and 2.65 TB/s in clusters of 4
-// (Luo et al., arXiv 2501.12084). For 8 the rate is assumed to fall once more as it does from 2 to 4, and stores to be
-// as fast as loads.
+// Chooses what takes the slowest block the least time:
 //
-//   steps              as many as the block has
-//   results            8 cycles for each row, shared by the blocks of a cluster
-//   sums of dX         each of two warpgroups gives half of its sums to the other through shared memory; in a tall tile
-//                      each has half as many, and in a cluster they exchange none of these
-//   exchange of sums   in a cluster, 25 for a barrier and a latency, and for each 16 rows the time of storing the sums
-//                      into the shared memory of other blocks. To add them takes 4 for each 16 rows. Only those of the
-//                      last turn are added and stored when no others are on their way. Between runs, 6 steps, and 3 for
-//                      two more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
-//                      beginning adds those of one run after another
-//   pairs              a barrier of the cluster before the first step
-HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool backward, bool pairs, int num_sms) {
-  constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
-  constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13;
-  constexpr struct {
-    int blocks;
-    std::int64_t of_16_rows;
-  } kClusters[] = {{2, 16}, {4, 29}, {8, 42}};
-  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier : 0;
-  const bool shares_steps = hopper_shares_steps(runs.tile_rows);
-  const std::int64_t of_warpgroups = !backward ? 0 : shares_steps ? rows / 2 : rows / 4;
+//   steps               as many as the block has
+//   results             8 cycles for each row, divided among the blocks of a cluster
+//   warpgroups of dX    each gives half of its accumulators to the other through shared memory; with 256 rows each has
+//                       half as many, and in a cluster they exchange none of these
+//   partial sums        in a cluster, to store them, and to add them, 4 for each 16 rows. Only those of the last round
+//                       are added and stored when no others are on their way
+TileSharing choose_sharing(const GemmConfig& runs, std::int64_t step_cycles, bool backward, bool pairs, int num_sms) {
+  const std::int64_t rows = runs.tile_rows, result_cycles = rows / 2, pair_cycles = pairs ? kPairBarrierCycles : 0;
+  const bool splits_steps = wgmma_splits_steps(runs.tile_rows);
+  const std::int64_t warpgroup_cycles = !backward ? 0 : splits_steps ? rows / 2 : rows / 4;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, num_sms));
-  HopperSharing best = {1, waves * (runs.steps * of_step + results + of_warpgroups) + of_pairs};
-  const auto consider = [&](int cluster, std::int64_t time) {
-    if (time < best.time) best = {cluster, time};
+  TileSharing best = {1, waves * (runs.steps * step_cycles + result_cycles + warpgroup_cycles) + pair_cycles};
+  const auto consider = [&](int cluster, std::int64_t cycles) {
+    if (cycles < best.cycles) best = {cluster, cycles};
   };
   if (!pairs) {
-    const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
-    const std::int64_t of_exchange = others == 0 ? 0 : kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2;
+    const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.steps_per_block) : 0;
+    const std::int64_t exchange_steps = others == 0 ? 0 : kStreamKSteps + kStreamKStepsPerTwoRuns * others / 2;
     const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{num_sms});
-    consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * (results + of_warpgroups));
+    consider(0, (runs.steps_per_block + (runs.extra_steps > 0) + exchange_steps) * step_cycles +
+                    tiles * (result_cycles + warpgroup_cycles));
   }
-  for (const auto& [blocks, of_16_rows] : kClusters) {
+  for (const auto& [blocks, cycles_per_16_rows] : kClusters) {
     // Each block must have a step.
-    if (blocks * (pairs ? 2 : 1) > kHopperMostCluster || blocks > runs.steps) break;
+    if (blocks * (pairs ? 2 : 1) > kMaxCluster || blocks > runs.steps) break;
     if (runs.tiles > tiles_at_once(blocks, pairs, num_sms)) break;
-    const std::int64_t of_turn = (rows / 4 + results / blocks) / hopper_turns(runs.tile_rows, blocks);
-    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step +
-                         (shares_steps ? of_warpgroups : 0) + kOfExchange + rows / 16 * of_16_rows + of_turn +
-                         of_pairs);
+    const std::int64_t round_cycles = (rows / 4 + result_cycles / blocks) / reduce_rounds(runs.tile_rows, blocks);
+    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * step_cycles +
+                         (splits_steps ? warpgroup_cycles : 0) + kExchangeCycles + rows / 16 * cycles_per_16_rows +
+                         round_cycles + pair_cycles);
   }
   return best;
 }
 
-// Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
-// more rows, smaller ones occupy more SMs, and pairs of blocks load rows once for two tiles.
-std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
-  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
-  if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
-  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tma_can_load) return std::nullopt;
-  if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
-  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
-  if (shape.smem_bytes < hopper_smem_bytes(kGemmTallRows)) return std::nullopt;
-  const auto allows = [&](bool pairs) {
-    return shape.num_sms == 1 ? !pairs : shape.hopper_pairs.value_or(pairs) == pairs;
-  };
-  HopperConfig best;
-  std::int64_t least = std::numeric_limits<std::int64_t>::max();
-  for (const auto& tile : kHopperTiles) {
-    if (shape.hopper_rows != 0 && tile.rows != shape.hopper_rows) continue;
+// Chooses the tile that takes the slowest block the least time: tiles of more rows decode each weight for more rows,
+// smaller ones occupy more SMs, and pairs of blocks load rows once for two tiles.
+WgmmaConfig wgmma_config(const ProductShape& shape, int tile_rows, const std::optional<bool>& forced_pairs) {
+  const auto allows = [&](bool pairs) { return shape.num_sms == 1 ? !pairs : forced_pairs.value_or(pairs) == pairs; };
+  WgmmaConfig best;
+  std::int64_t min_cycles = std::numeric_limits<std::int64_t>::max();
+  for (const auto& tile : kWgmmaTiles) {
+    if (tile_rows != 0 && tile.rows != tile_rows) continue;
     for (const bool pairs : {false, true}) {
       if (!allows(pairs)) continue;
-      HopperConfig config{
-          .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.num_sms},
+      WgmmaConfig config{
+          .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kTileCols, .blocks = shape.num_sms},
           .pairs = pairs};
-      share_steps(shape, kGemmStep, config.gemm);
-      if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kGemmCols}) % 2 * config.gemm.row_tiles;
-      const auto [cluster, time] =
-          hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), shape.backward, pairs, shape.num_sms);
-      if (time >= least) continue;
-      least = time;
+      divide_steps(shape, kGemmStep, config.gemm);
+      if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kTileCols}) % 2 * config.gemm.row_tiles;
+      const std::int64_t step_cycles = tile.step_cycles(shape.backward, pairs);
+      const auto [cluster, cycles] = choose_sharing(config.gemm, step_cycles, shape.backward, pairs, shape.num_sms);
+      if (cycles >= min_cycles) continue;
+      min_cycles = cycles;
       config.cluster = cluster;
       best = config;
     }
@@ -258,11 +239,70 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (best.cluster == 0) return best;
   const std::int64_t at_once = tiles_at_once(best.cluster, best.pairs, shape.num_sms);
   best.gemm.blocks = static_cast<int>(std::min(best.gemm.tiles, at_once) * best.cluster);
-  best.gemm.share = best.gemm.rest = 0;
+  best.gemm.steps_per_block = best.gemm.extra_steps = 0;
   return best;
 }
 
-// Whether wgmma is faster than panels, where both can compute a product: by the times above, for an H100 and an H200,
+// ---- panels
+// ----------------------------------------------------------------------------------------------------------
+
+// Products of up to this many rows go to the kernels that decode while they multiply. Decoding takes as long as 331
+// rows of an H100's dense product. Where nothing hides it, M rows therefore reach M / (M + 331) of that product's rate:
+// 70 % at 768. The best published kernel that decodes while it multiplies reaches 73 %, from 1024 rows on.
+constexpr std::int64_t kMaxFusedRows = 768;
+
+// The size of a part if `count` is cut evenly: a multiple of `step`, and at most `max_size`.
+std::int64_t even_part(std::int64_t count, std::int64_t max_size, std::int64_t step) {
+  return ceil_div(ceil_div(count, ceil_div(count, max_size)), step) * step;
+}
+
+// The fraction of time in which an SM has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of these
+// columns are multiplied at a time.
+double sm_utilization(std::int64_t rows, std::int64_t cols, std::int64_t part, int num_sms) {
+  const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, num_sms); };
+  const std::int64_t all = cols / part * waves(rows * part) + waves(rows * (cols % part));
+  return static_cast<double>(rows * cols) / static_cast<double>(all * num_sms);
+}
+
+std::int64_t panel_tile_bytes(const ProductShape& shape) {
+  const auto element_bytes = static_cast<std::int64_t>(size_of(shape.dtype));
+  return kPanelCols * panel_column_elements(shape.inner, shape.rank) * element_bytes;
+}
+
+struct ChosenPanels {
+  PanelsConfig config;
+  double utilization;
+};
+
+// cuBLAS's tiles are 128 x 128, one for each SM. Among the panels that memory allows, this takes the smallest whose
+// products keep 95 % of the SMs busy, or else those that keep the most busy.
+ChosenPanels choose_panels(const ProductShape& shape) {
+  constexpr double kEnough = 0.95;
+  ChosenPanels best{{.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kMaxConcatenatedRows, kPanelCols)},
+                    0.0};
+  const std::int64_t tile_bytes = panel_tile_bytes(shape), col_tiles = ceil_div(shape.cols, kPanelCols);
+  const std::int64_t row_tiles = ceil_div(std::min(best.config.rows, shape.rows), kPanelCols);
+  for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
+       tiles * tile_bytes <= kMaxPanelBytes && best.utilization < kEnough; ++tiles) {
+    const std::int64_t panel_tiles = even_part(col_tiles, tiles, 1);
+    const double utilization = sm_utilization(row_tiles, col_tiles, panel_tiles, shape.num_sms);
+    if (utilization > best.utilization) {
+      best.utilization = utilization;
+      best.config.cols = panel_tiles * kPanelCols;
+    }
+    if (tiles >= col_tiles) break;
+  }
+  return best;
+}
+
+// Whether panels are faster than gemm. Where more than a quarter of the SMs has no tile of cuBLAS, the dense product
+// does not reach 73 % of its rate (kMaxFusedRows) either.
+bool panels_beat_gemm(const ProductShape& shape) {
+  constexpr double kMinUtilization = 0.75;
+  return shape.rows > kMaxFusedRows && choose_panels(shape).utilization >= kMinUtilization;
+}
+
+// Whether wgmma is faster than panels, where both can compute a product: by the cycles above, for an H100 and an H200,
 // over 18 weights of 1024 ... 28672 rows and columns. A launch takes 1 us, and the dense product has the 790 TFLOP/s
 // that were measured of cuBLAS. No GPU has confirmed it.
 //
@@ -274,67 +314,95 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
 // of 3.35 TB/s an element, for which the dense product computes 2 * cols of 790 TFLOP/s. So the copy takes 472 / cols
 // of its time. wgmma spends the adapter's step, its waits for B and the store of the result once a tile: 3.1 steps of
 // the tile's inner / 64, which are 201 / inner of its time. The copy takes more if cols <= 2.3 * inner.
-bool beats_panels(const ProductShape& shape) {
-  constexpr std::int64_t kRows = 2048, kLong = 3072, kLongWithAdapter = 2048;
-  if (shape.rows <= kRows) return shape.inner >= (shape.rank > 0 ? kLongWithAdapter : kLong);
+bool wgmma_beats_panels(const ProductShape& shape) {
+  constexpr std::int64_t kRows = 2048, kMinInner = 3072, kMinInnerWithAdapter = 2048;
+  if (shape.rows <= kRows) return shape.inner >= (shape.rank > 0 ? kMinInnerWithAdapter : kMinInner);
   return shape.rank > 0 && shape.cols <= 2 * shape.inner;
+}
+
+bool is_wgmma_tile(int rows) {
+  return std::any_of(std::begin(kWgmmaTiles), std::end(kWgmmaTiles),
+                     [&](const auto& tile) { return tile.rows == rows; });
 }
 
 }  // namespace
 
-ProductConfig product_config(const ProductShape& shape) {
-  const std::optional<HopperConfig> hopper = by_wgmma(shape);
-  if (hopper && shape.hopper == HopperUse::wherever_it_can) return *hopper;
-  const bool grouped = shape.groups > 0;
-  const bool is_compiled = !grouped || shape.aligned;  // groups have kernels for vectors, and the general one
-  if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_compiled) {
-    const std::int64_t most = kGemvBlocksPerSm * shape.num_sms;
-    const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
-    const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
-    return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
+// ---- the choice
+// ------------------------------------------------------------------------------------------------------
+
+bool supports_gemv(const ProductShape& shape) {
+  return !shape.backward && has_layout_of_kernels(shape) && (shape.group_weights || shape.rows <= kGemvRows);
+}
+// fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
+bool supports_gemm(const ProductShape& shape) {
+  return shape.dtype != DType::f32 && shape.bits == 4 && has_layout_of_kernels(shape) &&
+         shape.reserved_smem_bytes <= kMaxReservedSmem;
+}
+bool supports_wgmma(const ProductShape& shape) {
+  constexpr std::int64_t kMaxCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
+  return shape.has_wgmma && shape.groups == 0 && shape.dtype != DType::f32 && shape.bits == 4 && shape.aligned_64 &&
+         shape.tma_can_load && std::max({shape.rows, shape.cols, shape.inner}) <= kMaxCoordinate - kMaxTileRows &&
+         shape.reserved_smem_bytes <= kMaxReservedSmem && shape.smem_bytes >= wgmma_smem_bytes(kMaxTileRows);
+}
+bool supports_panels(const ProductShape& shape) {
+  return shape.has_dense_gemm && !shape.masked && shape.groups == 0 && shape.rows > 0 && shape.cols > 0 &&
+         panel_tile_bytes(shape) <= kMaxPanelBytes;
+}
+
+ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced) {
+  using Kernel = KernelOverride::Kernel;
+  const bool gemv = supports_gemv(shape), wgmma = supports_wgmma(shape), panels = supports_panels(shape);
+  const bool gemm = supports_gemm(shape);
+  if (forced) {
+    if (forced->kernel == Kernel::general) return GeneralConfig{};
+    if (forced->kernel == Kernel::gemv && gemv) return gemv_config(shape);
+    if (forced->kernel == Kernel::gemm && gemm) return gemm_config(shape);
+    if (forced->kernel == Kernel::wgmma && wgmma) return wgmma_config(shape, forced->tile_rows, forced->pairs);
+    if (forced->kernel == Kernel::panels && panels) return choose_panels(shape).config;
   }
-  const std::optional<PanelsConfig> panels = by_panels(shape);
-  if (panels && !(hopper && beats_panels(shape))) return *panels;
-  if (hopper) return *hopper;
-  // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
-  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_compiled) return GeneralConfig{};
-  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // no device so far keeps as much
-  GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
-  choose_tile(shape, config);
-  config.blocks = blocks_per_sm(shape, config) * shape.num_sms;
-  share_steps(shape, config.thin ? kThinStep : kGemmStep, config);
-  return config;
+  if (gemv && reads_take_longest(shape)) return gemv_config(shape);
+  if (panels && panels_beat_gemm(shape) && !(wgmma && wgmma_beats_panels(shape))) return choose_panels(shape).config;
+  if (wgmma) return wgmma_config(shape, 0, std::nullopt);
+  if (gemm) return gemm_config(shape);
+  return GeneralConfig{};
 }
 
-HopperUse asked_hopper_use(bool is_hopper) {
-  if (!is_hopper) return HopperUse::none;
-  const char* asked = std::getenv("QLN_FORCE_HOPPER");
-  if (asked == nullptr) return HopperUse::where_it_wins;
-  return *asked == '0' ? HopperUse::none : HopperUse::wherever_it_can;
-}
-
-int asked_hopper_rows() {
-  const char* asked = std::getenv("QLN_FORCE_HOPPER");
-  const int rows = asked == nullptr ? 0 : std::atoi(asked);
-  const bool is_tile = std::any_of(std::begin(kHopperTiles), std::end(kHopperTiles),
-                                   [&](const auto& tile) { return tile.rows == rows; });
-  return is_tile ? rows : 0;
-}
-
-std::optional<bool> asked_hopper_pairs() {
-  const char* asked = std::getenv("QLN_FORCE_HOPPER");
-  const std::string_view text = asked == nullptr ? "" : asked;
-  if (text.ends_with(",pairs")) return true;
-  if (text.ends_with(",alone")) return false;
-  return std::nullopt;
+std::optional<KernelOverride> forced_kernel() {
+  using Kernel = KernelOverride::Kernel;
+  const char* const value = std::getenv("QLN_FORCE_KERNEL");
+  if (value == nullptr || *value == '\0') return std::nullopt;
+  std::string_view text = value;
+  if (text == "general") return KernelOverride{Kernel::general};
+  if (text == "gemv") return KernelOverride{Kernel::gemv};
+  if (text == "gemm") return KernelOverride{Kernel::gemm};
+  if (text == "panels") return KernelOverride{Kernel::panels};
+  constexpr std::string_view kWgmma = "wgmma", kPairs = ",pairs", kAlone = ",alone";
+  if (text.starts_with(kWgmma)) {
+    KernelOverride forced{Kernel::wgmma};
+    text.remove_prefix(kWgmma.size());
+    if (text.ends_with(kPairs) || text.ends_with(kAlone)) {
+      forced.pairs = text.ends_with(kPairs);
+      text.remove_suffix(kPairs.size());
+    }
+    if (text.empty()) return forced;
+    const char* const end = text.data() + text.size();
+    if (text.front() == ':' && std::from_chars(text.data() + 1, end, forced.tile_rows).ptr == end &&
+        is_wgmma_tile(forced.tile_rows)) {
+      return forced;
+    }
+  }
+  throw Unavailable(
+      "QLN_FORCE_KERNEL: expected general, gemv, gemm, wgmma[:ROWS][,pairs|,alone] with 16, 32, 64, 128 "
+      "or 256 rows, or panels, got \"" +
+      std::string(value) + "\"");
 }
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int num_sms) {
-  constexpr std::int64_t kLeastLength = 256;  // a shorter sum is mostly the exchange of its result
-  constexpr std::int64_t kBlocksPerSm = 2;    // a block has 256 threads with 128 registers
+  constexpr std::int64_t kMinLength = 256;  // a shorter sum is mostly the exchange of its result
+  constexpr std::int64_t kBlocksPerSm = 2;  // a block has 256 threads with 128 registers
   const std::int64_t blocks = kBlocksPerSm * num_sms;
-  const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
-  const std::int64_t parts = std::max<std::int64_t>(most, 1);
+  const std::int64_t max_parts = std::min(ceil_div(inner, kMinLength), tiles == 0 ? 1 : blocks / tiles);
+  const std::int64_t parts = std::max<std::int64_t>(max_parts, 1);
   const std::int64_t length = low_rank_length(inner, parts);
   return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
 }
@@ -343,46 +411,46 @@ namespace {
 
 std::string number(std::int64_t n) { return std::to_string(n); }
 
-std::string name_of_way(const ProductShape& shape, const GeneralConfig&) {
-  return shape.dtype == DType::f32 ? "CUDA cores" : "tensor cores, of decoded elements";
+std::string describe(const ProductShape& shape, const GeneralConfig&) {
+  return shape.dtype == DType::f32 ? "general, on CUDA cores" : "general, on tensor cores";
 }
-std::string name_of_way(const ProductShape&, const GemvConfig& config) {
-  return "GEMV, " + number(config.blocks) + " blocks";
+std::string describe(const ProductShape&, const GemvConfig& config) {
+  return "gemv, " + number(config.blocks) + " blocks";
 }
-std::string text_of_tiles(const GemmConfig& config) {
+std::string describe_tiles(const GemmConfig& config) {
   return number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" + number(config.tile_cols) + ", " +
          number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
 }
-std::string name_of_way(const ProductShape&, const GemmConfig& config) {
-  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_tiles(config);
+std::string describe(const ProductShape&, const GemmConfig& config) {
+  return (config.small_m ? "gemm, small M, " : "gemm, ") + describe_tiles(config);
 }
-std::string name_of_way(const ProductShape&, const HopperConfig& config) {
-  return "tensor cores by wgmma, " + text_of_tiles(config.gemm) +
+std::string describe(const ProductShape&, const WgmmaConfig& config) {
+  return "wgmma, " + describe_tiles(config.gemm) +
          (config.cluster > 1    ? " in clusters of " + number(config.cluster)
           : config.cluster == 1 ? " with whole tiles"
-                                : " in runs") +
+                                : " by stream-K") +
          (config.pairs ? ", in pairs" : "");
 }
-std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
+std::string describe(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +
-         " rows at once, for the host program's product";
+         " rows at once, for the application's product";
 }
 
 }  // namespace
 
-std::string text_of(const ProductShape& shape, const ProductConfig& config) {
-  const std::string groups =
-      shape.groups == 0 ? ""
-                        : ", rows in " + number(shape.groups) + (shape.own_weights ? " groups" : " groups of adapters");
+std::string describe(const ProductShape& shape, const ProductConfig& config) {
+  const std::string groups = shape.groups == 0 ? ""
+                                               : ", rows in " + number(shape.groups) +
+                                                     (shape.group_weights ? " groups" : " groups of adapters");
   return "[" + number(shape.rows) + ", " + number(shape.inner) + "] to [" + number(shape.rows) + ", " +
          number(shape.cols) + "] in " + name_of(shape.dtype) + ", " + number(shape.bits) + " bits" + groups + ", " +
          (shape.aligned ? "aligned" : "not aligned") + ", " + number(shape.num_sms) +
-         " SMs: " + std::visit([&](const auto& way) { return name_of_way(shape, way); }, config);
+         " SMs: " + std::visit([&](const auto& kernel) { return describe(shape, kernel); }, config);
 }
 
-void print_if_asked(const ProductShape& shape, const ProductConfig& config) {
-  const char* asked = std::getenv("QLN_PRINT_CONFIG");
-  if (asked != nullptr && *asked == '1') std::fprintf(stderr, "%s\n", text_of(shape, config).c_str());
+void log_product(const ProductShape& shape, const ProductConfig& config) {
+  const char* const value = std::getenv("QLN_PRINT_CONFIG");
+  if (value != nullptr && *value == '1') std::fprintf(stderr, "%s\n", describe(shape, config).c_str());
 }
 
 }  // namespace qlora_native

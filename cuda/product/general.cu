@@ -11,35 +11,35 @@ namespace {
 template <class T, bool kBackward>
 using Weight = std::conditional_t<kBackward, WeightColumns<T>, WeightRows<T>>;
 template <class T, bool kBackward>
-using Right = std::conditional_t<kBackward, LoraColumns<T>, LoraRows<T>>;
+using Lora = std::conditional_t<kBackward, LoraColumns<T>, LoraRows<T>>;
 
 template <class T, bool kBackward, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
     general_kernel(const __grid_constant__ Product p, const Weight<T, kBackward> weight,
-                   const Right<T, kBackward> right) {
+                   const Lora<T, kBackward> lora) {
   const std::int64_t col_tiles = product_col_tiles(p.cols);
   const std::int64_t j0 = block_index() % col_tiles * kProductTile;
   RowTile tile = {{block_index() / col_tiles * kProductTile, p.rows}, 0};
   if constexpr (kGrouped) tile = find_row_tile<kProductTile>(p.groups, p.rows, block_index() / col_tiles).tile;
   if (kGrouped && tile.is_empty()) return;
   const ProductPosition<T> position(tile.begin, tile.end, j0, p.cols);
-  const std::int64_t rank = kGrouped && tile.group < 0 ? 0 : p.low_rank.cols;
-  ProductSums sum = {};
-  const Rows<T> low_rank{{static_cast<const T*>(p.low_rank.data), p.low_rank.stride}};
-  const Rows<T> left{{static_cast<const T*>(p.left.data), p.left.stride}};
+  const std::int64_t rank = kGrouped && tile.group < 0 ? 0 : p.u.cols;
+  ProductAccumulators sum = {};
+  const Rows<T> u{{static_cast<const T*>(p.u.data), p.u.stride}};
+  const Rows<T> x{{static_cast<const T*>(p.x.data), p.x.stride}};
   if constexpr (kGrouped) {
-    accumulate(sum, position, low_rank, advanced(right, p.adapter_index(tile.group) * p.right_elements()), rank);
+    accumulate(sum, position, u, advanced(lora, p.adapter_index(tile.group) * p.lora_elements()), rank);
   } else {
-    accumulate(sum, position, low_rank, right, rank);
+    accumulate(sum, position, u, lora, rank);
   }
   if (kBackward && rank > 0) {
     const Dropout mask = p.dropout.with_seed();
     position.each(sum, [&](std::int64_t i, std::int64_t j, float& s) { s = mask.keeps(i, j) ? s : 0.0f; });
   }
   if constexpr (kGrouped) {
-    accumulate(sum, position, left, advanced(weight, p.weight_index(tile.group) * p.weight_elements()), p.inner);
+    accumulate(sum, position, x, advanced(weight, p.weight_index(tile.group) * p.weight_elements()), p.inner);
   } else {
-    accumulate(sum, position, left, weight, p.inner);
+    accumulate(sum, position, x, weight, p.inner);
   }
   const T* bias = kBackward ? nullptr : static_cast<const T*>(p.bias);
   if (kGrouped && bias != nullptr) bias += p.weight_index(tile.group) * p.cols;
@@ -51,21 +51,21 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 
 template <class T, bool kBackward>
 void launch_general(const Product& p, const Stream& stream) {
-  const std::int64_t stride = kBackward ? p.cols : p.low_rank.cols;
+  const std::int64_t stride = kBackward ? p.cols : p.u.cols;
   const Weight<T, kBackward> weight(p.weight);
-  const Right<T, kBackward> right{{p.right, p.right_dtype, stride, p.right_factor}};
-  const LaunchShape grid = product_grid(most_row_tiles(p.rows, p.groups.total(), kProductTile), p.cols);
+  const Lora<T, kBackward> lora{{p.lora, p.lora_dtype, stride, p.scaling}};
+  const LaunchShape grid = product_grid(max_row_tiles(p.rows, p.groups.total(), kProductTile), p.cols);
   if (p.groups.count > 0) {
-    launch<general_kernel<T, kBackward, true>>(grid, stream, p, weight, right);
+    launch<general_kernel<T, kBackward, true>>(grid, stream, p, weight, lora);
   } else {
-    launch<general_kernel<T, kBackward, false>>(grid, stream, p, weight, right);
+    launch<general_kernel<T, kBackward, false>>(grid, stream, p, weight, lora);
   }
 }
 
 }  // namespace
 
 void multiply(const Product& p, const GeneralConfig&, const Stream& stream) {
-  with_type(p.left.dtype,
+  with_type(p.x.dtype,
             [&]<class T>() { p.backward ? launch_general<T, true>(p, stream) : launch_general<T, false>(p, stream); });
 }
 

@@ -1,6 +1,7 @@
 // Multiplies two sources (sources.cuh) of any dtype and shape: sum over k of left(i, k) * right(j, k). A block of 256
-// threads computes 64x64 sums, 16 a thread. Both operands pass through shared memory in steps of 128 bytes along k, and
-// the next step is on its way while one is multiplied. Tensor cores multiply bf16 and fp16, CUDA cores fp32.
+// threads computes a tile of 64x64, 16 elements a thread. Both operands pass through shared memory in steps of 128
+// bytes along k, and the next step is loaded while one is multiplied. Tensor cores multiply bf16 and fp16, CUDA cores
+// fp32.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +13,8 @@
 namespace qlora_native::QLN_CUDA {
 
 constexpr int kProductThreads = 256;
-constexpr int kProductTile = 64;  // rows and columns of a block
-using ProductSums = float[4][4];  // a thread's
+constexpr int kProductTile = 64;          // rows and columns of a block
+using ProductAccumulators = float[4][4];  // a thread's
 template <class T>
 constexpr bool kOnTensorCores = sizeof(T) == 2;
 constexpr int kProductStepBytes = 128;
@@ -25,8 +26,8 @@ constexpr int kProductChain = 128;
 
 // Which elements of the result the block has, and which of these the thread has.
 //
-// On tensor cores a warp has 16 rows and 32 columns, and each sum[a] belongs to an mma fragment of 8 columns. On CUDA
-// cores a thread has 4x4 neighbours.
+// On tensor cores a warp has 16 rows and 32 columns, and each accumulator[a] belongs to an mma fragment of 8 columns.
+// On CUDA cores a thread has 4x4 adjacent elements.
 template <class T>
 struct ProductPosition {
   std::int64_t rows, cols;  // where the result ends
@@ -40,9 +41,9 @@ struct ProductPosition {
   }
   __device__ static int warp_row() { return thread_index() / kWarp % 4 * kMmaRows; }
   __device__ static int warp_col() { return thread_index() / kWarp / 4 * 32; }
-  // Calls f(i, j, sum) for each of the thread's sums that the result has.
+  // Calls f(i, j, sum) for each of the thread's elements that the result has.
   template <class F>
-  __device__ void each(ProductSums& sum, const F& f) const {
+  __device__ void each(ProductAccumulators& sum, const F& f) const {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
 #pragma unroll
@@ -57,7 +58,7 @@ struct ProductPosition {
 
 // ---- from global to shared memory -----------------------------------------------------------------------------------
 
-// A step of an operand: lines of eights, each of which is one 16-byte vector, or two in fp32. A line is a row i where
+// A step of an operand: lines of vec8s, each of which is one 16-byte vector, or two in fp32. A line is a row i where
 // the source's memory runs along k, and one k where it runs along i.
 constexpr int kProductVectors = kProductTile * kProductStepBytes / kVectorBytes;
 struct alignas(kProductStepBytes) ProductOperand {
@@ -78,19 +79,20 @@ struct OperandLines {
   static_assert(kCount * kVectors == kProductVectors);
   __device__ static int place(int line, int vector) {
     // ldmatrix reads a vector of each of eight lines. CUDA cores read a vector of every fourth line where a line is a
-    // row, and neighbouring vectors of one line where it is a k.
+    // row, and adjacent vectors of one line where it is a k.
     const int swizzle = kOnTensorCores<T> ? line % 8 : kAlongInner ? line / 4 % 8 : 0;
     return line * kVectors + (vector ^ swizzle);
   }
 };
 
-// A thread's share of an operand on its way from global to shared memory: one eight of every kLinesAtOnce-th line.
+// A thread's slice of an operand while it is loaded from global to shared memory: eight elements of every
+// kLinesAtOnce-th line.
 template <class Source>
-class PendingEights {
+class PendingVec8s {
  public:
-  // The share begins at k = `begin`; `inner` is where k ends.
-  __device__ PendingEights(const Source& source, std::int64_t i0, std::int64_t rows, std::int64_t begin,
-                           std::int64_t inner)
+  // The slice begins at k = `begin`; `inner` is where k ends.
+  __device__ PendingVec8s(const Source& source, std::int64_t i0, std::int64_t rows, std::int64_t begin,
+                          std::int64_t inner)
       : source_(source),
         i0_(i0),
         rows_(rows - i0 < kProductTile ? static_cast<int>(rows - i0) : kProductTile),
@@ -134,11 +136,11 @@ class PendingEights {
   using Element = typename Source::Element;
   using Lines = OperandLines<Element, Source::kAlongInner>;
   static constexpr int kStep = kProductStep<Element>;
-  static constexpr int kEights = Lines::kElements / kVecSize;  // of a line
-  static constexpr int kLinesAtOnce = kProductThreads / kEights;
+  static constexpr int kVec8s = Lines::kElements / kVecSize;  // of a line
+  static constexpr int kLinesAtOnce = kProductThreads / kVec8s;
   static constexpr int kCount = Lines::kCount / kLinesAtOnce;
-  __device__ static int line_of(int n) { return thread_index() / kEights + n * kLinesAtOnce; }
-  __device__ static int eight() { return thread_index() % kEights; }
+  __device__ static int line_of(int n) { return thread_index() / kVec8s + n * kLinesAtOnce; }
+  __device__ static int eight() { return thread_index() % kVec8s; }
   __device__ static int i_of(int n) { return Source::kAlongInner ? line_of(n) : eight() * kVecSize; }
   __device__ static int k_of(int n) { return Source::kAlongInner ? eight() * kVecSize : line_of(n); }
 
@@ -152,9 +154,8 @@ class PendingEights {
 
 // ---- on tensor cores ------------------------------------------------------------------------------------------------
 
-// How a warp loads an operand from shared memory: 16 rows and 16 of k at once, which ldmatrix hands out as four
-// matrices of 8x8. The second of these must have the other eight rows of the left operand, but the other eight k of the
-// right one.
+// How a warp loads an operand from shared memory: 16 rows and 16 of k at once, which ldmatrix loads as four matrices of
+// 8x8. The second of these must have the other eight rows of the left operand, but the other eight k of the right one.
 template <bool kAlongInner, bool kLeft>
 class TensorFragments {
  public:
@@ -165,8 +166,8 @@ class TensorFragments {
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
     constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Vec8);
     const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kVecSize;
-    // place() flips bits of a vector's number. The thread's first vector shares no set bit with `vectors`, so flipping
-    // these bits adds them.
+    // place() swizzles a vector's number by xor. The thread's first vector shares no set bit with `vectors`, so that
+    // xor adds them.
     const SharedAddress row = first_.at(stage + lines * kLineBytes).xor_swizzled(vectors * sizeof(Vec8));
     if constexpr (kAlongInner) {
       ldmatrix_x4(r, row);
@@ -186,14 +187,14 @@ class TensorFragments {
   const SharedAddress first_;
 };
 
-// Adds the products of a step to a warp's sums.
+// Adds the products of a step to a warp's accumulators.
 template <class T, class Left, class Right>
 class StepProduct {
  public:
   __device__ StepProduct(const ProductPosition<T>& position, const ProductStage& stage)
       : left_(stage.left, position.warp_row()), right_(stage.right, position.warp_col()) {}
   // Multiplies the stage that lies `stage` bytes behind the first.
-  __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
+  __device__ __forceinline__ void add_to(ProductAccumulators& sum, std::uint32_t stage) const {
 #pragma unroll
     for (unsigned k = 0; k < kProductStep<T>; k += kMmaInner) {
       std::uint32_t a[4];
@@ -223,17 +224,17 @@ class ScalarFragments {
   __device__ ScalarFragments(const ProductOperand& operand, int i0)
       : first_(&operand.at[kAlongInner ? Lines::place(i0, 0) : Lines::place(0, i0 / 4)]) {}
   // Loads from k on, a multiple of 4, of the operand that lies `stage` bytes behind the first.
-  __device__ __forceinline__ void load(float (&of)[4][4], std::uint32_t stage, unsigned k) const {
+  __device__ __forceinline__ void load(float (&values)[4][4], std::uint32_t stage, unsigned k) const {
     constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Vec8);
 #pragma unroll
     for (unsigned line = 0; line < 4; ++line) {
-      // Where lines are rows, place() flips bits of a vector's number, and flips the same bits for the four rows.
+      // Where lines are rows, place() swizzles a vector's number by xor, by the same bits for the four rows.
       const SharedAddress place = kAlongInner
                                       ? first_.at(stage).xor_swizzled(k / 4 * sizeof(Vec8)).at(line * kLineBytes)
                                       : first_.at(stage).at((k + line) * kLineBytes);
       const auto four = load_shared<Vector<float, 4>>(place);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) (kAlongInner ? of[line][i] : of[i][line]) = four.at[i];
+      for (int i = 0; i < 4; ++i) (kAlongInner ? values[line][i] : values[i][line]) = four.at[i];
     }
   }
 
@@ -247,7 +248,7 @@ class StepProduct<float, Left, Right> {
  public:
   __device__ StepProduct(const ProductPosition<float>& position, const ProductStage& stage)
       : left_(stage.left, position.row), right_(stage.right, position.col) {}
-  __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
+  __device__ __forceinline__ void add_to(ProductAccumulators& sum, std::uint32_t stage) const {
 #pragma unroll
     for (unsigned k0 = 0; k0 < kProductStep<float>; k0 += 4) {
       float l[4][4], r[4][4];
@@ -274,20 +275,20 @@ class StepProduct<float, Left, Right> {
 // total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8 where memory runs along
 // k.
 template <class T, class Left, class Right>
-__device__ void accumulate(ProductSums& total, const ProductPosition<T>& position, const Left& left, const Right& right,
-                           std::int64_t inner, std::int64_t begin = 0) {
+__device__ void accumulate(ProductAccumulators& total, const ProductPosition<T>& position, const Left& left,
+                           const Right& right, std::int64_t inner, std::int64_t begin = 0) {
   static_assert(std::is_same_v<typename Left::Element, T> && std::is_same_v<typename Right::Element, T>);
   constexpr int kStep = kProductStep<T>;
   ProductStage* const stages = dynamic_smem<ProductStage>();
   const StepProduct<T, Left, Right> product(position, *stages);
-  PendingEights<Left> next_left(left, position.i0, position.rows, begin, inner);
-  PendingEights<Right> next_right(right, position.j0, position.cols, begin, inner);
+  PendingVec8s<Left> next_left(left, position.i0, position.rows, begin, inner);
+  PendingVec8s<Right> next_right(right, position.j0, position.cols, begin, inner);
   const auto fetch = [&](std::int64_t rest) {  // how much of k is left
     const int step_inner = rest < kStep ? static_cast<int>(rest) : kStep;
     next_left.fetch(step_inner);
     next_right.fetch(step_inner);
   };
-  ProductSums sum = {};
+  ProductAccumulators sum = {};
   const auto end_chain = [&] {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
@@ -327,7 +328,7 @@ __device__ void accumulate(ProductSums& total, const ProductPosition<T>& positio
   end_chain();
 }
 
-// The grid has a block for each tile, and tiles of the same rows are neighbours.
+// The grid has a block for each tile, and tiles of the same rows are adjacent.
 constexpr std::int64_t product_col_tiles(std::int64_t cols) { return ceil_div(cols, kProductTile); }
 inline LaunchShape product_grid(std::int64_t row_tiles, std::int64_t cols) {
   return {row_tiles * product_col_tiles(cols), kProductThreads, kProductStages * sizeof(ProductStage)};

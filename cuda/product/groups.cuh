@@ -67,7 +67,7 @@ struct FoundTile {
 constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
 
 // Finds tile number `wanted` of the groups' rows, which are cut into tiles of kRows rows, group after group. All lanes
-// of a warp ask for the same tile, and each looks at one group of 32.
+// of a warp search for the same tile, and each reads one group of 32.
 template <int kRows>
 __device__ FoundTile find_row_tile(const Groups& groups, std::int64_t rows, std::uint32_t wanted) {
   const int lane = thread_index() % kWarp;

@@ -1,5 +1,5 @@
-// linear_forward and linear_backward_input: first the adapter's U or V, then the product, in the way that
-// product_config chooses.
+// linear_forward and linear_backward_input: first the adapter's U or V, then the product, by the kernel that
+// choose_product() chooses.
 #include "hooks.h"
 #include "product/low_rank.cuh"
 #include "product/product.cuh"
@@ -10,28 +10,26 @@ namespace {
 
 ProductShape shape_of(const Product& p, const Stream& stream) {
   const QuantizedWeightView& w = p.weight;
-  const bool vectors = rows_are_vectors(p.left, p.inner);
+  const bool vectors = rows_are_vectors(p.x, p.inner);
   // Whether 64 codes that begin at a multiple of 64 lie in one row, and share a scale.
   const bool by_64 = w.K % kGemmStep == 0 && w.blocksize >= kGemmStep;
   return {
       .rows = p.rows,
       .cols = p.cols,
       .inner = p.inner,
-      .dtype = p.left.dtype,
+      .dtype = p.x.dtype,
       .bits = w.bits,
       .backward = p.backward,
       .aligned = is_aligned(w) && vectors,
       .aligned_64 = is_aligned(w) && by_64 && vectors,
       .small_blocks = w.blocksize < kChunk,
-      .rank = p.low_rank.cols,
+      .rank = p.u.cols,
       .groups = p.groups.count,
-      .own_weights = p.own_weights,
-      .masked = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
-      .dense_gemm = hooks().dense_gemm != nullptr,
-      .hopper = hopper_use(stream),
-      .hopper_rows = asked_hopper_rows(),
-      .hopper_pairs = asked_hopper_pairs(),
-      .tma_can_load = tma_can_load(p.left, p.inner) && tma_can_load(p.low_rank, p.low_rank.cols),
+      .group_weights = p.group_weights,
+      .masked = p.backward && p.u.cols > 0 && p.dropout.threshold > 0,
+      .has_dense_gemm = hooks().dense_gemm != nullptr,
+      .has_wgmma = has_wgmma(stream),
+      .tma_can_load = tma_can_load(p.x, p.inner) && tma_can_load(p.u, p.u.cols),
       .num_sms = num_sms(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),
@@ -39,11 +37,11 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
 }
 
 void multiply(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
-  if (config.thin) return multiply_thin(product, config, counters, stream);
+  if (config.small_m) return multiply_small_m(product, config, counters, stream);
   product.backward ? multiply_backward(product, config, counters, stream)
                    : multiply_forward(product, config, counters, stream);
 }
-void multiply(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream) {
+void multiply(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream) {
   product.backward ? multiply_backward(product, config, counters, stream)
                    : multiply_forward(product, config, counters, stream);
 }
@@ -53,44 +51,44 @@ void multiply(const Product& product, const Config& config, Counters&, const Str
 }
 
 std::int64_t counters_of(const GemmConfig& config) { return config.counters(); }
-std::int64_t counters_of(const HopperConfig& config) { return config.gemm.counters(); }
+std::int64_t counters_of(const WgmmaConfig& config) { return config.gemm.counters(); }
 std::int64_t counters_of(const auto&) { return 0; }
 
 // Whether the kernel of the product waits for the one that makes U or V only where it reads them.
-bool programmatic_launch(const ProductConfig& config) {
+bool overlaps_low_rank(const ProductConfig& config) {
   return !std::holds_alternative<GeneralConfig>(config) && !std::holds_alternative<PanelsConfig>(config);
 }
 
 ProductConfig config_of(const Product& product, const Stream& stream) {
   const ProductShape shape = shape_of(product, stream);
-  const ProductConfig config = product_config(shape);
-  print_if_asked(shape, config);
+  const ProductConfig config = choose_product(shape, forced_kernel());
+  log_product(shape, config);
   return config;
 }
 
 // Multiplies, without an adapter.
 void multiply(const Product& product, const Stream& stream) {
   std::visit(
-      [&](const auto& way) {
-        Counters counters(counters_of(way), stream);
-        multiply(product, way, counters, stream);
+      [&](const auto& kernel_config) {
+        Counters counters(counters_of(kernel_config), stream);
+        multiply(product, kernel_config, counters, stream);
       },
       config_of(product, stream));
 }
-// Makes U or V, and multiplies. Each kernel may begin while the one before it runs, so nothing comes between them, and
-// the memory of all is kept until the last is launched.
+// Makes U or V, and multiplies. Each kernel may begin while the one before it runs, so nothing is launched between
+// them, and the memory of all is released after the last launch.
 template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& low_rank, const Product& product,
               const Stream& stream) {
   const ProductConfig config = config_of(product, stream);
   std::visit(
-      [&](const auto& way) {
+      [&](const auto& kernel_config) {
         // A product that takes tickets does so as it begins, which may be before the kernel before U or V has ended.
-        Counters counters(low_rank.counters() + counters_of(way), stream, counters_of(way) == 0);
+        Counters counters(low_rank.counters() + counters_of(kernel_config), stream, counters_of(kernel_config) == 0);
         const LowRankWorkspace workspace(low_rank, counters, stream);
         launch_low_rank(left, right, low_rank, workspace.memory(), counters.next_programmatic_launch(),
-                        programmatic_launch(config), stream);
-        multiply(product, way, counters, stream);
+                        overlaps_low_rank(config), stream);
+        multiply(product, kernel_config, counters, stream);
       },
       config);
 }

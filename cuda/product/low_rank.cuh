@@ -24,8 +24,8 @@ struct LowRankProduct {
   std::int64_t rows, inner;  // rows of out for one adapter, and length of the sum
   float scale;
   Groups groups;
-  std::int64_t right_elements;  // for U and V: how many elements an adapter's A or B has
-  std::int64_t row_tiles;       // of out
+  std::int64_t lora_elements;  // for U and V: how many elements an adapter's A or B has
+  std::int64_t row_tiles;      // of out
   LowRankSplit split;
 
   std::int64_t tiles() const { return row_tiles * product_col_tiles(out.cols); }
@@ -35,10 +35,10 @@ struct LowRankProduct {
 // What the blocks share that have a part of a tile each; null if no tile has several.
 struct LowRankMemory {
   float* partial_sums;     // one `out` for each part
-  std::uint32_t* arrived;  // by tile: how many parts are there
+  std::uint32_t* arrived;  // by tile: how many parts are stored
 };
 
-// A block's share of the product: a tile of out, and a part of its sum.
+// What a block computes: a tile of out, and a part of its sum.
 struct LowRankPart {
   std::int64_t i0, rows;   // in the adapter's rows of out: where the tile begins, and where they end
   std::int64_t adapter;    // -1: none
@@ -108,17 +108,17 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const LowRankPart part = part_of_block();
   if (kGrouped && part.i0 >= part.rows) return griddepcontrol_wait();
   const ProductPosition<typename Left::Element> position = position_of(part);
-  ProductSums sum = {};
+  ProductAccumulators sum = {};
   if constexpr (kGrouped && !kSumsOverRows) {
-    accumulate(sum, position, with_seed(left), advanced(right, part.adapter * p.right_elements), part.inner.end,
+    accumulate(sum, position, with_seed(left), advanced(right, part.adapter * p.lora_elements), part.inner.end,
                part.inner.begin);
   } else {
     accumulate(sum, position, with_seed(left), with_seed(right), part.inner.end, part.inner.begin);
   }
-  // The part is not kept through the sum but looked for once more, because registers would be short otherwise. In fp32
-  // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
-  constexpr bool kIsKept = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
-  const LowRankPart stored = kIsKept ? part : part_of_block();
+  // The part is not saved over the sum but searched for once more, because registers would be short otherwise. In fp32
+  // without groups, it is the search for a part of U or V that would make them short, so there the part is saved.
+  constexpr bool kIsSaved = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
+  const LowRankPart stored = kIsSaved ? part : part_of_block();
   position_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     const std::int64_t row = stored.first_row + i;
     if (p.split.parts == 1) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
       store_vector<float, 1>(memory.partial_sums + (stored.part * p.out.rows + row) * p.out.cols + j, {{s}});
     }
   });
-  griddepcontrol_wait();  // which clears the tickets
+  griddepcontrol_wait();  // for the kernel that clears the tickets
   if (p.split.parts > 1 && is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) {
     add_parts(p, memory.partial_sums, stored);
   }
@@ -138,16 +138,16 @@ inline LowRankProduct with_split(LowRankProduct product, std::int64_t inner, con
   product.split = low_rank_split(product.tiles(), inner, num_sms(stream));
   return product;
 }
-// U or V, as sums over the `inner` columns of X or dY. An adapter's A or B has `right_elements` elements.
-inline LowRankProduct low_rank_product(const Matrix& out, std::int64_t inner, float scale, std::int64_t right_elements,
+// U or V, as sums over the `inner` columns of X or dY. An adapter's A or B has `lora_elements` elements.
+inline LowRankProduct low_rank_product(const Matrix& out, std::int64_t inner, float scale, std::int64_t lora_elements,
                                        const Groups& groups, const Stream& stream) {
   return with_split({.out = out,
                      .rows = out.rows,
                      .inner = inner,
                      .scale = scale,
                      .groups = groups,
-                     .right_elements = right_elements,
-                     .row_tiles = most_row_tiles(out.rows, groups.total(), kProductTile)},
+                     .lora_elements = lora_elements,
+                     .row_tiles = max_row_tiles(out.rows, groups.total(), kProductTile)},
                     inner, stream);
 }
 // dA or dB of `count` adapters, [count, rows, columns of out], as sums over the `inner` rows of X.
@@ -167,15 +167,16 @@ inline LowRankProduct low_rank_gradient(const Matrix& out, std::int64_t count, s
 class LowRankWorkspace {
  public:
   LowRankWorkspace(const LowRankProduct& product, Counters& counters, const Stream& stream)
-      : sums_(product.counters() == 0
-                  ? 0
-                  : static_cast<std::size_t>(product.split.parts * product.out.rows * product.out.cols) * sizeof(float),
-              stream),
-        memory_{reinterpret_cast<float*>(sums_.data()), counters.take(product.counters())} {}
+      : partial_sums_(
+            product.counters() == 0
+                ? 0
+                : static_cast<std::size_t>(product.split.parts * product.out.rows * product.out.cols) * sizeof(float),
+            stream),
+        memory_{reinterpret_cast<float*>(partial_sums_.data()), counters.take(product.counters())} {}
   const LowRankMemory& memory() const { return memory_; }
 
  private:
-  const Workspace sums_;
+  const Workspace partial_sums_;
   const LowRankMemory memory_;
 };
 
@@ -201,12 +202,12 @@ void multiply(const Left& left, const Right& right, const LowRankProduct& produc
   launch_low_rank(left, right, product, workspace.memory(), counters.next_programmatic_launch(), false, stream);
 }
 
-// The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.
+// The U or V of a call: the caller's matrix if the caller saves it, or one in a workspace.
 class LowRankMatrix {
  public:
-  LowRankMatrix(const Matrix& wanted, DType dtype, std::int64_t rows, std::int64_t rank, const Stream& stream)
-      : workspace_(wanted.data != nullptr ? 0 : static_cast<std::size_t>(rows * rank) * size_of(dtype), stream),
-        matrix_(wanted.data != nullptr ? wanted : Matrix{workspace_.data(), dtype, rows, rank, rank}) {}
+  LowRankMatrix(const Matrix& requested, DType dtype, std::int64_t rows, std::int64_t rank, const Stream& stream)
+      : workspace_(requested.data != nullptr ? 0 : static_cast<std::size_t>(rows * rank) * size_of(dtype), stream),
+        matrix_(requested.data != nullptr ? requested : Matrix{workspace_.data(), dtype, rows, rank, rank}) {}
   const Matrix& matrix() const { return matrix_; }
   ConstMatrix read_only() const { return {matrix_.data, matrix_.dtype, matrix_.rows, matrix_.cols, matrix_.stride}; }
 

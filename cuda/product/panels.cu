@@ -1,12 +1,12 @@
-// The product of many rows: the weight is decoded a panel at a time, and the host program's dense product (runtime.h)
-// multiplies the left operand by each panel (README.md, "Panels").
+// The product of many rows: the weight is decoded a panel at a time, and the application's dense product (runtime.h)
+// multiplies X or dY by each panel (README.md, "Panels").
 //
-//             left      a panel                              out
+//             x         a panel                              out
 //   forward   [X | U]   [rows of W | rows of s*B]^T          columns of Y
 //   backward  [dY | V]  columns of W, above columns of A     columns of dX
 //
-// The adapter's part is in the same sums, so that out is rounded and written once. For this the left operand is copied
-// beside U or V; without an adapter it is multiplied where it lies.
+// The adapter's part is in the same product, so that out is rounded and written once. For this X or dY is copied beside
+// U or V; without an adapter it is multiplied where it lies.
 #include <algorithm>
 
 #include "device/decode.cuh"
@@ -19,27 +19,27 @@ namespace {
 
 constexpr int kThreads = 256;
 static_assert(kPanelAlignment == kVecSize);
-// The elements of a panel, and of the left operand's copy, are counted in 32 bits. They have 2 bytes at least, and a
-// column of out takes at most kPanelMostBytes / kPanelCols bytes of a panel.
-static_assert(kPanelCopiedRows * kPanelMostBytes / kPanelCols / 2 < (std::int64_t{1} << 31));
+// The elements of a panel, and of the copy of X, are counted in 32 bits. They have 2 bytes at least, and a
+// column of out takes at most kMaxPanelBytes / kPanelCols bytes of a panel.
+static_assert(kMaxConcatenatedRows * kMaxPanelBytes / kPanelCols / 2 < (std::int64_t{1} << 31));
 
-// A matrix [all_rows, stride] that is to be written: the first `eights` eights in each of the first `rows` rows as
+// A matrix [all_rows, stride] that is to be written: the first `vec8s` vec8s in each of the first `rows` rows as
 // vectors, and everything else element by element.
 struct Extent {
-  std::uint32_t rows, eights, all_rows, stride;
+  std::uint32_t rows, vec8s, all_rows, stride;
 };
-template <class WriteEight, class WriteOne>
-__device__ __forceinline__ void write_all(const Extent& to, const WriteEight& write_eight, const WriteOne& write_one) {
+template <class WriteVec8, class WriteOne>
+__device__ __forceinline__ void write_all(const Extent& to, const WriteVec8& write_vec8, const WriteOne& write_one) {
   const std::uint32_t first = static_cast<std::uint32_t>(block_index()) * kThreads + thread_index();
   const std::uint32_t threads = static_cast<std::uint32_t>(grid_blocks()) * kThreads;
-  for (std::uint32_t i = first; i < to.rows * to.eights; i += threads) {
-    write_eight(i / to.eights, i % to.eights * kVecSize);
+  for (std::uint32_t i = first; i < to.rows * to.vec8s; i += threads) {
+    write_vec8(i / to.vec8s, i % to.vec8s * kVecSize);
   }
-  const std::uint32_t rest_of_row = to.stride - to.eights * kVecSize, rest_of_rows = to.rows * rest_of_row;
+  const std::uint32_t rest_of_row = to.stride - to.vec8s * kVecSize, rest_of_rows = to.rows * rest_of_row;
   const std::uint32_t all = rest_of_rows + (to.all_rows - to.rows) * to.stride;
   for (std::uint32_t i = first; i < all; i += threads) {
     if (i < rest_of_rows) {
-      write_one(i / rest_of_row, to.eights * kVecSize + i % rest_of_row);
+      write_one(i / rest_of_row, to.vec8s * kVecSize + i % rest_of_row);
     } else {
       write_one(to.rows + (i - rest_of_rows) / to.stride, (i - rest_of_rows) % to.stride);
     }
@@ -53,9 +53,9 @@ struct Panel {
   WeightScales scales;
   std::int64_t first_row, first_col;  // in W, where its part begins
   std::uint32_t rows, cols;           // of its part of W
-  const void* right;                  // B [N, rank] or A [rank, K]
-  DType right_dtype;
-  float right_factor;
+  const void* lora;                   // B [N, rank] or A [rank, K]
+  DType lora_dtype;
+  float scaling;
   std::uint32_t rank;
   bool is_below;
 
@@ -70,7 +70,7 @@ struct Panel {
     if (is_below ? row - rows >= rank || col >= cols : col - cols >= rank) return 0.0f;
     const std::int64_t at =
         is_below ? (row - rows) * weight.K + first_col + col : (first_row + row) * rank + col - cols;
-    return right_factor * load_as_f32(right, right_dtype, at);
+    return scaling * load_as_f32(lora, lora_dtype, at);
   }
 };
 
@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
       [&](std::uint32_t row, std::uint32_t col) { *place(row, col) = from_f32<T>(panel.value(row, col)); });
 }
 
-// [left | low_rank | zeros]
+// [x | u | zeros]
 template <class T>
 struct Concatenation {
   Extent extent;
-  const T *left, *low_rank;
-  std::int64_t left_stride, low_rank_stride;
+  const T *x, *u;
+  std::int64_t x_stride, u_stride;
   std::uint32_t cols, rank;
 };
 
@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads) concatenate_kernel(const __grid_cons
       from.extent,
       [&](std::uint32_t row, std::uint32_t col) {
         T values[kVecSize];
-        load_vec8_aligned(from.left + row * from.left_stride + col, values);
+        load_vec8_aligned(from.x + row * from.x_stride + col, values);
         store_aligned(place(row, col), values);
       },
       [&](std::uint32_t row, std::uint32_t col) {
         const std::uint32_t r = col - from.cols;
-        *place(row, col) = col < from.cols ? from.left[row * from.left_stride + col]
-                           : r < from.rank ? from.low_rank[row * from.low_rank_stride + r]
+        *place(row, col) = col < from.cols ? from.x[row * from.x_stride + col]
+                           : r < from.rank ? from.u[row * from.u_stride + r]
                                            : from_f32<T>(0.0f);
       });
 }
@@ -135,7 +135,7 @@ class PanelProducts {
       : product_(product),
         config_(config),
         stream_(stream),
-        rank_(product.low_rank.cols),
+        rank_(product.u.cols),
         column_elements_(panel_column_elements(product.inner, rank_)),
         inner_(rank_ > 0 ? column_elements_ : product.inner),
         panels_(ceil_div(product.cols, config.cols)),
@@ -159,14 +159,14 @@ class PanelProducts {
     return {i * size, std::min(size, all - i * size)};
   }
 
-  // Two panels and, with an adapter, a copy of some rows of the left operand.
+  // Two panels and, with an adapter, a copy of some rows of X or dY.
   std::size_t bytes() const {
     const std::int64_t copied = rank_ > 0 ? rows_of(0).count * column_elements_ : 0;
     return static_cast<std::size_t>(panels_in_memory() * panel_elements_ + copied) * sizeof(T);
   }
   std::int64_t panels_in_memory() const { return std::min<std::int64_t>(products_, 2); }
   T* panel_memory(std::int64_t i) const { return reinterpret_cast<T*>(workspace_.data()) + i % 2 * panel_elements_; }
-  T* left_copy() const { return reinterpret_cast<T*>(workspace_.data()) + panels_in_memory() * panel_elements_; }
+  T* x_copy() const { return reinterpret_cast<T*>(workspace_.data()) + panels_in_memory() * panel_elements_; }
   std::int64_t panel_stride() const { return product_.backward ? config_.cols : column_elements_; }
 
   void decode(std::int64_t i, void* stream) const {
@@ -176,7 +176,7 @@ class PanelProducts {
     const std::uint32_t weight_cols = in_32_bits(product_.backward ? cols.count : product_.inner);
     const bool in_vectors = supports_vec8(w) && w.K % kVecSize == 0;
     const Panel panel{.extent = {.rows = rows,
-                                 .eights = in_vectors ? weight_cols / kVecSize : 0,
+                                 .vec8s = in_vectors ? weight_cols / kVecSize : 0,
                                  .all_rows = in_32_bits(product_.backward ? inner_ : cols.count),
                                  .stride = in_32_bits(panel_stride())},
                       .weight = w,
@@ -185,9 +185,9 @@ class PanelProducts {
                       .first_col = product_.backward ? cols.first : 0,
                       .rows = rows,
                       .cols = weight_cols,
-                      .right = product_.right,
-                      .right_dtype = product_.right_dtype,
-                      .right_factor = product_.right_factor,
+                      .lora = product_.lora,
+                      .lora_dtype = product_.lora_dtype,
+                      .scaling = product_.scaling,
                       .rank = in_32_bits(rank_),
                       .is_below = product_.backward};
     LaunchShape shape = shape_for(panel.extent);
@@ -202,13 +202,13 @@ class PanelProducts {
 
   void multiply(std::int64_t i) const {
     const Range rows = rows_of(i), cols = cols_of(i);
-    if (rank_ > 0 && cols.first == 0) copy_left(rows);
-    const DType dtype = product_.left.dtype;
-    const T* const left = rank_ > 0 ? left_copy() : row_of<T>(product_.left, rows.first);
-    const std::int64_t left_stride = rank_ > 0 ? column_elements_ : product_.left.stride;
+    if (rank_ > 0 && cols.first == 0) concatenate(rows);
+    const DType dtype = product_.x.dtype;
+    const T* const x = rank_ > 0 ? x_copy() : row_of<T>(product_.x, rows.first);
+    const std::int64_t x_stride = rank_ > 0 ? column_elements_ : product_.x.stride;
     const T* const bias = static_cast<const T*>(product_.bias);
     const DenseGemmArgs product{
-        .x = {left, dtype, rows.count, inner_, left_stride},
+        .x = {x, dtype, rows.count, inner_, x_stride},
         .w = {panel_memory(i), dtype, product_.backward ? inner_ : cols.count, product_.backward ? cols.count : inner_,
               panel_stride()},
         .transpose_w = !product_.backward,
@@ -218,21 +218,21 @@ class PanelProducts {
     hooks().dense_gemm(product, stream_);
   }
 
-  void copy_left(const Range& rows) const {
-    const ConstMatrix &left = product_.left, &low_rank = product_.low_rank;
-    const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kVecSize == 0;
+  void concatenate(const Range& rows) const {
+    const ConstMatrix &x = product_.x, &u = product_.u;
+    const bool in_vectors = is_aligned(x.data, kVectorBytes) && x.stride % kVecSize == 0;
     const std::uint32_t count = in_32_bits(rows.count), cols = in_32_bits(product_.inner);
     const Concatenation<T> from{.extent = {.rows = count,
-                                           .eights = in_vectors ? cols / kVecSize : 0,
+                                           .vec8s = in_vectors ? cols / kVecSize : 0,
                                            .all_rows = count,
                                            .stride = in_32_bits(column_elements_)},
-                                .left = row_of<T>(left, rows.first),
-                                .low_rank = row_of<T>(low_rank, rows.first),
-                                .left_stride = left.stride,
-                                .low_rank_stride = low_rank.stride,
+                                .x = row_of<T>(x, rows.first),
+                                .u = row_of<T>(u, rows.first),
+                                .x_stride = x.stride,
+                                .u_stride = u.stride,
                                 .cols = cols,
                                 .rank = in_32_bits(rank_)};
-    launch<concatenate_kernel<T>>(shape_for(from.extent), stream_, from, left_copy());
+    launch<concatenate_kernel<T>>(shape_for(from.extent), stream_, from, x_copy());
   }
 
   LaunchShape shape_for(const Extent& extent) const {
@@ -252,7 +252,7 @@ class PanelProducts {
 }  // namespace
 
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream) {
-  with_type(product.left.dtype, [&]<class T>() { PanelProducts<T>(product, config, stream).run(); });
+  with_type(product.x.dtype, [&]<class T>() { PanelProducts<T>(product, config, stream).run(); });
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,12 +1,12 @@
-// A product with a quantized weight, as every way (config.h) takes it.
+// A product with a quantized weight, as every kernel (config.h) takes it.
 //
-//   out[rows, cols] = left[rows, inner] . W'[inner, cols]  +  low_rank[rows, rank] . right'[rank, cols]  +  bias
+//   out[rows, cols] = x[rows, inner] . W'[inner, cols]  +  u[rows, rank] . lora'[rank, cols]  +  bias
 //
-//             left   low_rank   W'     right'               the columns of out are
-//   forward   X      U          W^T    (s*B)^T              rows of W and of B
-//   backward  dY     V          W      A, after dropout     columns of W and of A
+//             x    u    W'     lora'                the columns of out are
+//   forward   X    U    W^T    (s*B)^T              rows of W and of B
+//   backward  dY   V    W      A, after dropout     columns of W and of A
 //
-// Where rows are in groups, each row is multiplied with the W', right' and bias of its group, or with the right' of its
+// Where rows are in groups, each row is multiplied with the W', lora' and bias of its group, or with the lora' of its
 // group and the W' and bias that all groups share.
 #pragma once
 
@@ -23,26 +23,26 @@ struct Product {
   QuantizedWeightView weight;
   bool backward;
   std::int64_t rows, cols, inner;
-  ConstMatrix left;      // [rows, inner]
-  ConstMatrix low_rank;  // [rows, rank]
-  const void* right;     // B [cols, rank] or A [rank, cols]
-  DType right_dtype;
-  float right_factor;  // s, or 1
-  Dropout dropout;     // backward: its mask falls on low_rank . right'
-  const void* bias;    // forward: [cols] in left's dtype, or null
+  ConstMatrix x;     // [rows, inner]
+  ConstMatrix u;     // [rows, rank]
+  const void* lora;  // B [cols, rank] or A [rank, cols]
+  DType lora_dtype;
+  float scaling;     // s, or 1
+  Dropout dropout;   // backward: its mask falls on u . lora'
+  const void* bias;  // forward: [cols] in x's dtype, or null
   Matrix out;
-  Groups groups;      // of the rows; none where all rows share W' and right'
-  bool own_weights;   // each group has its own weight, so a tile of out has rows of one group
-  bool own_adapters;  // each group has its own adapter
+  Groups groups;        // of the rows; none where all rows share W' and lora'
+  bool group_weights;   // each group has its own weight, so a tile of out has rows of one group
+  bool group_adapters;  // each group has its own adapter
 
-  // Whether the kernel of the product comes right after the one that makes low_rank, and so may begin early.
-  bool follows_low_rank() const { return low_rank.cols > 0; }
+  // Whether the kernel of the product is launched right after the one that makes u, and so may overlap it.
+  bool follows_low_rank() const { return u.cols > 0; }
 
   // The number of a group's weight, and of its adapter.
-  __device__ int weight_index(int group) const { return own_weights ? group : 0; }
-  __device__ int adapter_index(int group) const { return own_adapters && group > 0 ? group : 0; }
+  __device__ int weight_index(int group) const { return group_weights ? group : 0; }
+  __device__ int adapter_index(int group) const { return group_adapters && group > 0 ? group : 0; }
   __device__ std::int64_t weight_elements() const { return weight.N * weight.K; }
-  __device__ std::int64_t right_elements() const { return low_rank.cols * cols; }
+  __device__ std::int64_t lora_elements() const { return u.cols * cols; }
 };
 
 // Where the groups share weight and adapter, the product needs no groups: U and V are 0 in rows without the adapter.
@@ -60,17 +60,17 @@ inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
           .rows = args.x.rows,
           .cols = args.weight.N,
           .inner = args.weight.K,
-          .left = args.x,
-          .low_rank = u,
-          .right = args.lora.b,
-          .right_dtype = args.lora.dtype,
-          .right_factor = args.lora.scaling,
+          .x = args.x,
+          .u = u,
+          .lora = args.lora.b,
+          .lora_dtype = args.lora.dtype,
+          .scaling = args.lora.scaling,
           .dropout = Dropout(args.lora),
           .bias = args.bias,
           .out = args.y,
           .groups = groups_of_product(args),
-          .own_weights = args.weight.count > 1,
-          .own_adapters = args.lora.count > 1};
+          .group_weights = args.weight.count > 1,
+          .group_adapters = args.lora.count > 1};
 }
 inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix& v) {
   return {.weight = args.weight,
@@ -78,24 +78,24 @@ inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix
           .rows = args.dy.rows,
           .cols = args.weight.K,
           .inner = args.weight.N,
-          .left = args.dy,
-          .low_rank = v,
-          .right = args.lora.a,
-          .right_dtype = args.lora.dtype,
-          .right_factor = 1.0f,
+          .x = args.dy,
+          .u = v,
+          .lora = args.lora.a,
+          .lora_dtype = args.lora.dtype,
+          .scaling = 1.0f,
           .dropout = Dropout(args.lora),
           .bias = nullptr,
           .out = args.dx,
           .groups = groups_of_product(args),
-          .own_weights = args.weight.count > 1,
-          .own_adapters = args.lora.count > 1};
+          .group_weights = args.weight.count > 1,
+          .group_adapters = args.lora.count > 1};
 }
 
 // Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits can count the vectors of a tile.
 inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
   const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
   return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
-         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
+         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * 256 <= 0xFFFFFFFF));
 }
 
 // Whether TMA can load tiles of the matrix too (wgmma/).
@@ -103,18 +103,17 @@ inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
 
-// The element that right' has in row r and column col has this index in right.
+// The index in lora of the element that lora' has in row r and column col.
 template <bool kForward>
-__device__ __forceinline__ std::int64_t right_index(const Product& product, std::int64_t r, std::int64_t col) {
-  return kForward ? col * product.low_rank.cols + r : r * product.cols + col;
+__device__ __forceinline__ std::int64_t lora_index(const Product& product, std::int64_t r, std::int64_t col) {
+  return kForward ? col * product.u.cols + r : r * product.cols + col;
 }
-// An element of right', in fp32; 0 beyond the rank and beyond the columns.
+// An element of lora', in fp32; 0 beyond the rank and beyond the columns.
 template <bool kForward>
-__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
-  if (r >= product.low_rank.cols || col >= product.cols) return 0.0f;
-  return product.right_factor *
-         load_as_f32(product.right, product.right_dtype,
-                     adapter * product.right_elements() + right_index<kForward>(product, r, col));
+__device__ __forceinline__ float lora_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
+  if (r >= product.u.cols || col >= product.cols) return 0.0f;
+  return product.scaling * load_as_f32(product.lora, product.lora_dtype,
+                                       adapter * product.lora_elements() + lora_index<kForward>(product, r, col));
 }
 
 // Goes through the adapters that a tile has rows of; a tile has kRows rows at most. It has rows of several adapters
@@ -123,10 +122,10 @@ template <int kRows>
 class TileAdapters {
  public:
   __device__ TileAdapters(const Product& product, const RowTile& tile) : product_(product), tile_(tile) {
-    const bool many_adapters = product.own_adapters && !product.own_weights;
+    const bool many_adapters = product.group_adapters && !product.group_weights;
     const int first =
         many_adapters ? product.groups.group_of(tile.begin, product.rows) : product.adapter_index(tile.group);
-    end_ = product.low_rank.cols == 0 ? 0 : many_adapters ? product.groups.count : first + 1;
+    end_ = product.u.cols == 0 ? 0 : many_adapters ? product.groups.count : first + 1;
     adapter_ = first - 1;
   }
   // Goes on to the next adapter; false where there is none.
@@ -142,7 +141,7 @@ class TileAdapters {
   // The rows that this adapter is for. Some of them may lie in other tiles.
   __device__ const RowSpan& rows() const { return rows_; }
   __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
-    const bool many_adapters = product.own_adapters && !product.own_weights;
+    const bool many_adapters = product.group_adapters && !product.group_weights;
     return many_adapters ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
   }
 
@@ -153,15 +152,15 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One function for each way: general.cu, gemv.cu and panels.cu; gemm/small_m.cu, forward.cu and backward.cu for
-// GemmConfig; wgmma/forward.cu and backward.cu for HopperConfig. Those that take counters use GemmConfig::counters().
+// One function for each kernel: general.cu, gemv.cu and panels.cu; gemm/small_m.cu, forward.cu and backward.cu for
+// GemmConfig; wgmma/forward.cu and backward.cu for WgmmaConfig. Those that take counters use GemmConfig::counters().
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
-void multiply_forward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream);
-void multiply_backward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream);
-HopperUse hopper_use(const Stream& stream);
-void multiply_thin(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
+void multiply_forward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream);
+void multiply_backward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream);
+bool has_wgmma(const Stream& stream);
+void multiply_small_m(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
 void multiply_forward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
 void multiply_backward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
 

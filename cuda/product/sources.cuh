@@ -1,7 +1,7 @@
 // Sources, the operands of a product (general.cuh). A source is a small object that gives elements (i, k), already
 // rounded to the dtype in which the product takes them. kAlongInner says whether its memory runs along k or along i.
 //
-// A product asks for eight elements at a time, which are neighbours in memory. The first of them is element e, which is
+// A product loads eight elements at a time, which are adjacent in memory. The first of them is element e, which is
 // i * stride + k or k * stride + i, and the index along which memory runs is a multiple of 8. load() starts the loads
 // of eight elements that are vectors, gather() those of any others. finish() makes elements from what was loaded, after
 // the multiply of the step before.
@@ -82,7 +82,7 @@ struct WeightElements {
   QuantizedWeightView w;
   WeightScales scales;
   std::int64_t stride;
-  bool vectors;             // eight neighbours are 4 or 8 aligned bytes with one scale
+  bool vectors;             // eight adjacent elements are 4 or 8 aligned bytes with one scale
   std::int64_t offset = 0;  // elements of the weights before this one
 
   explicit WeightElements(const QuantizedWeightView& w)

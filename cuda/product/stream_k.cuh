@@ -1,6 +1,6 @@
 // Stream-K: how blocks share the steps of all tiles of a tensor-core product (GemmConfig). Each has a run of them: the
 // end of a tile, whole tiles, and the beginning of one. A block that does not have the first step of a tile stores its
-// sums in memory, for the block that does.
+// partial sums in memory, for the block that does.
 #pragma once
 
 #include "device/elements.cuh"
@@ -19,7 +19,7 @@ struct GroupedBlock {
 
 // Memory that blocks share. The pointers are null where no tile is shared and there are no groups.
 struct StreamKMemory {
-  float* sums;            // a tile's sums for each run, which stores them there
+  float* partial_sums;    // a tile's partial sums, for each run
   std::uint32_t* ready;   // by run: whether it has stored them
   std::uint32_t* ticket;  // how many blocks have begun
   GroupedBlock* blocks;
@@ -30,15 +30,16 @@ class StreamKWorkspace {
  public:
   StreamKWorkspace(const GemmConfig& config, Counters& counters, const Stream& stream)
       : blocks_(config.blocks),
-        sums_bytes_(bytes_of<float>(config.blocks * config.tile_rows * config.tile_cols)),
-        workspace_(config.counters() == 0 ? 0 : sums_bytes_ + (config.grouped ? bytes_of<GroupedBlock>(blocks_) : 0),
-                   stream),
+        partial_sums_bytes_(bytes_of<float>(config.blocks * config.tile_rows * config.tile_cols)),
+        workspace_(
+            config.counters() == 0 ? 0 : partial_sums_bytes_ + (config.grouped ? bytes_of<GroupedBlock>(blocks_) : 0),
+            stream),
         ready_(counters.take(config.counters())) {}
   StreamKMemory memory() const {
     std::byte* const memory = workspace_.data();
     if (memory == nullptr) return {};
     return {reinterpret_cast<float*>(memory), ready_, ready_ + blocks_,
-            reinterpret_cast<GroupedBlock*>(memory + sums_bytes_)};
+            reinterpret_cast<GroupedBlock*>(memory + partial_sums_bytes_)};
   }
 
  private:
@@ -47,7 +48,7 @@ class StreamKWorkspace {
     return static_cast<std::size_t>(count) * sizeof(T);
   }
   const int blocks_;
-  const std::size_t sums_bytes_;
+  const std::size_t partial_sums_bytes_;
   const Workspace workspace_;
   std::uint32_t* const ready_;
 };
@@ -58,13 +59,13 @@ struct GemmArgs : Product {
       : Product(product),
         scales(scales_of(product.weight)),
         last_chunk(last_chunk_of(product.weight)),
-        low_rank_vectors(rows_are_vectors(product.low_rank, product.low_rank.cols)),
+        u_has_vectors(rows_are_vectors(product.u, product.u.cols)),
         config(config),
         stream_k(workspace.memory()) {}
 
   WeightScales scales;
   std::uint32_t last_chunk;  // of an aligned weight
-  bool low_rank_vectors;     // rows of low_rank are whole 16-byte vectors
+  bool u_has_vectors;        // rows of U or V are whole 16-byte vectors
   GemmConfig config;
   StreamKMemory stream_k;
 };
@@ -81,7 +82,7 @@ class StreamK {
  public:
   __device__ StreamK(const GemmConfig& config, const StreamKMemory& memory) : config_(config), memory_(memory) {}
 
-  // Takes the block's run; one of its threads calls this. Where tiles are shared, runs are given out from the last to
+  // Takes the block's run; one of its threads calls this. Where tiles are shared, tickets assign runs from the last to
   // the first, in the order in which blocks begin. A block waits for later runs alone, and so for blocks that have
   // begun. The run is negative where there are fewer runs than blocks, because groups have fewer tiles than they might
   // have.
@@ -89,7 +90,7 @@ class StreamK {
     const auto begun = memory_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(memory_.ticket);
     return config_.blocks - 1 - begun;
   }
-  // The part that comes after the first `done` steps of a run.
+  // The part that follows the first `done` steps of a run.
   __device__ TilePart part_after(int run, std::uint32_t done) const {
     const std::int64_t step = config_.first_step(run) + done, rest = config_.first_step(run + 1) - step;
     const int first = static_cast<int>(step % config_.steps), rest_of_tile = config_.steps - first;
@@ -101,14 +102,15 @@ class StreamK {
     const int run = config_.run_of(step);
     return part_after(run, static_cast<std::uint32_t>(step - config_.first_step(run)));
   }
-  // Completes the sums of a tile. If the part has the tile's beginning, this adds the sums of all other runs that have
-  // a part of the tile, in the order of the inner dimension, and returns true. Otherwise it stores `sums` for the run
-  // that has the beginning, and returns false. The block's first kGemmThreads threads call this, and `sync` is their
-  // barrier.
-  template <int kTileSums, class Sums, class Sync>
-  __device__ __forceinline__ bool complete_tile(const TilePart& part, Sums& sums, const Sync& sync) const {
+  // Completes the accumulators of a tile. If the part has the tile's beginning, this adds the partial sums of all other
+  // runs that have a part of the tile, in the order of the inner dimension, and returns true. Otherwise it stores
+  // `accumulators` for the run that has the beginning, and returns false. The block's first kGemmThreads threads call
+  // this, and `sync` is their barrier.
+  template <int kTileElements, class Accumulators, class Sync>
+  __device__ __forceinline__ bool complete_tile(const TilePart& part, Accumulators& accumulators,
+                                                const Sync& sync) const {
     if (part.first > 0) {
-      store(sums, memory_.sums + std::int64_t{part.run} * kTileSums);
+      store(accumulators, memory_.partial_sums + std::int64_t{part.run} * kTileElements);
       sync();
       if (thread_index() == 0) signal(memory_.ready + part.run, 1);
       return false;
@@ -122,34 +124,34 @@ class StreamK {
       sync();
 #pragma unroll 1
       for (int other = part.run + 1; other <= last; ++other) {
-        add(sums, memory_.sums + std::int64_t{other} * kTileSums);
+        add(accumulators, memory_.partial_sums + std::int64_t{other} * kTileElements);
       }
     }
     return true;
   }
-  template <int kTileSums, class Sums>
-  __device__ __forceinline__ bool complete_tile(const TilePart& part, Sums& sums) const {
-    return complete_tile<kTileSums>(part, sums, [] { sync_threads(); });
+  template <int kTileElements, class Accumulators>
+  __device__ __forceinline__ bool complete_tile(const TilePart& part, Accumulators& accumulators) const {
+    return complete_tile<kTileElements>(part, accumulators, [] { sync_threads(); });
   }
 
  private:
-  // In memory the sums of a tile have the order in which threads hold them: a vector of each thread, then the next.
-  template <class Sums>
-  __device__ __forceinline__ static void store(Sums& sums, float* run) {
+  // In memory the partial sums have the order in which threads hold them: a vector of each thread, then the next.
+  template <class Accumulators>
+  __device__ __forceinline__ static void store(Accumulators& accumulators, float* run) {
     float* const to = run + thread_index() * 4;
 #pragma unroll
-    for (int i = 0; i < Sums::kVectors; ++i) {
-      const float* const s = sums.vector(i);
+    for (int i = 0; i < Accumulators::kVectors; ++i) {
+      const float* const s = accumulators.vector(i);
       store_vector<float, 4>(to + i * kGemmThreads * 4, {{s[0], s[1], s[2], s[3]}});
     }
   }
-  template <class Sums>
-  __device__ __forceinline__ static void add(Sums& sums, const float* run) {
+  template <class Accumulators>
+  __device__ __forceinline__ static void add(Accumulators& accumulators, const float* run) {
     const float* const from = run + thread_index() * 4;
 #pragma unroll
-    for (int i = 0; i < Sums::kVectors; ++i) {
+    for (int i = 0; i < Accumulators::kVectors; ++i) {
       const auto s = load_vector<float, 4>(from + i * kGemmThreads * 4);
-      float* const to = sums.vector(i);
+      float* const to = accumulators.vector(i);
 #pragma unroll
       for (int part = 0; part < 4; ++part) to[part] += s.at[part];
     }

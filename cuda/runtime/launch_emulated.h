@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <tuple>
 
 #include "emulator/fibers.h"
@@ -64,7 +65,10 @@ inline int num_sms(const Stream&) { return emulator::num_sms(); }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
-// The emulated device is a Hopper if QLN_FORCE_HOPPER is set.
-inline bool is_hopper(const Stream&) { return std::getenv("QLN_FORCE_HOPPER") != nullptr; }
+// The emulated device is a Hopper if QLN_FORCE_KERNEL names wgmma.
+inline bool is_hopper(const Stream&) {
+  const char* const forced = std::getenv("QLN_FORCE_KERNEL");
+  return forced != nullptr && std::string_view(forced).starts_with("wgmma");
+}
 
 }  // namespace qlora_native::cuda_emulated

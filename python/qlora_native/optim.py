@@ -160,8 +160,8 @@ class AdEMAMix8bit(Optimizer8bit):
         eps: added to the root of the second moment.
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
-        bitsandbytes_arguments: a further argument of bitsandbytes' AdEMAMix8bit (is_paged), with the value that asks
-            for what this optimizer does.
+        bitsandbytes_arguments: a further argument of bitsandbytes' AdEMAMix8bit (is_paged), with a value
+            with which it does what this one does.
 
     Raises:
         TypeError, ValueError: as in AdamW8bit; also if t_beta3 is given and the first or the third beta is 0.

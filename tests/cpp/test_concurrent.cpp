@@ -54,10 +54,10 @@ struct Case {
   std::int64_t M, N, K;
   DType dtype;
   std::int64_t rank;
-  std::int64_t groups = 0;   // groups of rows, each with its own adapter
-  bool own_weights = false;  // whether each group also has its own weight
+  std::int64_t groups = 0;     // groups of rows, each with its own adapter
+  bool group_weights = false;  // whether each group also has its own weight
 
-  std::int64_t weights() const { return own_weights ? groups : 1; }
+  std::int64_t weights() const { return group_weights ? groups : 1; }
   std::int64_t adapters() const { return groups > 0 ? groups : 1; }
   // Each group is larger than the one before.
   std::vector<std::int64_t> offsets() const {
@@ -156,7 +156,7 @@ void several_blocks_compute_a_tile() {
                            .dtype = each.dtype,
                            .bits = 4,
                            .groups = each.groups,
-                           .own_weights = each.own_weights};
+                           .group_weights = each.group_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
     shape.num_sms = 3;  // the emulated device has 3
     shape.smem_bytes = 227 * 1024;
@@ -164,7 +164,7 @@ void several_blocks_compute_a_tile() {
     const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));
     // The row tiles that the blocks will find.
     std::int64_t row_tiles = config.row_tiles;
-    if (each.own_weights) {
+    if (each.group_weights) {
       const std::vector<std::int64_t> offsets = each.offsets();
       row_tiles = 0;
       for (std::size_t g = 0; g + 1 < offsets.size(); ++g)

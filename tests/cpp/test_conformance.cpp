@@ -278,11 +278,11 @@ struct Case {
   DType lora_dtype = DType::f32;
   std::int64_t gap = 0;                    // elements between rows, in all matrices with a stride
   std::vector<std::int64_t> offsets = {};  // the offsets of groups, each with its own adapter
-  bool own_weights = false;                // whether each group has its own weight
+  bool group_weights = false;              // whether each group has its own weight
   bool shared_adapter = false;             // whether all groups share one adapter
 
   std::int64_t groups() const { return offsets.empty() ? 0 : static_cast<std::int64_t>(offsets.size()) - 1; }
-  std::int64_t weights() const { return own_weights ? groups() : 1; }
+  std::int64_t weights() const { return group_weights ? groups() : 1; }
   std::int64_t adapters() const { return groups() > 0 && !shared_adapter ? groups() : 1; }
 
   std::string name() const {
@@ -293,7 +293,7 @@ struct Case {
                   bias ? " bias" : "", static_cast<int>(rank), qn::name_of(lora_dtype), static_cast<double>(dropout),
                   static_cast<int>(gap));
     std::string name = text;
-    if (!offsets.empty()) name += own_weights ? ", weights of groups" : ", adapters of groups";
+    if (!offsets.empty()) name += group_weights ? ", weights of groups" : ", adapters of groups";
     for (const std::int64_t offset : offsets) name += " " + std::to_string(offset);
     return name;
   }
@@ -370,7 +370,7 @@ class Layer {
     if (c_.offsets[0] > 0) check_rows(decoded, 0, c_.offsets[0], 0, -1);
     for (std::int64_t g = 0; g < c_.groups(); ++g) {
       const auto i = static_cast<std::size_t>(g);
-      check_rows(decoded, c_.offsets[i], c_.offsets[i + 1], c_.own_weights ? g : 0, g);
+      check_rows(decoded, c_.offsets[i], c_.offsets[i + 1], c_.group_weights ? g : 0, g);
     }
     if (c_.shared_adapter) check_gradients(c_.offsets[0], c_.M, 0);
   }
@@ -625,8 +625,8 @@ std::vector<Case> grouped_cases() {
                              {33, {33, 33}},    {48, {0, 16, 48}},          {200, {0, 96, 200}}};
   std::vector<Case> all;
   for (const DType dtype : kDTypes)
-    for (const bool own_weights : {true, false})
-      for (const Groups& groups : own_weights ? std::span<const Groups>(experts) : std::span<const Groups>(adapters))
+    for (const bool group_weights : {true, false})
+      for (const Groups& groups : group_weights ? std::span<const Groups>(experts) : std::span<const Groups>(adapters))
         for (const Shape shape : {Shape{66, 192}, Shape{35, 65}, Shape{7, 1}})
           for (const std::int64_t rank : {0, 5, 70}) {
             if (rank == 70 && shape.K != 192) continue;
@@ -643,22 +643,22 @@ std::vector<Case> grouped_cases() {
                            .lora_dtype = i % 2 == 0 ? dtype : DType::f32,
                            .gap = static_cast<std::int64_t>(i % 3),
                            .offsets = groups.offsets,
-                           .own_weights = own_weights && groups.offsets.size() > 2,
+                           .group_weights = group_weights && groups.offsets.size() > 2,
                            .shared_adapter = i % 7 == 3});
           }
   // More groups than a warp searches at once.
   std::vector<std::int64_t> ends;
   for (std::int64_t g = 0; g <= 70; ++g) ends.push_back(g * g * 100 / (70 * 70));
-  for (const bool own_weights : {true, false})
+  for (const bool group_weights : {true, false})
     for (const auto& [N, K] : {std::array<std::int64_t, 2>{16, 64}, {3, 33}})
       all.push_back(
-          {.M = 100, .N = N, .K = K, .dtype = DType::bf16, .rank = 4, .offsets = ends, .own_weights = own_weights});
+          {.M = 100, .N = N, .K = K, .dtype = DType::bf16, .rank = 4, .offsets = ends, .group_weights = group_weights});
   // Rows that vectors can reach, with groups of sizes for each tile of a GPU.
   const Groups single = {21, {0, 1, 1, 18, 19, 20, 21}}, fewest = {70, {0, 1, 1, 10, 61, 70}},
                few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
   const Groups most = {2050, {0, 2049, 2050}}, behind_others = {290, {10, 100, 100, 201, 290}};
   for (const DType dtype : {DType::bf16, DType::f16})
-    for (const bool own_weights : {true, false})
+    for (const bool group_weights : {true, false})
       for (const auto& [groups, N, K] : {std::tuple{single, 40, 320},
                                          {fewest, 72, 192},
                                          {few, 72, 192},
@@ -666,7 +666,7 @@ std::vector<Case> grouped_cases() {
                                          {most, 72, 64},
                                          {behind_others, 136, 128}})
         for (const std::int64_t rank : {0, 16, 70}) {
-          if ((own_weights && groups.offsets[0] > 0) || (groups.M > 1000 && (rank != 16 || !own_weights))) continue;
+          if ((group_weights && groups.offsets[0] > 0) || (groups.M > 1000 && (rank != 16 || !group_weights))) continue;
           const std::size_t i = all.size();
           all.push_back({.M = groups.M,
                          .N = N,
@@ -678,7 +678,7 @@ std::vector<Case> grouped_cases() {
                          .lora_dtype = i % 3 == 0 ? dtype : DType::f32,
                          .gap = i % 4 == 0 ? 8 : 0,
                          .offsets = groups.offsets,
-                         .own_weights = own_weights,
+                         .group_weights = group_weights,
                          .shared_adapter = i % 5 == 4});
         }
   return all;
@@ -815,7 +815,7 @@ void bits_are_the_same_in_every_run_and_for_any_number_of_threads() {
       expect_same_bits_for_any_number_of_threads(each);
     }
   for (const DType dtype : kDTypes)
-    for (const bool own_weights : {true, false})
+    for (const bool group_weights : {true, false})
       expect_same_bits_for_any_number_of_threads({.M = 140,
                                                   .N = 100,
                                                   .K = 320,
@@ -824,7 +824,7 @@ void bits_are_the_same_in_every_run_and_for_any_number_of_threads() {
                                                   .rank = 16,
                                                   .dropout = 0.25f,
                                                   .offsets = {0, 3, 12, 80, 140},
-                                                  .own_weights = own_weights});
+                                                  .group_weights = group_weights});
   for (const SmallBlocks& small : kSmallBlocks)
     for (const DType dtype : {DType::f32, DType::bf16})
       for (const std::int64_t M : {1, 9, 130})

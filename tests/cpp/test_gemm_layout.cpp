@@ -66,12 +66,12 @@ bool rows_meet(const unsigned (&rows)[kWarp]) {
 }
 
 template <class Tile>
-void each_lane_gets_its_part_of_the_left_operand() {
-  using Left = LeftStage<Bf16, Tile>;
+void each_lane_gets_its_part_of_x() {
+  using X = XStage<Bf16, Tile>;
   Memory memory;
-  for (unsigned place = 0; place < Tile::kRows * Left::kVectors; ++place) {
-    const unsigned row = place / Left::kVectors, vector = Left::vector_at(place);
-    EXPECT(Left::place(row, vector) == place);
+  for (unsigned place = 0; place < Tile::kRows * X::kVectors; ++place) {
+    const unsigned row = place / X::kVectors, vector = X::vector_at(place);
+    EXPECT(X::place(row, vector) == place);
     for (unsigned j = 0; j < 8; ++j) memory.put(place * kVectorBytes + 2 * j, {8 * vector + j, row});
   }
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
@@ -79,7 +79,7 @@ void each_lane_gets_its_part_of_the_left_operand() {
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
         unsigned rows[kWarp];
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Left::operand(place_at(Left::first_operand(Lane(warp * kWarp + lane))), k, i));
+          rows[lane] = offset_of(X::operand(place_at(X::first_operand(Lane(warp * kWarp + lane))), k, i));
         }
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -169,7 +169,7 @@ void each_element_of_the_tile_has_one_lane() {
 template <int kRows, int kCols>
 void check() {
   using Tile = GemmTile<kRows, kCols, true>;
-  each_lane_gets_its_part_of_the_left_operand<Tile>();
+  each_lane_gets_its_part_of_x<Tile>();
   weight_is_decoded_to_where_it_is_read<Tile, DecodedRows<Tile>>();
   weight_is_decoded_to_where_it_is_read<Tile, DecodedColumns<Tile>>();
   each_element_of_the_tile_has_one_lane<Tile>();
@@ -184,9 +184,9 @@ bool words_meet(const unsigned (&offsets)[kWarp]) {
 
 template <int kRows>
 void check_thin() {
-  using Tile = ThinTile<kRows>;
-  using Left = LeftStage<Bf16, Tile>;
-  using Codes = ThinCodes<Tile>;
+  using Tile = SmallMTile<kRows>;
+  using X = XStage<Bf16, Tile>;
+  using Codes = SmallMCodes<Tile>;
   constexpr unsigned kPlaces = kGemmThreads * Codes::kThreadChunks;
   for (unsigned place = 0; place < kPlaces; ++place) {
     EXPECT(Codes::place(Codes::col_at(place), Codes::chunk_at(place)) == place);
@@ -197,8 +197,8 @@ void check_thin() {
     EXPECT(Codes::chunk_at(place) == Codes::chunk_at(before));
     EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kThreadChunks);
   }
-  for (unsigned place = 0; place < kRows * Left::kVectors; ++place) {
-    EXPECT(Left::place(place / Left::kVectors, Left::vector_at(place)) == place);
+  for (unsigned place = 0; place < kRows * X::kVectors; ++place) {
+    EXPECT(X::place(place / X::kVectors, X::vector_at(place)) == place);
   }
   std::vector<int> codes(Tile::kCols * Tile::kStep / 8), sums(kRows * Tile::kCols);
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
@@ -207,7 +207,7 @@ void check_thin() {
         for (unsigned row = 0; row < 2; ++row) {
           unsigned words[kWarp];
           for (unsigned thread = 0; thread < kWarp; ++thread) {
-            const ThinLane<Tile> lane(warp * kWarp + thread);
+            const SmallMLane<Tile> lane(warp * kWarp + thread);
             const unsigned chunk = lane.half() * (Tile::kHalf / kChunk) + c;
             words[thread] = Codes::place(lane.col(i) + row, chunk) * kVectorBytes + lane.t * 4;
             ++codes[words[thread] / 4];
@@ -218,22 +218,22 @@ void check_thin() {
       for (unsigned first = 0; first < kWarp; first += 8) {  // the lanes of a quarter of a warp load at once
         unsigned vectors[8];
         for (unsigned k = 0; k < 8; ++k) {
-          const ThinLane<Tile> lane(warp * kWarp + first + k);
-          const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + c * (kChunk / Left::kVector) + lane.t;
-          vectors[k] = Left::place(lane.loaded_row(), vector) * kVectorBytes;
+          const SmallMLane<Tile> lane(warp * kWarp + first + k);
+          const unsigned vector = lane.half() * (Tile::kHalf / X::kVector) + c * (kChunk / X::kVector) + lane.t;
+          vectors[k] = X::place(lane.loaded_row(), vector) * kVectorBytes;
         }
         EXPECT(!meet(vectors));
       }
     }
     for (unsigned thread = 0; thread < kWarp; ++thread) {
-      const ThinLane<Tile> lane(warp * kWarp + thread);
+      const SmallMLane<Tile> lane(warp * kWarp + thread);
       for (unsigned part = 0; part < 4; ++part) {
         for (unsigned f = 0; f < Tile::kRowFragments; ++f) {
           const unsigned row = f * kMmaCols + lane.row(part % 2), col = lane.col(lane.half()) + part / 2;
           ++sums[row * Tile::kCols + col];
         }
         // Column 2t + j of the mma is the row that the lanes with g = 2t + j have loaded.
-        const ThinLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
+        const SmallMLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
         EXPECT(owner.loaded_row() == lane.row(part % 2));
       }
     }
@@ -248,13 +248,13 @@ void check_thin() {
 int main() {
   using namespace qlora_native;
   using cuda_emulated::check, cuda_emulated::check_thin;
-  check<kGemmFewRows, kGemmCols>();
-  check<kGemmMiddleRows, kGemmCols>();
-  check<kGemmManyRows, kGemmCols>();
-  check<kGemmManyRows, kGemmWideCols>();
-  check<kGemmTallRows, kGemmCols>();
-  check_thin<kGemmFewRows>();
-  check_thin<kThinRows>();
-  check_thin<kGemmMiddleRows>();
+  check<16, kTileCols>();
+  check<64, kTileCols>();
+  check<128, kTileCols>();
+  check<128, 256>();
+  check<256, kTileCols>();
+  check_thin<16>();
+  check_thin<32>();
+  check_thin<64>();
   return report();
 }

@@ -301,12 +301,12 @@ void each_panel_has_the_bits_of_dequantize() {
     // docs/how-it-works.md says that a call takes at most this much memory.
     const std::int64_t inner = (c.backward ? c.N : c.K) + c.rank;
     const std::int64_t copied = c.rank > 0 ? std::min<std::int64_t>(c.M, 8192) * (inner + 7) * 4 : 0;
-    EXPECT(call.bytes > 0 && static_cast<std::int64_t>(call.bytes) <= 2 * qn::kPanelMostBytes + copied);
+    EXPECT(call.bytes > 0 && static_cast<std::int64_t>(call.bytes) <= 2 * qn::kMaxPanelBytes + copied);
     EXPECT(call.held == 0);
   }
 }
 
-void gradient_with_dropout_takes_another_way() {
+void gradient_with_dropout_takes_another_kernel() {
   const Layer layer(800, 64, 64, 4);
   run(layer, /*backward=*/true, true, 0.25f);
   EXPECT(call.products == 0);  // in a dense product the mask would apply to dY . W too
@@ -327,7 +327,7 @@ void failed_product_gives_its_memory_back() {
   EXPECT(call.bytes > 0 && call.held == 0);
 }
 
-// All kernels get their memory from the host program. It begins as NaN, as the emulator's own memory does.
+// All kernels get their memory from the application. It begins as NaN, as the emulator's own memory does.
 void memory_of_a_call_comes_from_the_host_program() {
   const Layer layer(70, 64, 300, 4);
   run(layer, false, true);
@@ -349,7 +349,7 @@ int main() {
   qn::set_device_memory(allocate, release);
   product_by_panels_is_the_product();
   each_panel_has_the_bits_of_dequantize();
-  gradient_with_dropout_takes_another_way();
+  gradient_with_dropout_takes_another_kernel();
   failed_product_gives_its_memory_back();
   memory_of_a_call_comes_from_the_host_program();
   return report();

@@ -1,20 +1,22 @@
-// Guards product_config, for any shape and device: it chooses the right kernel for a product, and on tensor cores the
+// Guards choose_product(), for any shape and device: it chooses the right kernel for a product, and on tensor cores the
 // blocks do each step of every tile exactly once.
 #include "product/config.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <string>
 
 #include "common/layout.h"
 #include "expect.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native {
 namespace {
 
 constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 256, 257, 384, 4096, 100000};
 constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 256, 300, 4096, 14336};
-constexpr std::size_t kLeastSmem = 99 * 1024, kAmpereSmem = 163 * 1024, kHopperSmem = 227 * 1024;
+constexpr std::size_t kMinSmem = 99 * 1024, kAmpereSmem = 163 * 1024, kHopperSmem = 227 * 1024;
 constexpr int kNumSms[] = {1, 3, 108, 132};
 
 template <class F>
@@ -34,7 +36,7 @@ void for_each_shape(const F& f) {
                            .num_sms = num_sms,
                            .smem_bytes = flags >= 16  ? kAmpereSmem
                                          : flags >= 8 ? kHopperSmem
-                                                      : kLeastSmem});
+                                                      : kMinSmem});
           }
         }
       }
@@ -44,14 +46,14 @@ void for_each_shape(const F& f) {
 
 template <class Config>
 bool takes(const ProductShape& shape) {
-  return std::holds_alternative<Config>(product_config(shape));
+  return std::holds_alternative<Config>(choose_product(shape));
 }
-PanelsConfig panels_of(const ProductShape& shape) { return std::get<PanelsConfig>(product_config(shape)); }
+PanelsConfig panels_of(const ProductShape& shape) { return std::get<PanelsConfig>(choose_product(shape)); }
 
-bool is_for_few_rows(const ProductShape& shape) { return shape.rows <= kGemvRows && !shape.backward; }
+bool is_for_gemv(const ProductShape& shape) { return shape.rows <= kGemvRows && !shape.backward; }
 
 // The special kernels look up at most two scales for a chunk of 32 codes, which is not enough for blocks of 16.
-void small_blocks_take_the_way_of_any_weight() {
+void small_blocks_take_the_general_kernel() {
   for_each_shape([](ProductShape shape) {
     shape.small_blocks = true;
     EXPECT(takes<GeneralConfig>(shape));
@@ -72,8 +74,8 @@ void expect_each_step_once(const GemmConfig& config) {
 
 void every_step_is_done_once() {
   for_each_shape([](const ProductShape& shape) {
-    if (is_for_few_rows(shape)) return;
-    const auto config = std::get<GemmConfig>(product_config(shape));
+    if (is_for_gemv(shape)) return;
+    const auto config = std::get<GemmConfig>(choose_product(shape));
     EXPECT((config.blocks == 0) == (shape.rows == 0));
     expect_each_step_once(config);
   });
@@ -81,46 +83,45 @@ void every_step_is_done_once() {
 
 void tiles_cover_the_result() {
   for_each_shape([](const ProductShape& shape) {
-    if (is_for_few_rows(shape)) return;
-    const auto config = std::get<GemmConfig>(product_config(shape));
+    if (is_for_gemv(shape)) return;
+    const auto config = std::get<GemmConfig>(choose_product(shape));
     const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
     EXPECT(config.row_tiles * config.tile_rows >= shape.rows);
     EXPECT(shape.rows == 0 || col_tiles * config.tile_cols >= shape.cols);
-    EXPECT(std::int64_t{config.steps} * (config.thin ? kThinStep : kGemmStep) >= shape.inner);
+    EXPECT(std::int64_t{config.steps} * (config.small_m ? kSmallMStep : kGemmStep) >= shape.inner);
   });
 }
 
 void tile_is_one_that_was_compiled_and_fits() {
   for_each_shape([](const ProductShape& shape) {
-    if (is_for_few_rows(shape)) return;
-    const auto config = std::get<GemmConfig>(product_config(shape));
+    if (is_for_gemv(shape)) return;
+    const auto config = std::get<GemmConfig>(choose_product(shape));
     const int rows = config.tile_rows, cols = config.tile_cols;
-    EXPECT(config.thin == (shape.aligned_64 && !shape.backward && shape.rows > 0 && shape.rows <= kGemmMiddleRows));
-    if (config.thin) {
-      EXPECT(cols == kGemmCols && (rows == kGemmFewRows || rows == kThinRows || rows == kGemmMiddleRows));
-      EXPECT(rows >= shape.rows && (rows == kGemmFewRows || rows < 2 * shape.rows));
-      EXPECT(thin_smem_bytes(rows) <= kLeastSmem && 2 * (thin_smem_bytes(rows) + 1024) <= kAmpereSmem + 1024);
+    EXPECT(config.small_m == (shape.aligned_64 && !shape.backward && shape.rows > 0 && shape.rows <= 64));
+    if (config.small_m) {
+      EXPECT(cols == kTileCols && (rows == 16 || rows == 32 || rows == 64));
+      EXPECT(rows >= shape.rows && (rows == 16 || rows < 2 * shape.rows));
+      EXPECT(small_m_smem_bytes(rows) <= kMinSmem && 2 * (small_m_smem_bytes(rows) + 1024) <= kAmpereSmem + 1024);
       return;
     }
-    if (cols == kGemmWideCols) {
-      EXPECT(rows == kGemmManyRows && shape.aligned_64);
+    if (cols == 256) {
+      EXPECT(rows == 128 && shape.aligned_64);
     } else {
-      EXPECT(cols == kGemmCols);
-      EXPECT(rows == kGemmFewRows || rows == kGemmMiddleRows ||
-             (shape.aligned && (rows == kGemmManyRows || rows == kGemmTallRows)));
+      EXPECT(cols == kTileCols);
+      EXPECT(rows == 16 || rows == 64 || (shape.aligned && (rows == 128 || rows == 256)));
     }
-    EXPECT((rows == kGemmFewRows) == (shape.rows <= kGemmFewRows));
-    EXPECT(rows <= kGemmMiddleRows || shape.rows > kGemmMiddleRows);
+    EXPECT((rows == 16) == (shape.rows <= 16));
+    EXPECT(rows <= 64 || shape.rows > 64);
     EXPECT(gemm_smem_bytes(rows, cols) <= shape.smem_bytes);
   });
 }
 
 void device_holds_all_blocks_at_once() {
   for_each_shape([](const ProductShape& shape) {
-    if (is_for_few_rows(shape)) return;
-    const auto config = std::get<GemmConfig>(product_config(shape));
-    const bool two = config.thin ? shape.smem_bytes > kLeastSmem
-                                 : config.tile_rows <= kGemmMiddleRows && shape.smem_bytes == kHopperSmem;
+    if (is_for_gemv(shape)) return;
+    const auto config = std::get<GemmConfig>(choose_product(shape));
+    const bool two =
+        config.small_m ? shape.smem_bytes > kMinSmem : config.tile_rows <= 64 && shape.smem_bytes == kHopperSmem;
     const int per_sm = two ? 2 : 1;
     EXPECT(config.blocks <= per_sm * shape.num_sms);
   });
@@ -130,44 +131,44 @@ struct Tile {
   int rows, cols;
   bool operator==(const Tile&) const = default;
 };
-constexpr Tile kMiddle = {kGemmMiddleRows, kGemmCols}, kMany = {kGemmManyRows, kGemmCols};
-constexpr Tile kWide = {kGemmManyRows, kGemmWideCols}, kTall = {kGemmTallRows, kGemmCols};
+constexpr Tile kTile64 = {64, kTileCols}, kTile128 = {128, kTileCols};
+constexpr Tile kTile128x256 = {128, 256}, kTile256 = {256, kTileCols};
 
 // The tile has as many rows as fit the memory, unless more than an eighth of them would be zeros that a smaller tile
 // avoids.
-void tile_for_many_rows_wastes_least() {
+void tile_for_many_rows_has_the_fewest_empty_rows() {
   ProductShape shape = {
       .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .num_sms = 132};
   const auto tile_of = [&](std::int64_t rows, std::size_t smem_bytes) {
     shape.rows = rows;
     shape.smem_bytes = smem_bytes;
-    const auto config = std::get<GemmConfig>(product_config(shape));
+    const auto config = std::get<GemmConfig>(choose_product(shape));
     return Tile{config.tile_rows, config.tile_cols};
   };
   for (const bool backward : {false, true}) {
     shape.backward = backward;
     for (const std::int64_t rows : {129, 255, 256, 385, 512, 641, 768, 4096}) {
-      EXPECT(tile_of(rows, kHopperSmem) == kTall && tile_of(rows, kAmpereSmem) == kTall);
-      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+      EXPECT(tile_of(rows, kHopperSmem) == kTile256 && tile_of(rows, kAmpereSmem) == kTile256);
+      EXPECT(tile_of(rows, kMinSmem) == kTile64);
     }
     for (const std::int64_t rows : {65, 128, 257, 384, 513, 640}) {
-      EXPECT(tile_of(rows, kHopperSmem) == kWide && tile_of(rows, kAmpereSmem) == kMany);
-      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+      EXPECT(tile_of(rows, kHopperSmem) == kTile128x256 && tile_of(rows, kAmpereSmem) == kTile128);
+      EXPECT(tile_of(rows, kMinSmem) == kTile64);
     }
-    EXPECT(tile_of(64, kHopperSmem) == kMiddle);
+    EXPECT(tile_of(64, kHopperSmem) == kTile64);
   }
   for (const std::int64_t cols : {128, 300, 384}) {  // a wide tile would waste too many columns
     shape.cols = cols;
-    EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
+    EXPECT(tile_of(128, kHopperSmem) == kTile128 && tile_of(129, kHopperSmem) == kTile256);
   }
   for (const std::int64_t cols : {129, 256, 512, 960, 1100, 14336}) {
     shape.cols = cols;
-    EXPECT(tile_of(128, kHopperSmem) == kWide);
+    EXPECT(tile_of(128, kHopperSmem) == kTile128x256);
   }
   shape.aligned_64 = false;  // a block of the quantization may end inside a step
-  EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
+  EXPECT(tile_of(128, kHopperSmem) == kTile128 && tile_of(129, kHopperSmem) == kTile256);
   shape.aligned = false;
-  EXPECT(tile_of(128, kHopperSmem) == kMiddle && tile_of(129, kHopperSmem) == kMiddle);
+  EXPECT(tile_of(128, kHopperSmem) == kTile64 && tile_of(129, kHopperSmem) == kTile64);
 }
 
 void device_that_keeps_more_shared_memory_gets_the_general_kernel() {
@@ -181,14 +182,14 @@ void device_that_keeps_more_shared_memory_gets_the_general_kernel() {
 }
 
 // The blocks of this kernel loop over the columns, so any number of blocks except 0 is right.
-void few_rows_get_their_kernel() {
+void up_to_eight_rows_get_gemv() {
   for_each_shape([](ProductShape shape) {
-    if (!is_for_few_rows(shape)) return;
+    if (!is_for_gemv(shape)) return;
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (const int bits : {4, 8}) {
         shape.dtype = dtype;
         shape.bits = bits;
-        const auto config = std::get<GemvConfig>(product_config(shape));
+        const auto config = std::get<GemvConfig>(choose_product(shape));
         EXPECT(config.aligned == shape.aligned);
         EXPECT((config.blocks == 0) == (shape.rows == 0));
         EXPECT(config.blocks * kGemvCols < shape.cols + kGemvCols);
@@ -207,27 +208,27 @@ void fp32_and_eight_bits_get_the_general_kernel() {
   EXPECT(takes<GeneralConfig>(eight_bits));
 }
 
-ProductShape many_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner) {
+ProductShape many_row_shape(std::int64_t rows, std::int64_t cols, std::int64_t inner) {
   return {.rows = rows,
           .cols = cols,
           .inner = inner,
           .dtype = DType::bf16,
           .aligned = true,
           .aligned_64 = true,
-          .dense_gemm = true,
+          .has_dense_gemm = true,
           .num_sms = 132};
 }
 
 bool is_by_panels(const ProductShape& shape) { return takes<PanelsConfig>(shape); }
 
-void many_rows_get_panels_where_they_can() {
-  EXPECT(is_by_panels(many_rows(2048, 4096, 4096)));
-  EXPECT(is_by_panels(many_rows(769, 14336, 1024)) && !is_by_panels(many_rows(768, 14336, 1024)));
+void many_rows_get_panels() {
+  EXPECT(is_by_panels(many_row_shape(2048, 4096, 4096)));
+  EXPECT(is_by_panels(many_row_shape(769, 14336, 1024)) && !is_by_panels(many_row_shape(768, 14336, 1024)));
   for (const int bits : {4, 8}) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (const bool backward : {false, true}) {
         for (const std::int64_t rank : {0, 16}) {
-          ProductShape shape = many_rows(4096, 4000, 1111);
+          ProductShape shape = many_row_shape(4096, 4000, 1111);
           shape.bits = bits;
           shape.dtype = dtype;
           shape.backward = backward;
@@ -237,7 +238,7 @@ void many_rows_get_panels_where_they_can() {
           shape.masked = true;
           EXPECT(!is_by_panels(shape));
           shape.masked = false;
-          shape.dense_gemm = false;
+          shape.has_dense_gemm = false;
           EXPECT(!is_by_panels(shape));
         }
       }
@@ -247,23 +248,23 @@ void many_rows_get_panels_where_they_can() {
 
 // The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 SMs.
 void panel_is_within_its_memory_and_fills_the_device() {
-  EXPECT(panels_of(many_rows(4096, 4096, 4096)).cols == 1024);
-  EXPECT(panels_of(many_rows(2048, 4096, 4096)).cols == 1024);
-  EXPECT(panels_of(many_rows(1024, 4096, 4096)).cols == 2048);
-  EXPECT(panels_of(many_rows(8192, 4096, 14336)).cols == 256);
-  EXPECT(panels_of(many_rows(4096, 4096, 14336)).cols == 512);
-  EXPECT(panels_of(many_rows(2048, 4096, 14336)).cols == 1024);
-  EXPECT(!is_by_panels(many_rows(1024, 4096, 14336)));       // a panel of 32 MB has half of the tiles that it needs
-  EXPECT(!is_by_panels(many_rows(100'000, 4096, 140'000)));  // a panel would not have even 128 columns
+  EXPECT(panels_of(many_row_shape(4096, 4096, 4096)).cols == 1024);
+  EXPECT(panels_of(many_row_shape(2048, 4096, 4096)).cols == 1024);
+  EXPECT(panels_of(many_row_shape(1024, 4096, 4096)).cols == 2048);
+  EXPECT(panels_of(many_row_shape(8192, 4096, 14336)).cols == 256);
+  EXPECT(panels_of(many_row_shape(4096, 4096, 14336)).cols == 512);
+  EXPECT(panels_of(many_row_shape(2048, 4096, 14336)).cols == 1024);
+  EXPECT(!is_by_panels(many_row_shape(1024, 4096, 14336)));  // a panel of 32 MB has half of the tiles that it needs
+  EXPECT(!is_by_panels(many_row_shape(100'000, 4096, 140'000)));  // a panel would not have even 128 columns
   // These 13 by 16 tiles take two waves, however the panels are chosen.
-  EXPECT(panels_of(many_rows(1600, 2048, 4096)).cols == 1024);
+  EXPECT(panels_of(many_row_shape(1600, 2048, 4096)).cols == 1024);
   for (const std::int64_t rows : {769, 8192, 8193, 100'000}) {
     for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256}) {
       for (const std::int64_t inner : {1, 100, 4096, 28672, 65536}) {
         for (const std::int64_t rank : {0, 1, 64}) {
           for (const DType dtype : {DType::f32, DType::bf16}) {
             for (const int num_sms : {1, 132}) {
-              ProductShape shape = many_rows(rows, cols, inner);
+              ProductShape shape = many_row_shape(rows, cols, inner);
               shape.dtype = dtype;
               shape.rank = rank;
               shape.num_sms = num_sms;
@@ -272,8 +273,8 @@ void panel_is_within_its_memory_and_fills_the_device() {
               const std::int64_t column_elements = panel_column_elements(inner, rank);
               EXPECT(column_elements >= inner + rank && column_elements < inner + rank + kPanelAlignment);
               EXPECT(config.cols > 0 && config.cols % kPanelCols == 0);
-              EXPECT(config.cols * column_elements * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
-              EXPECT(rank == 0 ? config.rows == rows : config.rows <= kPanelCopiedRows && config.rows > rows / 16);
+              EXPECT(config.cols * column_elements * static_cast<std::int64_t>(size_of(dtype)) <= kMaxPanelBytes);
+              EXPECT(rank == 0 ? config.rows == rows : config.rows <= kMaxConcatenatedRows && config.rows > rows / 16);
               const std::int64_t tiles =
                   ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
               EXPECT(4 * tiles >= 3 * num_sms);
@@ -288,15 +289,21 @@ void panel_is_within_its_memory_and_fills_the_device() {
 // ---- wgmma, on compute capability 9.0 ----
 
 ProductShape on_hopper(std::int64_t rows) {
-  ProductShape shape = many_rows(rows, 4096, 4096);
-  shape.dense_gemm = false;
-  shape.hopper = HopperUse::where_it_wins;
+  ProductShape shape = many_row_shape(rows, 4096, 4096);
+  shape.has_dense_gemm = false;
+  shape.has_wgmma = true;
   shape.tma_can_load = true;
   shape.smem_bytes = kHopperSmem;
   shape.reserved_smem_bytes = 1024;
   return shape;
 }
-bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
+constexpr KernelOverride kWgmma{KernelOverride::Kernel::wgmma};
+WgmmaConfig wgmma_of(const ProductShape& shape, const KernelOverride& forced = kWgmma) {
+  return std::get<WgmmaConfig>(choose_product(shape, forced));
+}
+bool is_by_wgmma(const ProductShape& shape, const std::optional<KernelOverride>& forced = std::nullopt) {
+  return std::holds_alternative<WgmmaConfig>(choose_product(shape, forced));
+}
 
 void wgmma_is_for_all_rows_but_those_of_gemv() {
   for (const bool backward : {false, true}) {
@@ -308,9 +315,8 @@ void wgmma_is_for_all_rows_but_those_of_gemv() {
     for (const std::int64_t rows : {0, 1, 8}) EXPECT(is_by_wgmma(shape(rows)) == backward);
     for (const std::int64_t rows : {9, 16, 17, 32, 64, 65, 128, 512, 768, 100'000}) EXPECT(is_by_wgmma(shape(rows)));
   }
-  ProductShape few = on_hopper(1);
-  few.hopper = HopperUse::wherever_it_can;
-  EXPECT(is_by_wgmma(few));
+  const ProductShape few = on_hopper(1);
+  EXPECT(is_by_wgmma(few, kWgmma));
 }
 
 // Where there is a dense product, more than 2048 rows are for panels unless copying [X | U] beside them takes too long.
@@ -332,26 +338,24 @@ void wgmma_or_panels_is_the_faster_one() {
     shape.rank = rank;
     shape.num_sms = 132;
     EXPECT(is_by_wgmma(shape));
-    shape.dense_gemm = true;
+    shape.has_dense_gemm = true;
     EXPECT(is_by_wgmma(shape) == by_wgmma && is_by_panels(shape) == !by_wgmma);
-    shape.hopper = HopperUse::wherever_it_can;
-    EXPECT(is_by_wgmma(shape));
-    shape.hopper = HopperUse::none;
+    EXPECT(is_by_wgmma(shape, kWgmma));
+    shape.has_wgmma = false;
     EXPECT(is_by_panels(shape));
   }
 }
 
 void wgmma_takes_only_what_it_can_load() {
-  for (const HopperUse use : {HopperUse::where_it_wins, HopperUse::wherever_it_can}) {
+  for (const std::optional<KernelOverride>& forced : {std::optional<KernelOverride>(), std::optional(kWgmma)}) {
     const auto takes_changed = [&](const auto& change) {
       ProductShape shape = on_hopper(512);
-      shape.hopper = use;
       change(shape);
-      return is_by_wgmma(shape);
+      return is_by_wgmma(shape, forced);
     };
     EXPECT(takes_changed([](ProductShape&) {}));
     EXPECT(takes_changed([](ProductShape& shape) { shape.dtype = DType::f16; }));
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.hopper = HopperUse::none; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.has_wgmma = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
@@ -402,13 +406,13 @@ void tile_of_wgmma_takes_the_least_time() {
     shape.cols = cols;
     shape.inner = inner;
     shape.num_sms = 132;
-    const int chosen = std::get<HopperConfig>(product_config(shape)).gemm.tile_rows;
+    const int chosen = std::get<WgmmaConfig>(choose_product(shape)).gemm.tile_rows;
     EXPECT(chosen == tile);
   }
 }
 
 void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
-  for (const int tile : {16, 32, 64, 128, 256}) EXPECT(hopper_smem_bytes(tile) <= kHopperSmem);
+  for (const int tile : {16, 32, 64, 128, 256}) EXPECT(wgmma_smem_bytes(tile) <= kHopperSmem);
   for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000}) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : {64, 192, 256, 320, 384, 448, 4096, 14336}) {
@@ -417,25 +421,27 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
           shape.cols = cols;
           shape.inner = inner;
           shape.num_sms = num_sms;
-          for (const std::optional<bool> asked : {std::optional<bool>(), std::optional(false), std::optional(true)}) {
-            shape.hopper_pairs = asked;
-            const auto hopper = std::get<HopperConfig>(product_config(shape));
-            const auto& [config, cluster, pairs] = hopper;
-            EXPECT(hopper_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kGemmCols);
-            EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
+          for (const std::optional<bool> forced_pairs :
+               {std::optional<bool>(), std::optional(false), std::optional(true)}) {
+            KernelOverride forced = kWgmma;
+            forced.pairs = forced_pairs;
+            const WgmmaConfig wgmma = wgmma_of(shape, forced);
+            const auto& [config, cluster, pairs] = wgmma;
+            EXPECT(wgmma_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kTileCols);
+            EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kTileCols >= cols);
             EXPECT(config.steps * kGemmStep == inner && config.blocks <= num_sms);
-            EXPECT(num_sms == 1 ? !pairs : pairs == asked.value_or(pairs));
+            EXPECT(num_sms == 1 ? !pairs : pairs == forced_pairs.value_or(pairs));
             EXPECT(!pairs || (cluster >= 1 && config.tiles % 2 == 0 && config.tiles / config.row_tiles % 2 == 0));
             if (cluster == 0) {
               expect_each_step_once(config);
               continue;
             }
             EXPECT(!config.splits_a_tile());  // so that there is no memory of runs
-            EXPECT(hopper.blocks_of_cluster() <= kHopperMostCluster);
-            EXPECT(config.blocks % hopper.blocks_of_cluster() == 0);
+            EXPECT(wgmma.blocks_per_cluster() <= kMaxCluster);
+            EXPECT(config.blocks % wgmma.blocks_per_cluster() == 0);
             if (cluster == 1) {
-              const int most = pairs ? num_sms / 2 * 2 : num_sms;
-              EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, most));
+              const int max_blocks = pairs ? num_sms / 2 * 2 : num_sms;
+              EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, max_blocks));
             } else {
               EXPECT(cluster == 2 || cluster == 4 || cluster == 8);
               EXPECT(config.blocks == config.tiles * cluster && config.steps >= cluster);
@@ -478,9 +484,10 @@ void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
     shape.cols = cols;
     shape.inner = inner;
     shape.num_sms = 132;
-    shape.hopper_rows = rows <= 16 ? 16 : rows <= 64 ? 64 : 256;
-    shape.hopper_pairs = false;
-    EXPECT(std::get<HopperConfig>(product_config(shape)).cluster == expected);
+    KernelOverride forced = kWgmma;
+    forced.tile_rows = rows <= 16 ? 16 : rows <= 64 ? 64 : 256;
+    forced.pairs = false;
+    EXPECT(wgmma_of(shape, forced).cluster == expected);
   }
 }
 
@@ -509,16 +516,16 @@ void pairs_of_blocks_share_rows_where_l2_takes_longest() {
     shape.inner = inner;
     shape.backward = backward;
     shape.num_sms = 132;
-    const auto config = std::get<HopperConfig>(product_config(shape));
+    const auto config = std::get<WgmmaConfig>(choose_product(shape));
     EXPECT(config.pairs == pairs);
   }
 }
 
-// Pairs that were asked for take the clusters that hold two tiles, and an odd number of tiles one more in each row.
+// Pairs that are forced take the clusters that hold two tiles, and an odd number of tiles one more in each row.
 constexpr struct {
   std::int64_t rows, cols, tiles;
   int cluster, blocks;
-} kAskedPairs[] = {
+} kForcedPairs[] = {
     {64, 2048, 16, 4, 64},     // 8 clusters of 4 + 4 blocks, rather than of 8
     {64, 4096, 32, 4, 128},    // 16, which is as many as run at once
     {64, 4224, 34, 2, 68},     // 17 of 2 + 2
@@ -527,66 +534,91 @@ constexpr struct {
 };
 
 void pairs_of_tiles_share_clusters() {
-  for (const auto& [rows, cols, tiles, cluster, blocks] : kAskedPairs) {
+  for (const auto& [rows, cols, tiles, cluster, blocks] : kForcedPairs) {
     ProductShape shape = on_hopper(rows);
     shape.cols = cols;
     shape.num_sms = 132;
-    shape.hopper_rows = 64;
-    shape.hopper_pairs = true;
-    const auto config = std::get<HopperConfig>(product_config(shape));
+    KernelOverride forced = kWgmma;
+    forced.tile_rows = 64;
+    forced.pairs = true;
+    const WgmmaConfig config = wgmma_of(shape, forced);
     EXPECT(config.pairs && config.gemm.tiles == tiles && config.cluster == cluster && config.gemm.blocks == blocks);
   }
 }
 
-void wgmma_is_used_where_it_is_asked_for() {
-  unsetenv("QLN_FORCE_HOPPER");
-  EXPECT(asked_hopper_use(true) == HopperUse::where_it_wins && asked_hopper_use(false) == HopperUse::none);
-  setenv("QLN_FORCE_HOPPER", "1", 1);
-  EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can && asked_hopper_use(false) == HopperUse::none);
-  setenv("QLN_FORCE_HOPPER", "0", 1);
-  EXPECT(asked_hopper_use(true) == HopperUse::none);
-  unsetenv("QLN_FORCE_HOPPER");
-  EXPECT(asked_hopper_rows() == 0);
-  for (const int rows : {1, 16, 32, 48, 64, 128, 256}) {
-    setenv("QLN_FORCE_HOPPER", std::to_string(rows).c_str(), 1);
-    EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can);
-    EXPECT(asked_hopper_rows() == (rows == 1 || rows == 48 ? 0 : rows));
-    ProductShape shape = on_hopper(700);
-    shape.hopper_rows = asked_hopper_rows();
-    EXPECT(shape.hopper_rows == 0 || std::get<HopperConfig>(product_config(shape)).gemm.tile_rows == rows);
-    EXPECT(!asked_hopper_pairs().has_value());
-    for (const bool pairs : {false, true}) {
-      setenv("QLN_FORCE_HOPPER", (std::to_string(rows) + (pairs ? ",pairs" : ",alone")).c_str(), 1);
-      EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can && asked_hopper_rows() == shape.hopper_rows);
-      EXPECT(asked_hopper_pairs() == pairs);
+void override_names_a_kernel() {
+  using Kernel = KernelOverride::Kernel;
+  const auto named = [](const std::string& text) {
+    setenv("QLN_FORCE_KERNEL", text.c_str(), 1);
+    return forced_kernel();
+  };
+  unsetenv("QLN_FORCE_KERNEL");
+  EXPECT(!forced_kernel() && !named(""));
+  EXPECT(named("general")->kernel == Kernel::general && named("gemv")->kernel == Kernel::gemv);
+  EXPECT(named("gemm")->kernel == Kernel::gemm && named("panels")->kernel == Kernel::panels);
+  for (const int rows : {0, 16, 32, 64, 128, 256}) {
+    const std::string name = rows == 0 ? "wgmma" : "wgmma:" + std::to_string(rows);
+    EXPECT(named(name)->kernel == Kernel::wgmma && named(name)->tile_rows == rows && !named(name)->pairs.has_value());
+    EXPECT(named(name + ",pairs")->tile_rows == rows && named(name + ",pairs")->pairs == true);
+    EXPECT(named(name + ",alone")->tile_rows == rows && named(name + ",alone")->pairs == false);
+    EXPECT(rows == 0 || wgmma_of(on_hopper(700), *forced_kernel()).gemm.tile_rows == rows);
+  }
+  for (const char* text : {"tiles", "wgmma:48", "wgmma:", "wgmma64", "wgmma:64x", "gemm,pairs", "wgmma,both", "1"}) {
+    bool is_refused = false;
+    try {
+      named(text);
+    } catch (const Unavailable& error) {
+      is_refused = std::string(error.what()).find(std::string("got \"") + text + "\"") != std::string::npos;
+    }
+    EXPECT(is_refused);
+  }
+  unsetenv("QLN_FORCE_KERNEL");
+}
+
+void forced_kernel_is_used_where_it_supports_the_shape() {
+  using Kernel = KernelOverride::Kernel;
+  for (const std::int64_t rows : {1, 8, 9, 300, 4096}) {
+    for (const bool backward : {false, true}) {
+      ProductShape shape = on_hopper(rows);
+      shape.backward = backward;
+      shape.has_dense_gemm = true;
+      const auto index = [&](Kernel kernel) { return choose_product(shape, KernelOverride{kernel}).index(); };
+      const std::size_t chosen = choose_product(shape).index();
+      EXPECT(index(Kernel::general) == ProductConfig(GeneralConfig{}).index());
+      EXPECT(index(Kernel::gemv) == (supports_gemv(shape) ? ProductConfig(GemvConfig{}).index() : chosen));
+      EXPECT(supports_gemv(shape) == (rows <= 8 && !backward));
+      EXPECT(index(Kernel::gemm) == ProductConfig(GemmConfig{}).index());
+      EXPECT(index(Kernel::wgmma) == ProductConfig(WgmmaConfig{}).index());
+      EXPECT(index(Kernel::panels) == ProductConfig(PanelsConfig{}).index());
+      const auto panels = std::get<PanelsConfig>(choose_product(shape, KernelOverride{Kernel::panels}));
+      EXPECT(panels.cols > 0 && panels.rows == rows);
     }
   }
-  unsetenv("QLN_FORCE_HOPPER");
 }
 
 // ---- rows in groups ----
 
-ProductShape in_groups(std::int64_t rows, std::int64_t groups, bool own_weights) {
-  ProductShape shape = many_rows(rows, 4096, 4096);
+ProductShape in_groups(std::int64_t rows, std::int64_t groups, bool group_weights) {
+  ProductShape shape = many_row_shape(rows, 4096, 4096);
   shape.groups = groups;
-  shape.own_weights = own_weights;
+  shape.group_weights = group_weights;
   shape.smem_bytes = kHopperSmem;
   return shape;
 }
 Tile tile_of(const ProductShape& shape) {
-  const auto config = std::get<GemmConfig>(product_config(shape));
+  const auto config = std::get<GemmConfig>(choose_product(shape));
   EXPECT(config.grouped == (shape.groups > 0));
   return {config.tile_rows, config.tile_cols};
 }
 
-// The way is chosen by the average number of rows in a group, because the host does not know more than that.
-void way_of_groups_with_own_weights_follows_their_average() {
+// The kernel is chosen by the average number of rows in a group, because the host does not know more than that.
+void kernel_of_groups_with_own_weights_follows_their_average() {
   constexpr std::int64_t kGroups = 128;
   const auto of_average = [&](std::int64_t rows) { return in_groups(rows * kGroups, kGroups, true); };
   EXPECT(takes<GemvConfig>(in_groups(1, kGroups, true)) && takes<GemvConfig>(of_average(4)));
   for (const std::int64_t rows : {5, 16, 17, 32}) {
-    const auto config = std::get<GemmConfig>(product_config(of_average(rows)));
-    EXPECT(config.thin && config.tile_rows == (rows <= 16 ? kGemmFewRows : kThinRows));
+    const auto config = std::get<GemmConfig>(choose_product(of_average(rows)));
+    EXPECT(config.small_m && config.tile_rows == (rows <= 16 ? 16 : 32));
   }
   for (const bool backward : {false, true}) {
     const auto shape = [&](std::int64_t rows) {
@@ -594,37 +626,38 @@ void way_of_groups_with_own_weights_follows_their_average() {
       result.backward = backward;
       return result;
     };
-    EXPECT(tile_of(shape(33)) == kMiddle && tile_of(shape(64)) == kMiddle);
-    EXPECT(tile_of(shape(65)) == kMany && tile_of(shape(1023)) == kMany);
-    EXPECT(tile_of(shape(1024)) == kTall);
-    if (backward) EXPECT(tile_of(shape(1)) == (Tile{kGemmFewRows, kGemmCols}));
+    EXPECT(tile_of(shape(33)) == kTile64 && tile_of(shape(64)) == kTile64);
+    EXPECT(tile_of(shape(65)) == kTile128 && tile_of(shape(1023)) == kTile128);
+    EXPECT(tile_of(shape(1024)) == kTile256);
+    if (backward) EXPECT(tile_of(shape(1)) == (Tile{16, kTileCols}));
   }
 }
 
-// The way is chosen by the number of all rows, because the weight is decoded for all of them, whatever their adapters.
-void way_of_groups_with_a_shared_weight_follows_all_rows() {
+// The kernel is chosen by the number of all rows, because the weight is decoded for all of them, whatever their
+// adapters.
+void kernel_of_groups_with_a_shared_weight_follows_all_rows() {
   for (const std::int64_t groups : {2, 1000}) {
     EXPECT(takes<GemvConfig>(in_groups(8, groups, false)));
-    EXPECT(std::get<GemmConfig>(product_config(in_groups(9, groups, false))).thin == (groups == 2));
-    EXPECT(tile_of(in_groups(9, groups, false)).rows == kGemmFewRows);
-    EXPECT(tile_of(in_groups(33, groups, false)) == kMiddle);
-    EXPECT(tile_of(in_groups(128, groups, false)) == kMany);
-    EXPECT(tile_of(in_groups(4096, groups, false)) == kTall);
-    EXPECT(std::get<GemmConfig>(product_config(in_groups(4096, groups, false))).row_tiles == 16);
+    EXPECT(std::get<GemmConfig>(choose_product(in_groups(9, groups, false))).small_m == (groups == 2));
+    EXPECT(tile_of(in_groups(9, groups, false)).rows == 16);
+    EXPECT(tile_of(in_groups(33, groups, false)) == kTile64);
+    EXPECT(tile_of(in_groups(128, groups, false)) == kTile128);
+    EXPECT(tile_of(in_groups(4096, groups, false)) == kTile256);
+    EXPECT(std::get<GemmConfig>(choose_product(in_groups(4096, groups, false))).row_tiles == 16);
   }
 }
 
 void groups_get_the_general_kernel_where_vectors_do_not_reach() {
-  for (const bool own_weights : {false, true}) {
+  for (const bool group_weights : {false, true}) {
     for (const std::int64_t rows : {1, 100, 10'000}) {
-      ProductShape shape = in_groups(rows, 7, own_weights);
+      ProductShape shape = in_groups(rows, 7, group_weights);
       EXPECT(!is_by_panels(shape));
       shape.aligned = shape.aligned_64 = false;
       EXPECT(takes<GeneralConfig>(shape));
-      shape = in_groups(rows, 7, own_weights);
+      shape = in_groups(rows, 7, group_weights);
       shape.small_blocks = true;
       EXPECT(takes<GeneralConfig>(shape));
-      shape = in_groups(rows, 7, own_weights);
+      shape = in_groups(rows, 7, group_weights);
       shape.dtype = DType::f32;
       EXPECT(rows == 1 ? takes<GemvConfig>(shape) : takes<GeneralConfig>(shape));
     }
@@ -639,11 +672,11 @@ void steps_of_as_many_tiles_as_groups_have_are_done_once() {
         ProductShape shape = in_groups(rows, groups, true);
         shape.backward = backward;
         if (takes<GemvConfig>(shape)) continue;
-        const auto config = std::get<GemmConfig>(product_config(shape));
-        EXPECT(config.row_tiles == most_row_tiles(rows, groups, config.tile_rows));
+        const auto config = std::get<GemmConfig>(choose_product(shape));
+        EXPECT(config.row_tiles == max_row_tiles(rows, groups, config.tile_rows));
         for (std::int64_t tiles = 0; tiles <= config.row_tiles; tiles = 2 * tiles + 1) {
           const GemmConfig found = config.with_row_tiles(tiles);
-          EXPECT(found.tiles == tiles * ceil_div(shape.cols, kGemmCols) && found.blocks <= config.blocks);
+          EXPECT(found.tiles == tiles * ceil_div(shape.cols, kTileCols) && found.blocks <= config.blocks);
           EXPECT((found.blocks == 0) == (tiles == 0));
           expect_each_step_once(found);
         }
@@ -653,12 +686,12 @@ void steps_of_as_many_tiles_as_groups_have_are_done_once() {
 }
 
 void row_tiles_are_as_many_as_groups_of_any_sizes_may_have() {
-  EXPECT(most_row_tiles(0, 8, 64) == 0);
-  EXPECT(most_row_tiles(1, 128, 16) == 1);  // one group has the row
-  EXPECT(most_row_tiles(5, 128, 16) == 5);  // five groups may have one row each
-  EXPECT(most_row_tiles(128, 2, 64) == 3);  // the groups may have 65 and 63 rows
-  EXPECT(most_row_tiles(130, 2, 64) == 4);  // the groups may have 65 and 65 rows
-  EXPECT(most_row_tiles(129, 1, 64) == 3);
+  EXPECT(max_row_tiles(0, 8, 64) == 0);
+  EXPECT(max_row_tiles(1, 128, 16) == 1);  // one group has the row
+  EXPECT(max_row_tiles(5, 128, 16) == 5);  // five groups may have one row each
+  EXPECT(max_row_tiles(128, 2, 64) == 3);  // the groups may have 65 and 63 rows
+  EXPECT(max_row_tiles(130, 2, 64) == 4);  // the groups may have 65 and 65 rows
+  EXPECT(max_row_tiles(129, 1, 64) == 3);
 }
 
 void parts_of_a_long_sum_cover_it() {
@@ -679,7 +712,7 @@ void parts_of_a_long_sum_cover_it() {
 void steps_are_counted_beyond_an_int() {
   const std::int64_t many = std::int64_t{1} << 34;
   const auto config = std::get<GemmConfig>(
-      product_config({.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .num_sms = 100}));
+      choose_product({.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .num_sms = 100}));
   EXPECT(config.steps == many / kGemmStep && config.first_step(config.blocks) == many / kGemmStep);
 }
 
@@ -688,16 +721,16 @@ void steps_are_counted_beyond_an_int() {
 
 int main() {
   using namespace qlora_native;
-  small_blocks_take_the_way_of_any_weight();
+  small_blocks_take_the_general_kernel();
   every_step_is_done_once();
   tiles_cover_the_result();
   tile_is_one_that_was_compiled_and_fits();
   device_holds_all_blocks_at_once();
-  tile_for_many_rows_wastes_least();
+  tile_for_many_rows_has_the_fewest_empty_rows();
   device_that_keeps_more_shared_memory_gets_the_general_kernel();
-  few_rows_get_their_kernel();
+  up_to_eight_rows_get_gemv();
   fp32_and_eight_bits_get_the_general_kernel();
-  many_rows_get_panels_where_they_can();
+  many_rows_get_panels();
   panel_is_within_its_memory_and_fills_the_device();
   wgmma_is_for_all_rows_but_those_of_gemv();
   wgmma_or_panels_is_the_faster_one();
@@ -707,9 +740,10 @@ int main() {
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();
   pairs_of_blocks_share_rows_where_l2_takes_longest();
   pairs_of_tiles_share_clusters();
-  wgmma_is_used_where_it_is_asked_for();
-  way_of_groups_with_own_weights_follows_their_average();
-  way_of_groups_with_a_shared_weight_follows_all_rows();
+  override_names_a_kernel();
+  forced_kernel_is_used_where_it_supports_the_shape();
+  kernel_of_groups_with_own_weights_follows_their_average();
+  kernel_of_groups_with_a_shared_weight_follows_all_rows();
   groups_get_the_general_kernel_where_vectors_do_not_reach();
   steps_of_as_many_tiles_as_groups_have_are_done_once();
   row_tiles_are_as_many_as_groups_of_any_sizes_may_have();

@@ -42,7 +42,7 @@ void find_kernel(const Groups groups, std::int64_t rows, std::uint32_t count, Fo
 // The results of find_row_tile() for as many tiles as there may be, and for kNoTile.
 template <int kRows>
 Managed<FoundTile> found_tiles(const Groups& groups, std::int64_t rows) {
-  const std::int64_t most = most_row_tiles(rows, groups.total(), kRows);
+  const std::int64_t most = max_row_tiles(rows, groups.total(), kRows);
   Managed<FoundTile> found(static_cast<std::size_t>(most) + 1);
   launch<find_kernel<kRows>>({.blocks = 1, .threads = kWarp}, {}, groups, rows, static_cast<std::uint32_t>(most),
                              found.data());
@@ -133,10 +133,10 @@ void kernels_keep_to_the_operands_whatever_the_offsets_say() {
     const auto read = [](const Matrix& m) { return ConstMatrix{m.data, m.dtype, m.rows, m.cols, m.stride}; };
     for (const auto& offsets : kAnyOffsets) {
       for (const std::int64_t rows : {M, std::int64_t{16}}) {  // the kernel with tiles, and the one for few rows
-        for (const bool own_weights : {true, false}) {
+        for (const bool group_weights : {true, false}) {
           const QuantizedWeightView weight{.N = N,
                                            .K = K,
-                                           .count = own_weights ? kGroups : 1,
+                                           .count = group_weights ? kGroups : 1,
                                            .codes = codes.data(),
                                            .absmax = absmax.data(),
                                            .code = codebook("nf4").data()};

@@ -1,6 +1,6 @@
 // Guards the product by wgmma (cuda/product/wgmma/), on the emulator: its errors are within the bound of its sums, its
 // results have the same bits under each order of threads and blocks, and it is not chosen for products that it cannot
-// compute. QLN_FORCE_HOPPER=1 makes the emulated device a Hopper.
+// compute. QLN_FORCE_KERNEL=wgmma makes the emulated device a Hopper.
 #include <unistd.h>
 
 #include <cmath>
@@ -31,7 +31,7 @@ struct Case {
   float dropout = 0.0f;
   std::int64_t gap = 0;  // elements between rows of X, U and Y
   int num_sms = 3;       // of the emulated device
-  bool pairs = false;    // of blocks share rows of the left operand
+  bool pairs = false;    // of blocks load rows of X for each other
 };
 
 // Scales differ from block to block, so that a wrong scale shows.
@@ -55,8 +55,8 @@ class Layer {
         backward_(backward),
         inner_(backward ? c.N : c.K),
         cols_(backward ? c.K : c.N),
-        left_(c.dtype, c.M, inner_, c.gap),
-        low_rank_(c.dtype, c.M, c.rank, c.gap),
+        x_(c.dtype, c.M, inner_, c.gap),
+        u_(c.dtype, c.M, c.rank, c.gap),
         out_(c.dtype, c.M, cols_, c.gap),
         bias_(c.dtype, 1, c.N),
         a_(c.lora_dtype, c.rank, c.K),
@@ -64,7 +64,7 @@ class Layer {
         weight_(weight_with_many_scales(c).in(), format_named(c.format), c.blocksize, c.double_quant),
         w_(c.dtype, c.N, c.K) {
     Random random(static_cast<std::uint64_t>(c.M));
-    left_.fill(random, 1.0f);
+    x_.fill(random, 1.0f);
     bias_.fill(random, 1.0f);
     a_.fill(random, 1.0f / std::sqrt(static_cast<float>(c.K)));
     b_.fill(random, 0.1f);
@@ -80,17 +80,16 @@ class Layer {
                             .scaling = kScaling,
                             .dropout = c_.dropout,
                             .seed = kSeed};
-    const qn::Matrix low_rank = c_.rank > 0 ? low_rank_.out() : qn::Matrix{};
+    const qn::Matrix u = c_.rank > 0 ? u_.out() : qn::Matrix{};
     if (backward_) {
-      qn::linear_backward_input(
-          {.weight = weight_.view(), .lora = lora, .dy = left_.in(), .dx = out_.out(), .v = low_rank});
+      qn::linear_backward_input({.weight = weight_.view(), .lora = lora, .dy = x_.in(), .dx = out_.out(), .v = u});
     } else {
       qn::linear_forward({.weight = weight_.view(),
                           .lora = lora,
-                          .x = left_.in(),
+                          .x = x_.in(),
                           .bias = c_.bias ? bias_.data() : nullptr,
                           .y = out_.out(),
-                          .u = low_rank});
+                          .u = u});
     }
     return out_.bytes();
   }
@@ -113,11 +112,11 @@ class Layer {
           sum += product;
           size += std::fabs(product);
         };
-        for (std::int64_t i = 0; i < inner_; ++i) add(left_.at(m, i) * weight[static_cast<std::size_t>(i)]);
+        for (std::int64_t i = 0; i < inner_; ++i) add(x_.at(m, i) * weight[static_cast<std::size_t>(i)]);
         // In the forward product dropout is part of U; in dX it applies to the adapter's part.
-        const bool is_kept = !backward_ || qn::dropout_keeps(kSeed, m, col, qn::dropout_threshold(c_.dropout));
-        for (std::int64_t r = 0; r < c_.rank && is_kept; ++r) {
-          add(low_rank_.at(m, r) * right[static_cast<std::size_t>(r)]);
+        const bool is_unmasked = !backward_ || qn::dropout_keeps(kSeed, m, col, qn::dropout_threshold(c_.dropout));
+        for (std::int64_t r = 0; r < c_.rank && is_unmasked; ++r) {
+          add(u_.at(m, r) * right[static_cast<std::size_t>(r)]);
         }
         const double bound = of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24;  // 2^-24 for fp16 below 2^-14
         wrong += !(std::fabs(out_.at(m, col) - sum) <= bound);
@@ -128,7 +127,7 @@ class Layer {
   // With the identity as the left operand, counts the elements of the result's transpose that differ from W.
   int differences_from_the_weight() {
     for (std::int64_t i = 0; i < c_.M; ++i) {
-      for (std::int64_t j = 0; j < inner_; ++j) left_.set(i, j, i == j ? 1.0f : 0.0f);
+      for (std::int64_t j = 0; j < inner_; ++j) x_.set(i, j, i == j ? 1.0f : 0.0f);
     }
     run();
     int differences = 0;
@@ -145,13 +144,13 @@ class Layer {
   const Case c_;
   const bool backward_;
   const std::int64_t inner_, cols_;
-  Tensor left_, low_rank_, out_, bias_, a_, b_;
+  Tensor x_, u_, out_, bias_, a_, b_;
   const Quantized weight_;
   Tensor w_;  // weight_, decoded
 };
 
-// The text that a product prints about its way.
-std::string way_of(const Case& c, bool backward) {
+// The text that a product prints about its kernel.
+std::string kernel_of(const Case& c, bool backward) {
   Layer layer(c, backward);
   return death_message([&] {
     setenv("QLN_PRINT_CONFIG", "1", 1);
@@ -161,22 +160,23 @@ std::string way_of(const Case& c, bool backward) {
   });
 }
 
-// The tiles of that way, and how its blocks share them.
+// The tiles of wgmma, and how its blocks share them.
 const char* const kTiles[] = {"tiles of 16x128", "tiles of 32x128", "tiles of 64x128", "tiles of 128x128",
                               "tiles of 256x128"};
 const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in clusters of 8",
-                                 "in runs"};
-constexpr std::size_t kSharingsOfPairs = 3;  // the first three; there are no runs, and no clusters of 16 blocks
-std::string sharing_of(const std::string& way) {
+                                 "by stream-K"};
+constexpr std::size_t kSharingsOfPairs =
+    3;  // the first three; there is no stream-K, and there are no clusters of 16 blocks
+std::string sharing_of(const std::string& kernel) {
   for (const char* sharing : kSharings) {
-    if (contains(way, sharing)) return sharing + std::string(contains(way, "in pairs") ? ", in pairs" : "");
+    if (contains(kernel, sharing)) return sharing + std::string(contains(kernel, "in pairs") ? ", in pairs" : "");
   }
   return "";
 }
 
-// The cases have each tile, full and with missing rows and columns, shared in each way, by steps that divide evenly and
-// unevenly; blocks with several tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one and
-// two steps, full and partial. Pairs have even and odd numbers of tiles of columns.
+// The cases have each tile, full and with missing rows and columns, shared by each means, by steps that divide evenly
+// and unevenly; blocks with several tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one
+// and two steps, full and partial. Pairs have even and odd numbers of tiles of columns.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
     {.M = 32, .N = 128, .K = 64},
@@ -204,7 +204,7 @@ const Case kCases[] = {
     {.M = 256, .N = 128, .K = 448, .blocksize = 4096, .bias = true},
     {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
     {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
-    // in clusters of 8, 4 and 2, and in runs
+    // in clusters of 8, 4 and 2, and by stream-K
     {.M = 7, .N = 72, .K = 2112, .bias = true, .rank = 8, .num_sms = 16},
     {.M = 16, .N = 2112, .K = 64, .dtype = DType::f16, .rank = 16, .dropout = 0.5f, .num_sms = 16},
     {.M = 20, .N = 136, .K = 2240, .dtype = DType::f16, .rank = 16, .gap = 8, .num_sms = 16},
@@ -280,8 +280,8 @@ const Case kCases[] = {
 // Whether dX can be computed so: the rows of dY must consist of whole vectors.
 bool has_backward(const Case& c) { return c.N % 8 == 0; }
 
-void use_wgmma_with_tiles_of(std::int64_t rows, bool pairs) {
-  setenv("QLN_FORCE_HOPPER", (std::to_string(rows) + (pairs ? ",pairs" : ",alone")).c_str(), 1);
+void force_tiles_of(std::int64_t rows, bool pairs) {
+  setenv("QLN_FORCE_KERNEL", ("wgmma:" + std::to_string(rows) + (pairs ? ",pairs" : ",alone")).c_str(), 1);
 }
 // Each case takes the smallest tile that holds its rows, or several of 128 rows.
 std::int64_t tile_rows_of(const Case& c) {
@@ -293,11 +293,11 @@ std::int64_t tile_rows_of(const Case& c) {
 template <class F>
 void for_each_product(const F& f) {
   for (const Case& c : kCases) {
-    use_wgmma_with_tiles_of(tile_rows_of(c), c.pairs);
+    force_tiles_of(tile_rows_of(c), c.pairs);
     f(c, false);
     if (has_backward(c)) f(c, true);
   }
-  setenv("QLN_FORCE_HOPPER", "1", 1);
+  setenv("QLN_FORCE_KERNEL", "wgmma", 1);
 }
 void print(const char* what, const Case& c, bool backward) {
   std::printf("%s: M=%d N=%d K=%d%s%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
@@ -313,10 +313,10 @@ void product_is_the_sum_of_float64() {
     if (!is_right) print("wrong", c, backward);
     EXPECT(is_right);
     EXPECT(layer.keeps_to_its_columns());
-    const std::string way = way_of(c, backward);
-    EXPECT(contains(way, "by wgmma"));
+    const std::string kernel = kernel_of(c, backward);
+    EXPECT(contains(kernel, "wgmma"));
     for (const char* tile : kTiles) {
-      if (contains(way, tile)) found.insert(tile + sharing_of(way) + (backward ? ", dX" : ""));
+      if (contains(kernel, tile)) found.insert(tile + sharing_of(kernel) + (backward ? ", dX" : ""));
     }
   });
   EXPECT(found.size() == std::size(kTiles) * (std::size(kSharings) + kSharingsOfPairs) * 2);
@@ -359,9 +359,9 @@ void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_
     }
   }
   setenv("QLN_EMULATED_SMS", "16", 1);
-  use_wgmma_with_tiles_of(rows, pairs);
+  force_tiles_of(rows, pairs);
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
-  setenv("QLN_FORCE_HOPPER", "1", 1);
+  setenv("QLN_FORCE_KERNEL", "wgmma", 1);
   bool all = true;
   for (std::int64_t m = 0; m < rows; ++m) {
     for (std::int64_t n = 0; n < cols; ++n) all = all && y.at(m, n) == 0.5;
@@ -376,10 +376,10 @@ void decoded_weight_has_the_bits_of_dequantize() {
   }
 }
 
-void other_operands_go_another_way() {
-  const auto goes_another_way = [](const Case& c, bool backward) {
-    const std::string way = way_of(c, backward);
-    if (way.empty() || contains(way, "by wgmma")) return false;
+void other_operands_take_another_kernel() {
+  const auto takes_another_kernel = [](const Case& c, bool backward) {
+    const std::string kernel = kernel_of(c, backward);
+    if (kernel.empty() || contains(kernel, "wgmma")) return false;
     Layer layer(c, backward);
     layer.run();
     return c.dtype == DType::f32 || layer.wrong() == 0;
@@ -394,25 +394,22 @@ void other_operands_go_another_way() {
       {.M = 64, .N = 128, .K = 128, .gap = 1},    // rows of X are not aligned for vectors
   };
   for (const Case& c : others) {
-    EXPECT(goes_another_way(c, false));
-    EXPECT(goes_another_way(c, true));
+    EXPECT(takes_another_kernel(c, false));
+    EXPECT(takes_another_kernel(c, true));
   }
-  EXPECT(goes_another_way({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are not whole vectors
-  // wgmma is switched off, or the device is not a Hopper.
-  for (const char* asked : {"0", static_cast<const char*>(nullptr)}) {
-    asked == nullptr ? unsetenv("QLN_FORCE_HOPPER") : setenv("QLN_FORCE_HOPPER", asked, 1);
-    EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
-  }
-  setenv("QLN_FORCE_HOPPER", "1", 1);
+  EXPECT(takes_another_kernel({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are not whole vectors
+  unsetenv("QLN_FORCE_KERNEL");                                       // the device is not a Hopper
+  EXPECT(!contains(kernel_of(kCases[0], false), "wgmma"));
+  setenv("QLN_FORCE_KERNEL", "wgmma", 1);
   setenv("QLN_EMULATED_SMEM", "166912", 1);
-  EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
+  EXPECT(!contains(kernel_of(kCases[0], false), "wgmma"));
   unsetenv("QLN_EMULATED_SMEM");
 }
 
 }  // namespace
 
 int main() {
-  setenv("QLN_FORCE_HOPPER", "1", 1);
+  setenv("QLN_FORCE_KERNEL", "wgmma", 1);
   product_is_the_sum_of_float64();
   for (const std::int64_t rows : {16, 32, 64}) {
     for (const std::int64_t cluster : {4, 8}) {
@@ -421,7 +418,7 @@ int main() {
     sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows, 4, true);
   }
   decoded_weight_has_the_bits_of_dequantize();
-  other_operands_go_another_way();
+  other_operands_take_another_kernel();
   bits_depend_on_no_order_of_threads_or_blocks();
   return report();
 }

@@ -1,4 +1,4 @@
-// The sums of a tile stay in registers through its life: products are added, then other blocks' sums, and at last the
+// The accumulators of a tile stay in registers: products are added, then other blocks' partial sums, and at last the
 // bias.
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace qlora_native::QLN_CUDA {
 
 template <class T, class Weights, class Tile>
-class GemmSums {
+class GemmAccumulators {
   static constexpr int kRowFragments = Tile::kRowFragments, kColFragments = Tile::kColFragments;
   static constexpr int kLaneCols = Tile::kLaneCols, kFragmentGroups = Tile::kFragmentGroups;
   static constexpr int kLaneRows = 2 * kRowFragments;
@@ -19,28 +19,28 @@ class GemmSums {
     each([](float& sum) { sum = 0.0f; });
   }
 
-  // Adds the products of the k-th 16 of a step. `left` and `weights` are where the lane points ldmatrix at first.
-  __device__ __forceinline__ void multiply(const SharedAddress& left, const SharedAddress& weights, unsigned k) {
+  // Adds the products of the k-th 16 of a step. `x` and `weights` are where the lane points ldmatrix at first.
+  __device__ __forceinline__ void multiply(const SharedAddress& x, const SharedAddress& weights, unsigned k) {
     std::uint32_t a[kRowFragments][4], b[kColFragments / 2][4];
 #pragma unroll
-    for (int i = 0; i < kRowFragments; ++i) ldmatrix_x4(a[i], LeftStage<T, Tile>::operand(left, k, i));
+    for (int i = 0; i < kRowFragments; ++i) ldmatrix_x4(a[i], XStage<T, Tile>::operand(x, k, i));
 #pragma unroll
     for (int p = 0; p < kColFragments / 2; ++p) Weights::load(b[p], Weights::operands(weights, k, p));
 #pragma unroll
     for (int p = 0; p < kColFragments / 2; ++p) {
 #pragma unroll
       for (int i = 0; i < kRowFragments; ++i) {
-        mma_16x8x16<T>(sum_[i][2 * p], a[i], {b[p][0], b[p][1]});
-        mma_16x8x16<T>(sum_[i][2 * p + 1], a[i], {b[p][2], b[p][3]});
+        mma_16x8x16<T>(accumulator_[i][2 * p], a[i], {b[p][0], b[p][1]});
+        mma_16x8x16<T>(accumulator_[i][2 * p + 1], a[i], {b[p][2], b[p][3]});
       }
     }
   }
 
-  // Sets the sums to zero that dropout drops. `row`, `col`: the lane's first of the result. There are two loops: one
-  // that is not unrolled for the random bits, which are much code, and one that is, because sums are registers and each
-  // must be named.
+  // Sets the accumulators to zero that dropout drops. `row`, `col`: the lane's first of the result. There are two
+  // loops: one that is not unrolled for the random bits, which are much code, and one that is, because accumulators are
+  // registers and each must be named.
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
-    static_assert(8 % kLaneCols == 0 && kFragmentGroups * kLaneRows <= 32);  // neighbours share their random bits
+    static_assert(8 % kLaneCols == 0 && kFragmentGroups * kLaneRows <= 32);  // a lane's columns share their random bits
     std::uint32_t kept[kLaneCols] = {};
 #pragma unroll 1
     for (int i = kFragmentGroups * kLaneRows - 1; i >= 0; --i) {
@@ -61,11 +61,11 @@ class GemmSums {
     }
   }
 
-  // The sums as vectors of four, which stream_k.cuh stores in memory and adds from there.
+  // Vectors of four, which stream_k.cuh stores in memory and adds from there.
   static constexpr int kVectors = kRowFragments * kColFragments;
-  __device__ __forceinline__ float* vector(int i) { return sum_[i / kColFragments][i % kColFragments]; }
+  __device__ __forceinline__ float* vector(int i) { return accumulator_[i / kColFragments][i % kColFragments]; }
 
-  // Stores each sum plus bias, rounded once, in the `rows` rows and `cols` columns that are there, counted from the
+  // Stores each accumulator plus bias, rounded once, in the `rows` rows and `cols` columns that exist, counted from the
   // lane's first. `out` and `biases` point to the lane's first; without a bias `biases` is null.
   __device__ void store(T* out, std::int64_t stride, const T* biases, int rows, int cols) const {
 #pragma unroll
@@ -96,7 +96,7 @@ class GemmSums {
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
 #pragma unroll
-    for (auto& fragments : sum_) {
+    for (auto& fragments : accumulator_) {
 #pragma unroll
       for (auto& sums : fragments) {
 #pragma unroll
@@ -104,15 +104,15 @@ class GemmSums {
       }
     }
   }
-  // The sum in the lane's i-th row (its rows are 8 apart) and in the j-th of its neighbouring columns of a group.
+  // The element in the lane's i-th row (its rows are 8 apart) and in the j-th of its adjacent columns of a group.
   __device__ __forceinline__ float& at(int i, int group, int j) {
-    return sum_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
+    return accumulator_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
   }
   __device__ __forceinline__ const float& at(int i, int group, int j) const {
-    return sum_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
+    return accumulator_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
   }
 
-  float sum_[kRowFragments][kColFragments][4];
+  float accumulator_[kRowFragments][kColFragments][4];
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,5 +1,5 @@
 // The backward product on tensor cores, over columns of the weight.
-#include "product/gemm/gemm.cuh"
+#include "product/gemm/launch.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

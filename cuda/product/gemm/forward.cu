@@ -1,5 +1,5 @@
 // The forward product on tensor cores, over rows of the weight.
-#include "product/gemm/gemm.cuh"
+#include "product/gemm/launch.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

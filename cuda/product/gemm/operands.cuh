@@ -1,5 +1,5 @@
-// The operands of the tensor-core product (gemm.cuh): how a step of each lies in shared memory, and which part of it a
-// thread brings. The left operand comes first, then the weight.
+// The operands of the tensor-core product (gemm.cuh): how a step of X and of the weight lies in shared memory, and
+// which part of it a thread loads.
 #pragma once
 
 #include "device/elements.cuh"
@@ -8,12 +8,12 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// ---- the left operand ----------------------------------------------------------------------------------------------
+// ---- X, or dY ------------------------------------------------------------------------------------------------------
 
-// A step of each row of a tile's left operand, as 16-byte vectors. Lanes read the same vector of several rows at once.
+// A step of each row of X of a tile, as 16-byte vectors. Lanes read the same vector of several rows at once.
 // It stands at a different place in each of these rows, so that all of them lie in different banks.
 template <class T, class Tile>
-struct LeftStage {
+struct XStage {
   static constexpr unsigned kVector = kVectorBytes / sizeof(T);
   static constexpr unsigned kVectors = Tile::kStep / kVector, kRowBytes = kVectors * kVectorBytes;
   alignas(kStageAlignment) T at[Tile::kRows * Tile::kStep];
@@ -32,11 +32,11 @@ struct LeftStage {
   }
 };
 
-// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to` is its place in a
-// stage, which follows from the thread's number, so that a warp writes neighbours.
+// A thread's slice of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to` is its place in a
+// stage, which follows from the thread's number, so that a warp writes adjacent vectors.
 template <class T, class Tile>
-class LeftRows {
-  using Stage = LeftStage<T, Tile>;
+class XRows {
+  using Stage = XStage<T, Tile>;
   static constexpr int kVector = Stage::kVector;
   static constexpr int kRowsAtOnce = kGemmThreads / Stage::kVectors;
   static constexpr int kRowsOfThread = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -47,9 +47,9 @@ class LeftRows {
   __device__ static int inner_of(const Lane& lane) { return static_cast<int>(Stage::vector_at(lane.thread)) * kVector; }
   __device__ int inner() const { return static_cast<int>(Stage::vector_at(thread_)) * kVector; }
 
-  // Begins with row `row0` of the matrix, of whose rows `rows` are there, and at `inner0` of the inner dimension.
-  __device__ __forceinline__ LeftRows(const Lane& lane, const ConstMatrix& matrix, std::int64_t row0, int rows,
-                                      std::int64_t inner0)
+  // Begins with row `row0` of the matrix, of whose rows `rows` exist, and at `inner0` of the inner dimension.
+  __device__ __forceinline__ XRows(const Lane& lane, const ConstMatrix& matrix, std::int64_t row0, int rows,
+                                   std::int64_t inner0)
       : thread_(lane.thread), first_(static_cast<const T*>(matrix.data) + row0 * matrix.stride + inner0 + inner()) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
@@ -61,24 +61,24 @@ class LeftRows {
   __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
 
   // Lets only rows begin ... end-1 of the tile be loaded; the others become zeros.
-  __device__ __forceinline__ void keep(int begin, int end) {
-    first_kept_ = begin;
-    end_of_kept_ = end;
+  __device__ __forceinline__ void mask_rows(int begin, int end) {
+    first_row_ = begin;
+    end_row_ = end;
   }
 
-  // Copies rows that are vectors. If the thread's vector is not there, or its row is not to be kept, zeros are stored.
-  template <bool kKeepsSome = false>
-  __device__ __forceinline__ void fetch_vectors(const SharedAddress& to, bool is_there) const {
+  // Copies rows that are vectors. Where the vector does not exist, or its row is masked, zeros are stored.
+  template <bool kMasksRows = false>
+  __device__ __forceinline__ void fetch_vectors(const SharedAddress& to, bool exists) const {
     if (Tile::kRows < kRowsAtOnce && row(0) >= Tile::kRows) return;
     const auto* const first = reinterpret_cast<const std::byte*>(first_);
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       cp_async_or_zeros(to.at(i * kStrideBytes), first + std::uint64_t{vectors_[i]} * kVectorBytes,
-                        is_there && (!kKeepsSome || is_kept(row(i))));
+                        exists && (!kMasksRows || is_unmasked(row(i))));
     }
   }
-  // Loads other rows element by element. `rows` rows are there, and `step_inner` of the step.
-  template <bool kKeepsSome = false>
+  // Loads other rows element by element. `rows` rows exist, and `step_inner` of the step.
+  template <bool kMasksRows = false>
   __device__ __forceinline__ void fetch_elements(const SharedAddress& to, std::int64_t stride, int rows,
                                                  int step_inner) const {
     const int rest = step_inner - inner();
@@ -89,7 +89,7 @@ class LeftRows {
       Vector<T, kVector> values{};
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        if (j < rest && row(i) < rows && (!kKeepsSome || is_kept(row(i)))) values.at[j] = from[j];
+        if (j < rest && row(i) < rows && (!kMasksRows || is_unmasked(row(i)))) values.at[j] = from[j];
       }
       store_shared(to.at(i * kStrideBytes), values);
       from += kRowsAtOnce * stride;
@@ -97,21 +97,21 @@ class LeftRows {
   }
 
  private:
-  __device__ bool is_kept(int row) const { return row >= first_kept_ && row < end_of_kept_; }
+  __device__ bool is_unmasked(int row) const { return row >= first_row_ && row < end_row_; }
   __device__ int row(int i) const { return static_cast<int>(thread_ / Stage::kVectors) + i * kRowsAtOnce; }
 
   const unsigned thread_;
   const T* first_;                        // in the tile's first row
   std::uint32_t vectors_[kRowsOfThread];  // from there to each of the thread's rows
-  int first_kept_ = 0, end_of_kept_ = Tile::kRows;
+  int first_row_ = 0, end_row_ = Tile::kRows;
 };
 
 // ---- the weight ----------------------------------------------------------------------------------------------------
 //
-// A thread has chunks of 32 neighbours of W, and each chunk becomes four vectors of eight 16-bit elements. Both layouts
-// below say where in the step and in the tile the thread's first chunk begins, where its vectors stand, which codes
-// each vector holds, and where a lane points ldmatrix. Eight vectors that lanes write at once, or that ldmatrix reads
-// at once, always lie in different banks.
+// A thread has chunks of 32 adjacent elements of W, and each chunk becomes four vectors of eight 16-bit elements. Both
+// layouts below say where in the step and in the tile the thread's first chunk begins, where its vectors stand, which
+// codes each vector holds, and where a lane points ldmatrix. Eight vectors that lanes write at once, or that ldmatrix
+// reads at once, always lie in different banks.
 
 constexpr int kChunkBytes = kChunk / 2;
 constexpr unsigned kChunkVectors = kChunk / 8;
@@ -122,7 +122,7 @@ constexpr unsigned kChunkVectors = kChunk / 8;
 constexpr unsigned kLineBytes = kRowBytes, kLineVectors = kRowBytes / 2 / kVectorBytes;
 
 // Forward: a column of the result is a row of W, which lies along the inner dimension. When it is decoded, it is a line
-// of eight vectors, as the rows of the left operand are. The columns of an mma fragment come in pairs that lie
+// of eight vectors, as the rows of X are. The columns of an mma fragment come in pairs that lie
 // kLaneCols apart, so vectors change places by the numbers in which these columns differ.
 template <class Tile>
 struct DecodedRows : ByRows {
@@ -133,14 +133,14 @@ struct DecodedRows : ByRows {
     return col * kLineBytes + (vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2)) * kVectorBytes;
   }
 
-  // Where the thread's weights begin. Each eight neighbouring threads write vectors that lie in different banks.
+  // Where the thread's weights begin. Each eight adjacent threads write vectors that lie in different banks.
   static constexpr unsigned col_of(unsigned thread) {
     constexpr unsigned kPairs = Tile::kLaneCols / 2;
     const unsigned i = thread / kColThreads, pair = i / 8 % kPairs, group = i / 8 / kPairs;
     return group * Tile::kGroupCols + i / 2 % 4 * Tile::kLaneCols + pair * 2 + i % 2;
   }
   static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
-  // Where the thread's first vector stands. The places of its other vectors differ from this in flipped bits.
+  // Where the thread's first vector stands. The places of its other vectors differ from this in some bits, by xor.
   static constexpr unsigned first_place(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
   // Which byte of a chunk's codes becomes word `i` of a vector.
   static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) { return 4 * vector + i; }
@@ -163,8 +163,7 @@ struct DecodedRows : ByRows {
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. When a row is decoded, it is
 // one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A chunk has
-// the columns of one group of fragments, or of two, and its pairs of neighbours are dealt out to the vectors of these
-// fragments.
+// the columns of one group of fragments, or of two, and its pairs are distributed to the vectors of these fragments.
 template <class Tile>
 struct DecodedColumns : ByColumns {
   static constexpr unsigned kRowVectors = Tile::kCols / kMmaCols;
@@ -177,7 +176,7 @@ struct DecodedColumns : ByColumns {
            (vector % kLineVectors ^ inner % 8) * kVectorBytes;
   }
 
-  // Where the thread's weights begin. kLineThreads neighbouring threads fill a line, and eight threads fill the same
+  // Where the thread's weights begin. kLineThreads adjacent threads fill a line, and eight threads fill the same
   // line of 8 / kLineThreads rows:
   //
   //   tile of 128 columns    columns 0 ... 63    columns 64 ... 127
@@ -209,5 +208,39 @@ struct DecodedColumns : ByColumns {
     ldmatrix_x4_transposed(b, from);
   }
 };
+
+// ---- decoding -------------------------------------------------------------------------------------------------------
+
+// The codes of a step that a thread has copied, and decodes.
+template <class Tile>
+struct GemmCodes {
+  Vector<std::uint32_t, kCodeWords> chunks[Tile::kThreadChunks];
+};
+template <class Tile>
+__device__ __forceinline__ GemmCodes<Tile> load_codes(const SharedAddress& from) {
+  GemmCodes<Tile> codes;
+#pragma unroll
+  for (int i = 0; i < Tile::kThreadChunks; ++i) {
+    codes.chunks[i] = load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(i * kGemmThreads * kChunkBytes));
+  }
+  return codes;
+}
+// Decodes one vector of each of the thread's chunks. `to`: where the first vector of the first chunk stands.
+template <class T, class Weights, class Table, class Tile, class Scale>
+__device__ __forceinline__ void decode(const Table& table, const SharedAddress& to, const GemmCodes<Tile>& codes,
+                                       const Scale& scale, unsigned vector) {
+#pragma unroll
+  for (unsigned i = 0; i < Tile::kThreadChunks; ++i) {
+    Vec8 values;
+#pragma unroll
+    for (unsigned j = 0; j < 4; ++j) {
+      const unsigned byte = Weights::byte_of_chunk(vector, j);
+      const auto pair = table.pair_of_byte(codes.chunks[i].at[byte / 4], byte % 4);
+      const int e = static_cast<int>(2 * byte);
+      values.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
+    }
+    store_shared(to.xor_swizzled((i * kChunkVectors + vector) * kVectorBytes), values);
+  }
+}
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,10 +1,10 @@
 // The forward product of up to 64 rows of X on tensor cores: Y^T = [W | s*B] . [X | U]^T.
 //
-// A tile has all rows of X and 128 columns of the result, which are rows of W. With so few rows, shared memory takes
-// the time, not the tensor cores, so decoded weights do not pass through it: a lane decodes what it multiplies. The
-// weight is mma's operand of 16 rows, as in gemv.cu, and X is the operand of 8. A step is 128 of the inner dimension.
-// Four groups of warps share the rows of W, and the two warps of a group have a half of each step each, so that X is
-// read four times, not eight. At the end of a tile the two warps that have the same rows of W add up their sums.
+// A tile has all rows of X and 128 columns of the result, which are rows of W. With so few rows, shared memory bounds
+// it, not the tensor cores, so decoded weights do not pass through it: a lane decodes what it multiplies. The weight is
+// mma's operand of 16 rows, as in gemv.cu, and X is the operand of 8. A step is 128 of the inner dimension. Four groups
+// of warps share the rows of W, and the two warps of a group have a half of each step each, so that X is read four
+// times, not eight. At the end of a tile the two warps that have the same rows of W add up their accumulators.
 //
 //   inner dimension of a half    0 ... 7  8 ... 15  16 ... 23  24 ... 31  then 32 ... 63 likewise
 //   rows 2g, 2g + 1 of 16        t = 0    t = 1     t = 2      t = 3      lane (g, t), 4 bytes of codes of each row
@@ -22,41 +22,42 @@
 namespace qlora_native::QLN_CUDA {
 
 template <class T, class Tile>
-struct ThinShared {
+struct SmallMShared {
   using Table = PairTable<16>;
   using Levels = typename ScaleReader<true>::Levels;
   struct Stage {
-    LeftStage<T, Tile> left;
-    ThinCodes<Tile> codes;
+    XStage<T, Tile> x;
+    SmallMCodes<Tile> codes;
   };
   typename Table::Pair pairs[Table::kPairs];
   Stage stages[Tile::kStages];
   Levels levels;
   static constexpr std::size_t bytes() {
-    static_assert(sizeof(ThinShared) == thin_smem_bytes(Tile::kRows));
-    return sizeof(ThinShared);
+    static_assert(sizeof(SmallMShared) == small_m_smem_bytes(Tile::kRows));
+    return sizeof(SmallMShared);
   }
 };
 
 template <class T, class Tile, bool kGrouped>
-class ThinGemm {
-  using Shared = ThinShared<T, Tile>;
+class SmallMGemm {
+  using Shared = SmallMShared<T, Tile>;
   using Stage = typename Shared::Stage;
-  using Left = LeftStage<T, Tile>;
-  using Codes = ThinCodes<Tile>;
-  using Sums = ThinSums<T, Tile>;
+  using X = XStage<T, Tile>;
+  using Codes = SmallMCodes<Tile>;
+  using Accumulators = SmallMAccumulators<T, Tile>;
   static constexpr int kStages = Tile::kStages, kFragments = Tile::kColFragments;
   static constexpr unsigned kCodesOffset = offsetof(Stage, codes);
 
  public:
-  __device__ ThinGemm(const GemmArgs& args, Shared& shared)
+  __device__ SmallMGemm(const GemmArgs& args, Shared& shared)
       : args_(args),
         shared_(shared),
         tile_rows_(args),
         stream_k_(tile_rows_.config(), args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.pairs) {
-    auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // in the stages, for want of room beside them
+    auto& first_step =
+        *reinterpret_cast<std::uint32_t*>(shared.stages);  // in the stages, because there is no room beside them
     tile_rows_.prepare();
     if (thread_index() == 0) {
       const int run = stream_k_.take_run();
@@ -69,18 +70,18 @@ class ThinGemm {
     sync_threads();
   }
 
-  // Between parts only the number of a step is kept, in 32 bits, which can count the steps of an aligned weight.
+  // Between parts only the number of a step is live, in 32 bits, which can count the steps of an aligned weight.
   // Everything else is computed anew where it is needed, so that it fills no registers in between.
   __device__ void run() {
     if (kGrouped && first_step_ == kNoStep) return griddepcontrol_wait();
     for (std::uint32_t step = first_step_;;) {
       tile_rows_.go_to(part_at(step).tile);
-      sums_.clear();
-      add_low_rank(part_at(step));
+      accumulators_.clear();
+      add_lora(part_at(step));
       multiply(part_at(step));
-      sums_.join(address_in_stages(0), ThinLane<Tile>().half());
+      accumulators_.combine_halves(address_in_stages(0), SmallMLane<Tile>().half());
       const TilePart part = part_at(step);
-      if (stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, sums_)) store(col0_of(part));
+      if (stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, accumulators_)) store(col0_of(part));
       if (part.is_last) return;
       step += static_cast<std::uint32_t>(part.count);
     }
@@ -106,17 +107,17 @@ class ThinGemm {
   __device__ SharedAddress address_in_stages(unsigned bytes) const {
     return SharedAddress(shared_.stages).at(bytes).in_register();
   }
-  // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
-  __device__ SharedAddress address_of_operand(const ThinLane<Tile>& lane) const {
-    const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
-    return address_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
+  // Where a lane begins to read: at eight adjacent elements of X, and at the codes of its first row of W.
+  __device__ SharedAddress address_of_operand(const SmallMLane<Tile>& lane) const {
+    const unsigned vector = lane.half() * (Tile::kHalf / X::kVector) + lane.t;
+    return address_in_stages(X::place(lane.loaded_row(), vector) * kVectorBytes);
   }
-  __device__ SharedAddress address_of_codes(const ThinLane<Tile>& lane) const {
+  __device__ SharedAddress address_of_codes(const SmallMLane<Tile>& lane) const {
     const unsigned chunk = Codes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
     return address_in_stages(kCodesOffset + chunk * kVectorBytes + lane.t * 4);
   }
-  // Where a thread puts what it brings, both of X and of the codes.
-  __device__ SharedAddress address_of_share(const Lane& lane) const {
+  // Where a thread copies to, both X and the codes.
+  __device__ SharedAddress address_of_slice(const Lane& lane) const {
     return address_in_stages(lane.thread * kVectorBytes);
   }
 
@@ -145,17 +146,17 @@ class ThinGemm {
   }
 
   __device__ void multiply(const TilePart& part) {
-    const ThinLane<Tile> lane;
-    const SharedAddress copy_to = address_of_share(lane), operand = address_of_operand(lane),
+    const SmallMLane<Tile> lane;
+    const SharedAddress copy_to = address_of_slice(lane), operand = address_of_operand(lane),
                         codes = address_of_codes(lane);
     const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = col0_of(part);
     const int whole_steps = static_cast<int>(args_.inner / Tile::kStep);
     const int tail = static_cast<int>(args_.inner % Tile::kStep);
-    constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
-    const int row = static_cast<int>(lane.thread / Left::kVectors);
-    const int inner = static_cast<int>(Left::vector_at(lane.thread) * Left::kVector);
-    const int rows_of_group = kGrouped ? rows() : 0;  // kept here, because no argument of the kernel has it
-    const T* x = row0_of(args_.left) + row * args_.left.stride + inner0 + inner;
+    constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(X::kVectors);
+    const int row = static_cast<int>(lane.thread / X::kVectors);
+    const int inner = static_cast<int>(X::vector_at(lane.thread) * X::kVector);
+    const int rows_of_group = kGrouped ? rows() : 0;  // in a register, because no argument of the kernel has it
+    const T* x = row0_of(args_.x) + row * args_.x.stride + inner0 + inner;
     // The first chunk that this thread copies, and the first chunk whose scale the lane needs.
     std::uint32_t copied_chunk =
         chunk_of(col0 + Codes::col_at(lane.thread), inner0 + Codes::chunk_at(lane.thread) * kChunk);
@@ -163,11 +164,11 @@ class ThinGemm {
     constexpr std::uint32_t kColsAtOnce = Tile::kCols / Codes::kThreadChunks;
 
     const auto fetch = [&](const SharedAddress& to, int step) {
-      // Copies the same vector of every 16th row, and zeros for what is not there.
+      // Copies the same vector of every 16th row, and zeros beyond the product.
       const bool is_there = step < whole_steps || (step == whole_steps && inner < tail);
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
-        cp_async_or_zeros(to.at(i * kRowsAtOnce * Left::kRowBytes), x + i * kRowsAtOnce * args_.left.stride,
+        cp_async_or_zeros(to.at(i * kRowsAtOnce * X::kRowBytes), x + i * kRowsAtOnce * args_.x.stride,
                           is_there && row + i * kRowsAtOnce < (kGrouped ? rows_of_group : rows()));
       }
       x += Tile::kStep;
@@ -206,7 +207,7 @@ class ThinGemm {
 #pragma unroll 1
     for (int rest = part.count; rest > 0; --rest) {
       cp_async_wait<kStages - 2>();
-      sync_threads();  // this step is there for all, and the one before has been read by all
+      sync_threads();  // this step is complete for all, and all have read the one before
       const int ahead = rest - (kStages - 1);
       if (ahead > 0) fetch(copy_to.at(stage_of(rest + 1)), end - ahead);
       cp_async_commit();
@@ -214,7 +215,7 @@ class ThinGemm {
       fetch_scales();
 #pragma unroll 1  // one chunk at a time, for want of registers
       for (int c = 0; c < Tile::kHalf / kChunk; ++c) {
-        typename Sums::Weights weights;
+        typename Accumulators::Weights weights;
         for_each_row([&](int i, int row) {
           constexpr unsigned kLine = Codes::kChunks * kVectorBytes;
           const unsigned line = i * kMmaRows + row * (kMmaRows / 2);
@@ -226,20 +227,20 @@ class ThinGemm {
                 pack_pair<T>(pair.at[0] * scale[i][row], pair.at[1] * scale[i][row]);
           }
         });
-        sums_.multiply(weights, operand.at(stage).xor_swizzled(c * (kChunk * sizeof(T))));
+        accumulators_.multiply(weights, operand.at(stage).xor_swizzled(c * (kChunk * sizeof(T))));
       }
       finish_scales();
     }
     sync_threads();  // the stages have been read
   }
 
-  // The adapter adds to the same sums, with U in place of X and B in place of the weight. U and B are few and not read
-  // again, so both come from global memory; a lane has four of mma's 16 of the rank. The halves take turns. A lane's
-  // share of B waits in shared memory until it is complete. So one piece of code loads every pair, and no registers are
-  // held meanwhile.
-  __device__ void add_low_rank(const TilePart& part) {
-    if (part.first > 0 || args_.low_rank.cols == 0) return;
-    griddepcontrol_wait();  // which makes U
+  // The adapter adds to the same accumulators, with U in place of X and B in place of the weight. U and B are small and
+  // not read again, so both are loaded from global memory; a lane has four of mma's 16 of the rank. The halves
+  // alternate. A lane's elements of B wait in shared memory until they are complete. So one piece of code loads every
+  // pair, and no registers are held meanwhile.
+  __device__ void add_lora(const TilePart& part) {
+    if (part.first > 0 || args_.u.cols == 0) return;
+    griddepcontrol_wait();  // for the kernel that makes U
     if constexpr (kGrouped) {
       TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
@@ -254,8 +255,8 @@ class ThinGemm {
   }
   // Multiplies by one adapter, for rows begin ... end-1 of the tile.
   __device__ __forceinline__ void add_adapter(std::int64_t col0, int adapter, int begin, int end) {
-    const int rank = static_cast<int>(args_.low_rank.cols);
-    const ThinLane<Tile> lane;
+    const int rank = static_cast<int>(args_.u.cols);
+    const SmallMLane<Tile> lane;
     const SharedAddress scratch = address_in_stages(lane.thread * (2 * kVectorBytes));
     const int first = kGrouped ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
@@ -265,8 +266,8 @@ class ThinGemm {
       for (unsigned word = 0; word < kFragments * 4; ++word) {
         const std::int64_t col = col0 + lane.col(word / 4) + word % 2;
         const int first = r + word / 2 % 2 * 2;
-        store_shared(scratch.at(word * 4), pack_pair<T>(right_at<true>(args_, first, col, adapter),
-                                                        right_at<true>(args_, first + 1, col, adapter)));
+        store_shared(scratch.at(word * 4), pack_pair<T>(lora_at<true>(args_, first, col, adapter),
+                                                        lora_at<true>(args_, first + 1, col, adapter)));
       }
       std::uint32_t weights[kFragments][4];
 #pragma unroll
@@ -275,25 +276,25 @@ class ThinGemm {
 #pragma unroll
         for (int w = 0; w < 4; ++w) weights[i][w] = words.at[w];
       }
-      const T* const u = row0_of(args_.low_rank) + lane.loaded_row() * args_.low_rank.stride + r;
-      sums_.multiply_four(weights, [&](int row) {
+      const T* const u = row0_of(args_.u) + lane.loaded_row() * args_.u.stride + r;
+      accumulators_.multiply_vec4(weights, [&](int row) {
         sync_warp();  // a row at a time, for want of registers
         const int tile_row = row + static_cast<int>(lane.loaded_row());
         const bool has_row = tile_row < end && (!kGrouped || tile_row >= begin);
-        const Vec8 words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
+        const Vec8 words = gather_words(u + row * args_.u.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
         return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });
     }
   }
 
   __device__ void store(std::int64_t col0) const {
-    const ThinLane<Tile> lane;
+    const SmallMLane<Tile> lane;
     const std::int64_t col = col0 + lane.col(lane.half()), cols = args_.cols - col;
     const T* const bias = static_cast<const T*>(args_.bias);
     T* out = static_cast<T*>(args_.out.data) + col;
     if constexpr (kGrouped) out += tile_rows_.tile().begin * args_.out.stride;
-    sums_.store(lane, out, args_.out.stride, bias == nullptr ? nullptr : bias + tile_rows_.bias_offset() + col, rows(),
-                cols < 2 ? static_cast<int>(cols) : 2);
+    accumulators_.store(lane, out, args_.out.stride, bias == nullptr ? nullptr : bias + tile_rows_.bias_offset() + col,
+                        rows(), cols < 2 ? static_cast<int>(cols) : 2);
   }
 
   const GemmArgs& args_;
@@ -303,14 +304,14 @@ class ThinGemm {
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   std::uint32_t first_step_;  // of the block's run
-  Sums sums_;
+  Accumulators accumulators_;
 };
 
 template <class T, int kRows, bool kGrouped>
-__global__ void __launch_bounds__(kGemmThreads, gemm_blocks(kRows))
-    thin_gemm_kernel(const __grid_constant__ GemmArgs args) {
-  using Tile = ThinTile<kRows>;
-  ThinGemm<T, Tile, kGrouped> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
+__global__ void __launch_bounds__(kGemmThreads, gemm_blocks_per_sm(kRows))
+    small_m_gemm_kernel(const __grid_constant__ GemmArgs args) {
+  using Tile = SmallMTile<kRows>;
+  SmallMGemm<T, Tile, kGrouped> gemm(args, *dynamic_smem<SmallMShared<T, Tile>>());
   gemm.run();
 }
 

@@ -1,6 +1,6 @@
 // Which rows of the result a tile of a tensor-core product has. Where each group of rows has its own weight, the number
-// of tiles is not known until a block has read the offsets. The block then shares out all steps anew, as every other
-// block does.
+// of tiles is not known until a block has read the offsets. The block then divides all steps anew, as every other block
+// does.
 #pragma once
 
 #include "product/product.cuh"
@@ -18,12 +18,12 @@ class TileRows {
     if constexpr (kGrouped) return found().config;
     return args_.config;
   }
-  // All threads call this before any of them asks for the config, and they meet after it.
+  // All threads call this, and meet after it, before any of them calls config().
   __device__ void prepare() const {
     if constexpr (kGrouped) {
       if (thread_index() >= kWarp) return;
       std::int64_t row_tiles = args_.config.row_tiles;
-      if (args_.own_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).count;
+      if (args_.group_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).count;
       if (thread_index() == 0) found().config = args_.config.with_row_tiles(row_tiles);
     }
   }
@@ -33,7 +33,7 @@ class TileRows {
       sync_threads();  // no thread needs the tile before any more
       if (thread_index() < kWarp) {
         const std::int64_t i = tile % config().row_tiles;
-        const RowTile rows = args_.own_weights
+        const RowTile rows = args_.group_weights
                                  ? find_row_tile<kRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(i)).tile
                                  : RowTile{{i * kRows, args_.rows}, 0};
         if (thread_index() == 0) found().tile = rows;

@@ -1,8 +1,8 @@
 // The forward product of up to eight rows of X, where reading W is what takes time: Y = [X | U] . [W | s*B]^T + bias.
 //
 // A block takes 16 rows of W at a time. Its warps share K: each takes 128 elements of every row in a step, and at the
-// end they add up their sums, always in one order. Lane (g, t) of a warp, with g = lane / 4 and t = lane % 4, has
-// elements 32 t ... 32 t + 31 of rows g and g + 8. In a row these are 16 bytes of 4-bit codes, which share a scale.
+// end they add up their accumulators, always in one order. Lane (g, t) of a warp, with g = lane / 4 and t = lane % 4,
+// has elements 32 t ... 32 t + 31 of rows g and g + 8. In a row these are 16 bytes of 4-bit codes, which share a scale.
 //
 //   K of a step    0 ... 31  32 ... 63  64 ... 95  96 ... 127
 //   row g, g + 8   t = 0     t = 1      t = 2      t = 3
@@ -27,7 +27,7 @@ template <bool kAligned>
 struct GemvShared {
   GemvTable::Pair pairs[GemvTable::kPairs];
   typename ScaleReader<kAligned>::Nested nested;
-  float sums[kGemvWarps][kGemvRows][kGemvCols];
+  float partial_sums[kGemvWarps][kGemvRows][kGemvCols];
 };
 
 // ---- the weight ----
@@ -59,10 +59,10 @@ class GemvChunk {
     return kBits == 8 ? scale.divided_by(127.0f) : scale;
   }
   // Decodes the four elements at `first`; they are not rounded yet.
-  __device__ __forceinline__ void decode(float (&w)[kFour], int first, const ChunkScale<kAligned>& factor,
+  __device__ __forceinline__ void decode(float (&w)[kGemvVecSize], int first, const ChunkScale<kAligned>& factor,
                                          const GemvTable& table) const {
 #pragma unroll
-    for (int i = 0; i < kFour; i += 2) {
+    for (int i = 0; i < kGemvVecSize; i += 2) {
       const int byte = (first + i) * kBits / 8;
       const std::uint32_t word = codes_[byte / kVectorBytes].at[byte % kVectorBytes / 4];
       GemvTable::Pair pair;
@@ -90,7 +90,7 @@ __device__ __forceinline__ int chunk_elements(std::int64_t whole, std::int64_t f
   return whole - first < kChunk ? static_cast<int>(whole - first) : kChunk;
 }
 
-// The sums of eight rows in fp32 leave enough registers for only one block of an SM.
+// The accumulators of eight rows in fp32 leave enough registers for only one block of an SM.
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   GemvShared<kAligned>& shared = *dynamic_smem<GemvShared<kAligned>>();
   const ScaleReader<kAligned> scales(w, args.scales, shared.nested);
   const GemvLane lane;
-  const std::int64_t K = w.K, rank = args.low_rank.cols;
+  const std::int64_t K = w.K, rank = args.u.cols;
   GemvPart<T, kGrouped> part(args);
   if (kGrouped && !part.next()) return griddepcontrol_wait();
   struct Step {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
         next.chunk[row].fetch(w, scales, element, n < w.N ? count : 0);
       }
     }
-    next.x.template fetch<kAligned>(part.left() + k, args.left.stride, part.rows(), count, lane);
+    next.x.template fetch<kAligned>(part.x() + k, args.x.stride, part.rows(), count, lane);
   };
   // The warp's first step begins at `first` of K, and the lane's chunk begins at `lane_offset` of a step.
   const std::int64_t first = lane.warp * kWarpStep, lane_offset = lane.t * kChunk;
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     if (n0 < part.end() && first < K) fetch(n0, first + lane_offset);
   };
 
-  // The first codes are on their way while the tables are filled, and the first codes of the next columns while the
+  // The first codes are loaded while the tables are filled, and the first codes of the next columns while the partial
   // sums of these are exchanged. This is not done where loading a scale needs those tables (in weights that are not
-  // aligned), nor where the sums of eight rows in fp32 fill the registers.
+  // aligned), nor where the accumulators of eight rows in fp32 fill the registers.
   constexpr bool kPrefetch = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
   if constexpr (kPrefetch) fetch_first(part.begin());
   if constexpr (kBits == 4) GemvTable::fill(shared.pairs, w.code);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   const GemvTable table(shared.pairs);
 
   for (std::int64_t n0 = part.begin(); n0 < part.end(); n0 += part.stride()) {
-    typename Rows::Sums sums;
+    typename Rows::Accumulators accumulators;
     const std::int64_t n[2] = {n0 + lane.g, n0 + lane.g + 8};
     if constexpr (!kPrefetch) fetch_first(n0);
     for (std::int64_t k = first; k < K; k += kGemvWarps * kWarpStep) {
@@ -157,39 +157,39 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       }
       const ChunkScale<kAligned> factors[2] = {now.chunk[0].factor(scales), now.chunk[1].factor(scales)};
 #pragma unroll
-      for (int i = 0; i < kChunk; i += kFour) {
-        float decoded[2][kFour];
+      for (int i = 0; i < kChunk; i += kGemvVecSize) {
+        float decoded[2][kGemvVecSize];
 #pragma unroll
         for (int row = 0; row < 2; ++row) now.chunk[row].decode(decoded[row], i, factors[row], table);
-        Rows::add(sums, now.x.four_at(i), decoded);
+        Rows::add(accumulators, now.x.vec4_at(i), decoded);
       }
     }
 
-    // The adapter adds to the same sums, with B in place of W and four elements of U a lane, for rows first ... last-1.
-    // Where there are several adapters, the warps take turns at the adapters too.
+    // The adapter adds to the same accumulators, with B in place of W and four elements of U a lane, for rows first ...
+    // last-1. Where there are several adapters, the warps alternate between the adapters too.
     const auto add_adapter = [&](int adapter, int first, int last) {
-      const std::int64_t before = adapter * args.right_elements();
+      const std::int64_t before = adapter * args.lora_elements();
       const int warp = kGrouped ? (lane.warp + adapter) % kGemvWarps : lane.warp;
 #pragma unroll 1
       for (std::int64_t r0 = warp * kMmaInner; r0 < rank; r0 += kGemvWarps * kMmaInner) {
-        const std::int64_t r = r0 + lane.t * kFour;
-        float b[2][kFour];
+        const std::int64_t r = r0 + lane.t * kGemvVecSize;
+        float b[2][kGemvVecSize];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
 #pragma unroll
-          for (int j = 0; j < kFour; ++j) {
+          for (int j = 0; j < kGemvVecSize; ++j) {
             b[row][j] = 0.0f;
             if (n[row] < w.N && r + j < rank) {
-              b[row][j] = rounded<T>(args.right_factor *
-                                     load_as_f32(args.right, args.right_dtype, before + n[row] * rank + r + j));
+              b[row][j] =
+                  rounded<T>(args.scaling * load_as_f32(args.lora, args.lora_dtype, before + n[row] * rank + r + j));
             }
           }
         }
-        const T* const u = part.low_rank() + r;
-        Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, chunk_elements(rank, r), lane), b);
+        const T* const u = part.u() + r;
+        Rows::add(accumulators, Rows::load_vec4(u, args.u.stride, first, last, chunk_elements(rank, r), lane), b);
       }
     };
-    griddepcontrol_wait();  // which makes U
+    griddepcontrol_wait();  // for the kernel that makes U
     if constexpr (!kGrouped) {
       add_adapter(0, 0, part.rows());
     } else {
@@ -203,17 +203,17 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       }
     }
 
-    Rows::store(sums, shared.sums[lane.warp], lane);
+    Rows::store(accumulators, shared.partial_sums[lane.warp], lane);
     sync_threads();
     const int m = thread_index() / kGemvCols, col = thread_index() % kGemvCols;
     if (m < part.rows() && n0 + col < w.N) {
       float sum = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < kGemvWarps; ++warp) sum += shared.sums[warp][m][col];
+      for (int warp = 0; warp < kGemvWarps; ++warp) sum += shared.partial_sums[warp][m][col];
       if (args.bias != nullptr) sum += to_f32(static_cast<const T*>(args.bias)[part.bias_offset() + n0 + col]);
       part.out()[m * args.out.stride + n0 + col] = from_f32<T>(sum);
     }
-    sync_threads();  // before the sums are written again
+    sync_threads();  // before the partial sums are written again
     if constexpr (kGrouped) {
       if (n0 + part.stride() >= part.end() && part.next()) {
         if constexpr (kPrefetch) fetch_first(part.begin());
@@ -246,9 +246,9 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
     if (config.aligned) return launch_for.template operator()<T, kRows, 8, true>();
     return launch_for.template operator()<T, kRows, 8, false>();
   };
-  with_type(args.left.dtype, [&]<class T>() {
+  with_type(args.x.dtype, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {
-      if (args.left.rows == 1 && args.groups.count == 0) return with_weight.template operator()<T, 1>();
+      if (args.x.rows == 1 && args.groups.count == 0) return with_weight.template operator()<T, 1>();
     }
     with_weight.template operator()<T, kGemvRows>();
   });

@@ -1,12 +1,12 @@
 // The forward product by wgmma, and whether the device has it.
-#include "product/wgmma/gemm.cuh"
+#include "product/wgmma/launch.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
-HopperUse hopper_use(const Stream& stream) { return asked_hopper_use(is_hopper(stream)); }
+bool has_wgmma(const Stream& stream) { return is_hopper(stream); }
 
-void multiply_forward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream) {
-  hopper_gemm<HopperRows>(product, config, counters, stream);
+void multiply_forward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream) {
+  wgmma_gemm<WgmmaRows>(product, config, counters, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

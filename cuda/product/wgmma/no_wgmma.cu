@@ -5,12 +5,12 @@
 
 namespace qlora_native::QLN_CUDA {
 
-HopperUse hopper_use(const Stream&) { return HopperUse::none; }
+bool has_wgmma(const Stream&) { return false; }
 
-void multiply_forward(const Product&, const HopperConfig&, Counters&, const Stream&) {
+void multiply_forward(const Product&, const WgmmaConfig&, Counters&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
-void multiply_backward(const Product&, const HopperConfig&, Counters&, const Stream&) {
+void multiply_backward(const Product&, const WgmmaConfig&, Counters&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
 

@@ -20,8 +20,8 @@ struct RegisterTable {
     const std::uint32_t in_half = codes & 0x7777, which = (codes >> 1 & 0x4444) | 0x3210;
 #pragma unroll
     for (int i = 0; i < kBytes; ++i) {
-      const std::uint32_t (&of)[4] = bytes[i];
-      words[i] = pick_bytes(pick_bytes(of[0], of[1], in_half), pick_bytes(of[2], of[3], in_half), which);
+      const std::uint32_t (&word)[4] = bytes[i];
+      words[i] = pick_bytes(pick_bytes(word[0], word[1], in_half), pick_bytes(word[2], word[3], in_half), which);
     }
   }
 };
@@ -44,7 +44,7 @@ class BlockTable {
   }
 
   // The values of four codes: their low bytes and their high bytes.
-  struct Four {
+  struct Values {
     std::uint32_t bytes[2];
     // Two of the values: those of codes `first` and `second`, which are numbers of digits.
     template <unsigned kFirst, unsigned kSecond>
@@ -54,10 +54,10 @@ class BlockTable {
                         kFirst | (kFirst + kHighBytes) << 4 | kSecond << 8 | (kSecond + kHighBytes) << 12);
     }
   };
-  __device__ __forceinline__ Four look_up(std::uint32_t codes) const {
-    Four four;
-    table_.look_up(codes, four.bytes);
-    return four;
+  __device__ __forceinline__ Values look_up(std::uint32_t codes) const {
+    Values values;
+    table_.look_up(codes, values.bytes);
+    return values;
   }
 
  private:

@@ -50,7 +50,7 @@ TensorMap::TensorMap(const TileSource& source) {
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(source.stride_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(source.box_cols), static_cast<cuuint32_t>(source.box_rows)};
   const cuuint32_t element_strides[] = {1, 1};
-  // Tiles that follow each other along a row lie in the same one or two stretches of 256 bytes.
+  // Tiles that follow each other along a row lie in the same one or two ranges of 256 bytes.
   const CUresult result =
       encode(&map_, source.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
              const_cast<void*>(source.data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,

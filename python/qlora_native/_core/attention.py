@@ -33,10 +33,12 @@ def attention(
     `scaled_dot_product_attention`.
 
     Args:
-        q: [B, H, Tq, D] in fp32, bf16 or fp16. It is copied, as k and v are, if the elements of a row are not
-        contiguous. k: [B, KV, Tk, D] in the dtype of q; head h of q belongs to head h // (H // KV) of k and v. v: as k.
-        scale: greater than 0; None is 1 / sqrt(D). is_causal: let query i see the keys 0 ... i alone. key_ranges: int32
-        [B, Tq, 2] or [1, Tq, 2], for each query a pair (begin, end) within 0 ... Tk: it sees the keys
+        q: [B, H, Tq, D] in fp32, bf16 or fp16. It is copied, as k and v are, if a row is not contiguous.
+        k: [B, KV, Tk, D] in the dtype of q; head h of q belongs to head h // (H // KV) of k and v.
+        v: as k.
+        scale: greater than 0; None is 1 / sqrt(D).
+        is_causal: let query i see the keys 0 ... i alone.
+        key_ranges: int32 [B, Tq, 2] or [1, Tq, 2], for each query a pair (begin, end) within 0 ... Tk: it sees the keys
             begin ... end - 1. Sliding windows, padding on either side and sequences that share a row are such ranges.
             A query whose range is empty gets zeros.
 

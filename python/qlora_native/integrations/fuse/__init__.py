@@ -136,7 +136,7 @@ def fuse_blocks(model: nn.Module) -> int:
 def fuse_attention(model: nn.Module) -> bool:
     """Let the attention of a model be `qlora_native.functional.attention` wherever that computes the same.
 
-    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (_rotary.py).
+    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does.
 
     Results change only by rounding, gradients too. The model and those within it, such as the encoder of images beside
     a language model, are changed where their implementation is "sdpa", which is transformers' default; another one is

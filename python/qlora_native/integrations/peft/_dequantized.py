@@ -115,7 +115,7 @@ def run_over_dequantized(layer: BaseTunerLayer, method: Callable[..., None], *ar
         method(layer, *args, **kwargs)
         if layer.merged_adapters == merged:
             return
-        weight, bias = kept if kept and not layer.merged_adapters else (_requantized(dense.weight, before[0]), None)
+        weight, bias = kept if kept and not layer.merged_adapters else (requantized(dense.weight, before[0]), None)
     except BaseException as error:
         layer.merged_adapters[:] = merged
         if bias is not None:
@@ -145,8 +145,8 @@ def _dense(base: Linear4bit) -> nn.Linear:
     return dense
 
 
-def _requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    """Quantize `weight` [N, K] to the format of `like`."""
+def requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
+    """Quantize `weight` to the format of `like`."""
     codebook = like.code if like.format == "codebook" else None
     double_quant = like.nested_absmax is not None
     q = functional.quantize(weight.detach(), like.format, like.blocksize, double_quant, codebook)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ... import functional
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
+from ._dequantized import requantized
 
 
 class ParamWrapper(PeftParamWrapper):
@@ -81,10 +80,7 @@ class ParamWrapper(PeftParamWrapper):
                 weight[e].addmm_(b[e].float(), a[e].float(), alpha=scaling)
         if not weight.isfinite().all():
             raise ValueError(f"adapters {names}: expected finite merged weights, got NaN or Inf")
-        codebook = original.code if original.format == "codebook" else None
-        double_quant = original.nested_absmax is not None
-        merged = functional.quantize(weight, original.format, original.blocksize, double_quant, codebook)
-        experts.replace_weight(replace(merged, dtype=original.dtype))
+        experts.replace_weight(requantized(weight, original))
         self._unmerged = original
         self.merged_adapters[:] = names
         warnings.warn("merging into 4-bit weights rounds the sum to 4 bits again", stacklevel=2)

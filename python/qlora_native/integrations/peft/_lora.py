@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import replace
 from typing import Any
 
 from ..._core.versions import require
@@ -25,13 +24,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ... import functional
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers import callbacks
 from ...nn import Linear4bit
 from ._batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
-from ._dequantized import base_to_merge_into, run_over_dequantized
+from ._dequantized import base_to_merge_into, requantized, run_over_dequantized
 from ._dora import RowNorms
 from ._experts import ParamWrapper, targeted_experts
 from ._methods import check_method, guard_layers, install
@@ -238,9 +236,7 @@ class LoraLinear4bit(PeftLoraLinear):
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
         if not weight.isfinite().all():
             raise ValueError(f"adapters {names}: expected finite merged weights, got NaN or Inf")
-        codebook = q.code if q.format == "codebook" else None
-        merged = functional.quantize(weight, q.format, q.blocksize, q.nested_absmax is not None, codebook)
-        return replace(merged, dtype=q.dtype), bias
+        return requantized(weight, q), bias
 
     def _set_base(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         base = self.get_base_layer()

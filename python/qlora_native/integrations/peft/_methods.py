@@ -8,11 +8,9 @@ therefore has no code for a single tuner, but intercepts the three things that t
   `DequantizedLinear`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
   (Plain LoRA and DoRA do not read the weight, so a layer under them becomes a `Linear4bit` again.)
 - **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, and the result
-is
-  quantized to the format of the weight. The old weight is kept, and `unmerge` restores it bit for bit.
+  is quantized to the format of the weight. The old weight is kept, and `unmerge` restores it bit for bit.
 - **Writing** anywhere else raises. A method that first changes the weight (PiSSA, OLoRA, ...) is refused before
-anything
-  is changed: the changed weight would have to be rounded to 4 bits, and the model would no longer be the same.
+  anything is changed: the changed weight would have to be rounded to 4 bits, and the model would no longer be the same.
 
 A tuner that is not in `METHODS` has not been tested and is refused, so a new PEFT cannot give unknown results.
 """

@@ -107,7 +107,11 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def note_layers(self, model: nn.Module) -> None:
-        """Store the formats that a model has, with that of the config first, and the dtype of its products."""
+        """Store the formats that a model has, with that of the config first, and the dtype of its products.
+
+        Args:
+            model: the model.
+        """
         layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
         others = sorted({layer.format for layer in layers} - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)

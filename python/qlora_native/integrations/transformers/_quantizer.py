@@ -74,7 +74,7 @@ class Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True: transformers asks whether adapters can be trained beside the weights."""
+        """Whether adapters can be trained beside the weights."""
         return True
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
