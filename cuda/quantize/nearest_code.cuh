@@ -53,7 +53,7 @@ class NearestCodes {
 
   // The codes of eight elements in [-1, 1], up to a rounding error. They are in the order in which they are stored: two
   // in a byte, the first in its high half.
-  __device__ __forceinline__ std::uint32_t codes_of_eight(const float (&t)[kVecSize]) const {
+  __device__ __forceinline__ std::uint32_t codes_of_vec8(const float (&t)[kVecSize]) const {
     SharedAddress at[kVecSize] = {start_of(t[0]), start_of(t[1]), start_of(t[2]), start_of(t[3]),
                                   start_of(t[4]), start_of(t[5]), start_of(t[6]), start_of(t[7])};
     const auto search = [&](std::uint32_t step) {

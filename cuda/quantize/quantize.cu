@@ -33,7 +33,7 @@ class Encoder<4> {
   // To be called by all threads of a block. Its shared memory becomes the table.
   __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
   __device__ __forceinline__ Codes operator()(const float (&t)[kVecSize]) const {
-    return {{nearest_.codes_of_eight(t)}};
+    return {{nearest_.codes_of_vec8(t)}};
   }
 
  private:
@@ -153,10 +153,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 void quantize(const QuantizeArgs& args, const Stream& stream) {
   fill_bytes(&args.non_finite->count, 0, sizeof(args.non_finite->count), stream);
   fill_bytes(&args.non_finite->first, 0xFF, sizeof(args.non_finite->first), stream);
-  const int block_bits = log2_of(args.blocksize), eights_bits = block_bits - log2_of(kVecSize);
+  const int block_bits = log2_of(args.blocksize), vector_bits = block_bits - log2_of(kVecSize);
   const bool are_vectors = is_aligned(args.weight, kVectorBytes) && is_aligned(args.codes, args.bits);
   const Subwarps subwarps{.block_bits = block_bits,
-                          .lane_bits = eights_bits < log2_of(kWarp) ? eights_bits : log2_of(kWarp),
+                          .lane_bits = vector_bits < log2_of(kWarp) ? vector_bits : log2_of(kWarp),
                           .vector_blocks = are_vectors ? args.elements / args.blocksize : 0};
   LaunchShape shape = looping_grid(ceil_div(args.elements, kVecSize), kThreads, stream);
   const auto launch_for = [&]<class T, int kBits>() {

@@ -17,24 +17,24 @@ namespace {
 constexpr int kThreads = 64;
 constexpr float kLargest = 1.0f + 0x1p-22f;  // the largest scaled element of a block, with rounding errors
 
-__global__ void encode_kernel(const float* code, const float* t, std::int64_t eights, std::uint32_t* codes) {
+__global__ void encode_kernel(const float* code, const float* t, std::int64_t vectors, std::uint32_t* codes) {
   NearestCodes::Table& table = *dynamic_smem<NearestCodes::Table>();
   table.fill(code);
   const NearestCodes nearest(table);
-  for (std::int64_t i = thread_index(); i < eights; i += kThreads) {
-    float eight[kVecSize];
-    for (int j = 0; j < kVecSize; ++j) eight[j] = t[kVecSize * i + j];
-    codes[i] = nearest.codes_of_eight(eight);
+  for (std::int64_t i = thread_index(); i < vectors; i += kThreads) {
+    float vector[kVecSize];
+    for (int j = 0; j < kVecSize; ++j) vector[j] = t[kVecSize * i + j];
+    codes[i] = nearest.codes_of_vec8(vector);
   }
 }
 
 std::int64_t wrong_codes(const char* name, const float* code, std::vector<float> t) {
   while (t.size() % kVecSize != 0) t.push_back(0.0f);
-  const auto eights = static_cast<std::int64_t>(t.size()) / kVecSize;
+  const auto vectors = static_cast<std::int64_t>(t.size()) / kVecSize;
   const Managed<float> code_on_device(code, code + 16), t_on_device(t.begin(), t.end());
   Managed<std::uint32_t> codes(t.size() / kVecSize);
   launch<encode_kernel>({1, kThreads, sizeof(NearestCodes::Table)}, Stream{}, code_on_device.data(), t_on_device.data(),
-                        eights, codes.data());
+                        vectors, codes.data());
   const SortedCodebook sorted = sort_codebook(code);
   std::int64_t wrong = 0;
   for (std::size_t i = 0; i < t.size(); ++i) {
