@@ -43,8 +43,7 @@ void divide_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(count_row_tiles(shape, config.tile_rows));
 }
 
-// ---- gemv
-// ------------------------------------------------------------------------------------------------------------
+// ---- gemv ----------------------------------------------------------------------------------------------------------
 
 // Whether a weight has so few rows that reading it is all that matters. The limit for the average of groups is half of
 // kGemvRows, so that few groups have more than that.
@@ -58,8 +57,7 @@ GemvConfig gemv_config(const ProductShape& shape) {
   return {.aligned = shape.aligned, .blocks = static_cast<int>(std::min(kBlocksPerSm * shape.num_sms, tiles))};
 }
 
-// ---- gemm
-// ------------------------------------------------------------------------------------------------------------
+// ---- gemm ----------------------------------------------------------------------------------------------------------
 
 // Up to how many rows small_m.cuh is for. With groups it has no registers for more. It multiplies with one adapter
 // after another, while gemm.cuh takes several in a step.
@@ -243,8 +241,7 @@ WgmmaConfig wgmma_config(const ProductShape& shape, int tile_rows, const std::op
   return best;
 }
 
-// ---- panels
-// ----------------------------------------------------------------------------------------------------------
+// ---- panels --------------------------------------------------------------------------------------------------------
 
 // Products of up to this many rows go to the kernels that decode while they multiply. Decoding takes as long as 331
 // rows of an H100's dense product. Where nothing hides it, M rows therefore reach M / (M + 331) of that product's rate:
@@ -327,8 +324,7 @@ bool is_wgmma_tile(int rows) {
 
 }  // namespace
 
-// ---- the choice
-// ------------------------------------------------------------------------------------------------------
+// ---- the choice ----------------------------------------------------------------------------------------------------
 
 bool supports_gemv(const ProductShape& shape) {
   return !shape.backward && has_layout_of_kernels(shape) && (shape.group_weights || shape.rows <= kGemvRows);

@@ -53,7 +53,7 @@ struct TiledBackend {
   static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
     const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
-    cpu::ProductConfig config = cpu::product_config(shape);
+    cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
     const bool panels = config.kernel == cpu::ProductKernel::panels;
     if (!kOthersMultiply && !panels) config.kernel = cpu::ProductKernel::tiles;
     if (panels || config.kernel == cpu::ProductKernel::tiles) cpu::log_product(shape, config);

@@ -65,7 +65,7 @@ constexpr Kernel kKernels[] = {
     {"panels", supports_panels},
 };
 
-std::optional<ProductKernel> forced_kernel() {
+std::optional<ProductKernel> read_forced_kernel() {
   const char* name = std::getenv("QLN_FORCE_KERNEL");
   if (name == nullptr || *name == '\0') return std::nullopt;
   for (std::size_t i = 0; i < std::size(kKernels); ++i)
@@ -98,7 +98,13 @@ bool supports_panels(const ProductShape& shape) {
   return shape.has_dense_gemm && !shape.dropout && shape.one_adapter && columns_of_panel(shape) > 0;
 }
 
-ProductConfig choose_product(const ProductShape& shape) {
+std::optional<ProductKernel> forced_kernel() {
+  static const std::optional<ProductKernel> forced = read_forced_kernel();  // if it throws, the next call tries again
+  return forced;
+}
+
+ProductConfig choose_product(const ProductShape& shape, std::optional<ProductKernel> forced) {
+  if (forced && kKernels[static_cast<int>(*forced)].supports(shape)) return {*forced};
   const bool faster = shape.dense_gemm_is_faster && columns_of_panel(shape) >= kMinFasterColumns;
   const MinRows min = shape.isa_has_tiles          ? kWithTiles
                       : shape.dense_gemm_has_tiles ? kWithDenseTiles
@@ -108,12 +114,6 @@ ProductConfig choose_product(const ProductShape& shape) {
   if (shape.M >= min.tiles && supports_tiles(shape)) return {ProductKernel::tiles};
   if (shape.M < min.vectors && supports_small_m(shape)) return {ProductKernel::small_m};
   return {ProductKernel::vectors};
-}
-
-ProductConfig product_config(const ProductShape& shape) {
-  static const std::optional<ProductKernel> forced = forced_kernel();  // if it throws, the next call tries again
-  const bool supported = forced && kKernels[static_cast<int>(*forced)].supports(shape);
-  return supported ? ProductConfig{*forced} : choose_product(shape);
 }
 
 ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,

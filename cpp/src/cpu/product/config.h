@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "cpu/product/linear.h"
@@ -51,11 +52,11 @@ bool supports_panels(const ProductShape& shape);
 struct ProductConfig {
   ProductKernel kernel = ProductKernel::vectors;
 };
-ProductConfig choose_product(const ProductShape& shape);
+// The kernel that QLN_FORCE_KERNEL names for tests and measurements: small_m, vectors, tiles or panels.
+std::optional<ProductKernel> forced_kernel();
 
-// The same, or the kernel that QLN_FORCE_KERNEL names (small_m, vectors, tiles, panels) if it supports the shape: for
-// tests and measurements.
-ProductConfig product_config(const ProductShape& shape);
+// The kernel `forced` if it supports the shape, or else the one that the table of config.cpp has.
+ProductConfig choose_product(const ProductShape& shape, std::optional<ProductKernel> forced = std::nullopt);
 
 // QLN_PRINT_CONFIG=1 prints this for each product.
 std::string describe(const ProductShape& shape, const ProductConfig& config);

@@ -38,7 +38,7 @@ struct Linear {
   static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
     const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, false);
-    const cpu::ProductConfig config = cpu::product_config(shape);
+    const cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
     cpu::log_product(shape, config);
     return config.kernel;
   }
