@@ -10,7 +10,7 @@ namespace qlora_native::QLN_CUDA {
 struct Dropout {
   std::uint64_t seed;
   const std::uint64_t* device_seed;  // null, or where with_seed() finds what it adds to the seed
-  std::uint32_t threshold;           // 0: everything is kept
+  std::uint32_t threshold;           // 0: nothing is dropped
   float scale;                       // 1 / (1 - p)
   explicit Dropout(const LoraView& lora)
       : seed(lora.seed),

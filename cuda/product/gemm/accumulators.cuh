@@ -41,14 +41,14 @@ class GemmAccumulators {
   // registers and each must be named.
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
     static_assert(8 % kLaneCols == 0 && kFragmentGroups * kLaneRows <= 32);  // a lane's columns share their random bits
-    std::uint32_t kept[kLaneCols] = {};
+    std::uint32_t mask[kLaneCols] = {};
 #pragma unroll 1
     for (int i = kFragmentGroups * kLaneRows - 1; i >= 0; --i) {
       const std::int64_t first = col + i / kLaneRows * Tile::kGroupCols;
       const PhiloxBlock random = dropout_random(dropout.seed, row + i % kLaneRows * 8, first);
 #pragma unroll
       for (int j = 0; j < kLaneCols; ++j) {
-        kept[j] = kept[j] << 1 | (dropout_keeps(random, first + j, dropout.threshold) ? 1u : 0u);
+        mask[j] = mask[j] << 1 | (dropout_keeps(random, first + j, dropout.threshold) ? 1u : 0u);
       }
     }
 #pragma unroll
@@ -56,7 +56,7 @@ class GemmAccumulators {
 #pragma unroll
       for (int j = 0; j < kLaneCols; ++j) {
         float& sum = at(i % kLaneRows, i / kLaneRows, j);
-        sum = (kept[j] >> i & 1) != 0 ? sum : 0.0f;
+        sum = (mask[j] >> i & 1) != 0 ? sum : 0.0f;
       }
     }
   }
