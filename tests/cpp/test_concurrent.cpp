@@ -161,7 +161,7 @@ void several_blocks_compute_a_tile() {
     shape.num_sms = 3;  // the emulated device has 3
     shape.smem_bytes = 227 * 1024;
     shape.reserved_smem_bytes = 1024;
-    const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));
+    const auto config = std::get<qn::GemmConfig>(qn::choose_product(shape));
     // The row tiles that the blocks will find.
     std::int64_t row_tiles = config.row_tiles;
     if (each.group_weights) {
