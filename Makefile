@@ -172,7 +172,7 @@ format: $(stamp)-lint
 docs: $(stamp)-docs
 	$(python) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
-bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
+bench: $(stamp)-tested-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)
 
 clean:
@@ -195,9 +195,13 @@ $(stamp)-build: pyproject.toml | $(stamp)-venv
 	$(requirements) build | $(pip) install -r /dev/stdin
 	@touch $@
 
-# The tests' package has the emulated GPU too, which takes another minute to compile, and its tree has the C++ tests.
+# The first package has the instruction sets of this machine alone. The tests' package has all of them and the emulated GPU,
+# which take two more minutes to compile, and its tree has the C++ tests.
+x86_level := $(if $(shell grep -m 1 avx512vl /proc/cpuinfo 2> /dev/null),AVX512,AVX2)
+define_all = $(foreach option,$(2),-C cmake.define.QLN_$(option)=$(1))
 install_package = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall \
-    -C build-dir=$(tree) -C cmake.define.QLN_CUDA_EMULATED=$(1) -C cmake.define.QLN_BUILD_TESTS=$(1) .
+    -C build-dir=$(tree) $(call define_all,ON,$(x86_level)) \
+    $(call define_all,$(1),$(filter-out $(x86_level),AVX2 AVX512) AMX_EMULATED CUDA_EMULATED BUILD_TESTS) .
 $(stamp)-package: $(package_sources) $(stamp)-build
 	$(call install_package,OFF)
 	@touch $@

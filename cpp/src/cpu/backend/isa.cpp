@@ -39,7 +39,7 @@ std::vector<Isa> find_isas() {
     add_not_built("avx512_bf16");
     add_not_built("avx512");
   }
-  if constexpr (QLN_X86)
+  if constexpr (QLN_X86 && QLN_AVX2)
     add("avx2", avx2_backend, has_avx2());
   else
     add_not_built("avx2");
