@@ -24,8 +24,7 @@ from summary import SHORT, cell, summary, table, values, with_part
 
 ROOT = Path(__file__).parent.parent
 FINETUNE = ROOT / "bench/results/finetune.json"
-FINETUNE_FIELDS = ("arguments", "held_out_loss", "base_weight_bytes", "parameters", "peak_memory_bytes",
-                   "tokens_per_second", "seconds")  # fmt: skip
+FINETUNE_FIELDS = ("arguments", "held_out_loss", "base_weight_bytes", "tokens_per_second", "seconds")
 # {column: folder of its report}, in the order of the columns.
 COLUMNS = {
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
