@@ -34,6 +34,7 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
 import torch
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 torch.set_num_threads(2)
 what, M, N, K, dtype = sys.argv[1], *map(int, sys.argv[2:5]), getattr(torch, sys.argv[5])
 

@@ -91,13 +91,18 @@ def test_opcheck_of_products(options, adapter):
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+def layer_of(options):
+    kind = qn.nn.Linear8bit if options.get("format") == "int8" else qn.nn.Linear4bit
+    return kind.from_linear(nn.Linear(K, N), **options)
+
+
 class Block(nn.Module):
     """A layer as PEFT would call it, between things that a compiler fuses."""
 
     def __init__(self, dropout=0.0, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.base = qn.nn.Linear4bit.from_linear(nn.Linear(K, N), **options)
+        self.base = layer_of(options)
         self.a, self.b = nn.Parameter(torch.randn(RANK, K)), nn.Parameter(torch.randn(N, RANK))
         self.dropout = dropout
 
@@ -179,7 +184,7 @@ def test_exported_layer_computes_the_same():
 def test_exported_layer_alone_gives_the_same_bits(options, strict):
     torch.manual_seed(0)
     layers = {
-        qn.nn.Linear4bit.from_linear(nn.Linear(K, N), **options): (torch.randn(2, 5, K),),
+        layer_of(options): (torch.randn(2, 5, K),),
         qn.nn.Embedding4bit.from_embedding(nn.Embedding(N, K), **options): (torch.tensor([[3, 0], [7, 3]]),),
         qn.nn.Experts4bit.from_parameter(torch.randn(2, N, K), **options): (torch.randn(5, K), torch.tensor([0, 2, 5])),
     }

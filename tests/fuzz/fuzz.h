@@ -1,5 +1,6 @@
-// A fuzzer defines LLVMFuzzerTestOneInput, which libFuzzer calls, or where the compiler has none driver.cpp. An input may be refused with an exception. Anything else that is not success ends the program: a
-// sanitizer's report, another exception, a time limit.
+// A fuzzer defines LLVMFuzzerTestOneInput, which libFuzzer calls, or where the compiler has none driver.cpp. An input
+// may be refused with an exception. Anything else that is not success ends the program: a sanitizer's report, another
+// exception, a time limit.
 #pragma once
 
 #include <cstddef>
