@@ -92,6 +92,16 @@ def test_targeted_layers_get_an_adapter_in_fp32(family):
     assert {p.dtype for p in trainable.values()} == {torch.float32}, "AdamW needs adapters in fp32"
 
 
+@pytest.mark.parametrize("set_to", [None, torch.float32], ids=str)
+def test_adapter_in_16_bits_has_the_dtype_of_the_weight_or_the_compute_dtype(set_to):
+    model = quantized("llama", torch.bfloat16)
+    for layer in models.layers_of(model).values():
+        layer.compute_dtype = set_to
+    model = peft.get_peft_model(model, config("llama"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {set_to or torch.bfloat16}
+    assert {module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)} == {set_to}
+
+
 @families
 @pytest.mark.parametrize(
     "changes",

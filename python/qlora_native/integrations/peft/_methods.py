@@ -232,14 +232,23 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _dequantized(model: nn.Module) -> Iterator[None]:
-    """Turn the quantized layers of `model` into `DequantizedLinear` while PEFT makes its layers; some stay so."""
+    """Turn the quantized layers of `model` into `DequantizedLinear` while PEFT makes its layers; some stay so.
+
+    PEFT makes adapters in the `compute_dtype` of a layer. Where none is set it gets the dtype that the weight had, as
+    over an `nn.Linear`.
+    """
     plain = [module for module in model.modules() if is_plain(module)]
     for layer in plain:
         make_readable(layer)
+    unset = [each for each in model.modules() if isinstance(each, QuantizedLayer) and each.compute_dtype is None]
+    for layer in unset:
+        layer.compute_dtype = layer.dtype
     try:
         yield
         guard_layers(model)
     finally:
+        for layer in unset:
+            layer.compute_dtype = None
         _restore_plain(model, plain)
 
 
