@@ -32,7 +32,7 @@ import report
 import step
 import timing
 from cases import OURS
-from summary import table
+from tables import table
 
 UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
 CONTESTANTS = [OURS, UNFUSED, *[BITSANDBYTES] * (importlib.util.find_spec("bitsandbytes") is not None)]

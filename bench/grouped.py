@@ -25,7 +25,7 @@ import checks
 import report
 import timing
 from cases import OURS
-from summary import table
+from tables import table
 
 BUDGET_S = 6.0  # of one row's contestants together
 DENSE, BITSANDBYTES, ONE_ADAPTER = "dense, a loop", "bitsandbytes, a loop", "one adapter"

@@ -31,7 +31,7 @@ import memory
 import report
 import timing
 from cases import OURS
-from summary import table
+from tables import table
 
 BUDGET_S = 10.0  # of one row's contestants together
 UNFUSED, CUT, HEAD_4BIT = "torch, unfused", "cut-cross-entropy", "ours, a head in 4 bits"

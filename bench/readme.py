@@ -20,7 +20,8 @@ from pathlib import Path
 import machine
 import report
 from cases import OURS
-from summary import SHORT, cell, summary, table, values, with_part
+from summary import SHORT, cell, summary, values
+from tables import table, with_part
 
 ROOT = Path(__file__).parent.parent
 FINETUNE = ROOT / "bench/results/finetune.json"

@@ -21,7 +21,8 @@ import torch
 import machine
 import timing
 from cases import OURS, STEPS, Case, Row
-from summary import LINES, MORE_LINES, summary, table
+from summary import LINES, MORE_LINES, summary
+from tables import table
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 5  # of a figure in figures.json

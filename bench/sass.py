@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
-from summary import table, with_part
+from tables import table, with_part
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/sass/libqlora_native.a"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cases import ADAMW_ADAPTER, ADAMW_TENSOR, DOWN, LORA_RANK, OURS, SHAPES, SQUARE, Row
+from tables import table
 
 LARGE = (256, 512, 1024, 2048)
 # The shapes of a range, by device.
@@ -154,20 +155,7 @@ def _format(line: Line, value: float) -> str:
     return f"{value:.2f} ×" if value < 10 else f"{value:.0f} ×"
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table in Markdown, which ends with a line break."""
-    header = list(header)
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (header, ["---"] * len(header), *rows))
-
-
 def summary(results: Mapping[str, Mapping], lines: Iterable[Line] = LINES) -> str:
     """The table, of {column: report}, without the lines that no report has."""
     rows = [(line.label, line.against, *(cell(line, result) for result in results.values())) for line in lines]
     return table(("", "against", *results), [row for row in rows if set(row[2:]) != {NONE}])
-
-
-def with_part(page: str, mark: str, text: str) -> str:
-    """A page with the text between the comments `MARK begins` and `MARK ends`."""
-    begin, end = f"<!-- {mark} begins -->\n", f"<!-- {mark} ends -->\n"
-    before, rest = page.split(begin)
-    return before + begin + text + end + rest.split(end)[1]
