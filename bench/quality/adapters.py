@@ -16,7 +16,7 @@ import torch
 import training
 from torch import Tensor, nn
 
-import summary
+import tables
 
 RANKS = (1, 2, 4, 8, 64)
 MATRICES = {
@@ -124,9 +124,9 @@ def table(found: dict) -> str:
     header = ("method", "trainable", "learning rate", "before", "after", "published")
     return (
         f"{training.provenance(found)} One seed.\n\n## Rank and matrices\n\nLoRA over NF4 with double quantization. In "
-        f"brackets: accuracy on WikiSQL of GPT-3 175B (LoRA, table 6).\n\n{summary.table(ranks_header, ranks)}\n"
+        f"brackets: accuracy on WikiSQL of GPT-3 175B (LoRA, table 6).\n\n{tables.table(ranks_header, ranks)}\n"
         "## Methods\n\nPublished: GLUE average of RoBERTa-base (LoRA, table 2).\n\n"
-        f"{summary.table(header, methods)}"
+        f"{tables.table(header, methods)}"
     )
 
 

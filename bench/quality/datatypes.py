@@ -17,7 +17,7 @@ import torch
 import training
 from torch import nn
 
-import summary
+import tables
 
 # name: how quantize_model() is called; nothing: the weights stay in bf16
 TYPES: dict[str, dict[str, object]] = {
@@ -90,7 +90,7 @@ def table(found: dict) -> str:
         "Published (QLoRA): RougeL on Super-NaturalInstructions of T5 with 80M, 250M, 780M, 3B and 11B parameters "
         "(table 3), mean MMLU accuracy of LLaMA (table 4)."
     )
-    return f"{training.provenance(found)} Perplexity is exp(loss).\n\n{published}\n\n{summary.table(header, rows)}"
+    return f"{training.provenance(found)} Perplexity is exp(loss).\n\n{published}\n\n{tables.table(header, rows)}"
 
 
 if __name__ == "__main__":

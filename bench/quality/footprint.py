@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import plots
 import report
-import summary
+import tables
 
 # name: (width, width of the MLP, layers, heads), of LLaMA (Touvron et al., 2023, table 2)
 SIZES = {
@@ -227,10 +227,10 @@ def table(found: dict[str, Any]) -> str:
         f"adapters of rank {found['rank']} on every linear. Sizes as the library makes them, on fake tensors "
         "(`bench/quality/footprint.py`). Published: QLoRA, abstract and figure 6.", "",
         "![bytes by part](quality-footprint.png)", "",
-        summary.table(("LLaMA", "method", *PARTS, "sum", "published"), rows),
+        tables.table(("LLaMA", "method", *PARTS, "sum", "published"), rows),
         f"The check: width {width}, MLP {inner}, {layers} layers, with real tensors, MB (10⁶ bytes). Kept: weights, "
         "scales, adapters, gradients and the optimizer's state after a step. In a step: gradients and activations.", "",
-        summary.table(("method", "kept: computed", "allocated", "in a step: computed", "peak allocated"), checks),
+        tables.table(("method", "kept: computed", "allocated", "in a step: computed", "peak allocated"), checks),
     ])  # fmt: skip
 
 

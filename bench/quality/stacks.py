@@ -20,7 +20,7 @@ import training
 from qlora_native.integrations.peft import register
 from torch import nn
 
-import summary
+import tables
 
 STACKS = {
     "bf16": "LoRA over bf16 weights",
@@ -75,7 +75,7 @@ def table(found: dict) -> str:
     header = ("", *(f"seed {seed}" for seed in seeds), "mean", "spread", "from bf16, same seed")
     settings = f"LoRA r={first['rank']}, dropout {first['dropout']}, lr {first['lr']}. "
     before = f"Before training, in bf16: {befores[0]:.4f}." if befores else ""
-    return f"{training.provenance(found)} {settings}{before}\n\n{summary.table(header, rows)}"
+    return f"{training.provenance(found)} {settings}{before}\n\n{tables.table(header, rows)}"
 
 
 if __name__ == "__main__":
