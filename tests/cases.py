@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import qlora_native as qn
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
 MICROSCALED = {"mxfp4": 32, "nvfp4": 16}  # formats of one blocksize, whose scales have 8 bits
@@ -121,3 +123,8 @@ def many_rows():
             yield Product(769, 9100, 448, dtype, bias=True)
         yield Product(800, 72, 208, dtype, format="nvfp4", blocksize=16, rank=4)
         yield Product(8200, 64, 72, dtype, bias=True, rank=16)
+
+
+def class_for(options):
+    """The class of a linear layer that `quantize` makes with these options."""
+    return qn.nn.Linear8bit if options.get("format") == "int8" else qn.nn.Linear4bit

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from cases import class_for
 from torch import nn
 
 import qlora_native as qn
@@ -27,10 +28,6 @@ def layer_of(options=None, bias=True, dtype=torch.float32, shape=(N, K)):
     linear = nn.Linear(shape[1], shape[0], bias, dtype=dtype)
     options = options or {}
     return class_for(options).from_linear(linear, **options), linear
-
-
-def class_for(options):
-    return Linear8bit if options.get("format") == "int8" else Linear4bit
 
 
 def fresh(options, **where):

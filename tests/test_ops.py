@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import class_for
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -92,8 +93,7 @@ def test_opcheck_of_products(options, adapter):
 
 
 def layer_of(options):
-    kind = qn.nn.Linear8bit if options.get("format") == "int8" else qn.nn.Linear4bit
-    return kind.from_linear(nn.Linear(K, N), **options)
+    return class_for(options).from_linear(nn.Linear(K, N), **options)
 
 
 class Block(nn.Module):

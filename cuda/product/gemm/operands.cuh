@@ -133,14 +133,14 @@ struct DecodedRows : ByRows {
     return col * kLineBytes + (vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2)) * kVectorBytes;
   }
 
-  // Where the thread's weights begin. Each eight adjacent threads write vectors that lie in different banks.
+  // The thread's weights begin here. Each eight adjacent threads write vectors that lie in different banks.
   static constexpr unsigned col_of(unsigned thread) {
     constexpr unsigned kPairs = Tile::kLaneCols / 2;
     const unsigned i = thread / kColThreads, pair = i / 8 % kPairs, group = i / 8 / kPairs;
     return group * Tile::kGroupCols + i / 2 % 4 * Tile::kLaneCols + pair * 2 + i % 2;
   }
   static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
-  // Where the thread's first vector stands. The places of its other vectors differ from this in some bits, by xor.
+  // The thread's first vector stands here. The places of its other vectors differ from this in some bits, by xor.
   static constexpr unsigned first_place(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
   // Which byte of a chunk's codes becomes word `i` of a vector.
   static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) { return 4 * vector + i; }
@@ -176,7 +176,7 @@ struct DecodedColumns : ByColumns {
            (vector % kLineVectors ^ inner % 8) * kVectorBytes;
   }
 
-  // Where the thread's weights begin. kLineThreads adjacent threads fill a line, and eight threads fill the same
+  // The thread's weights begin here. kLineThreads adjacent threads fill a line, and eight threads fill the same
   // line of 8 / kLineThreads rows:
   //
   //   tile of 128 columns    columns 0 ... 63    columns 64 ... 127

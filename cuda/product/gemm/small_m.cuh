@@ -107,7 +107,7 @@ class SmallMGemm {
   __device__ SharedAddress address_in_stages(unsigned bytes) const {
     return SharedAddress(shared_.stages).at(bytes).in_register();
   }
-  // Where a lane begins to read: at eight adjacent elements of X, and at the codes of its first row of W.
+  // A lane begins to read here: at eight adjacent elements of X, and at the codes of its first row of W.
   __device__ SharedAddress address_of_operand(const SmallMLane<Tile>& lane) const {
     const unsigned vector = lane.half() * (Tile::kHalf / X::kVector) + lane.t;
     return address_in_stages(X::place(lane.loaded_row(), vector) * kVectorBytes);
