@@ -42,6 +42,14 @@ def trainer(tmp_path_factory):
     return build / "trainer"
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A test may change their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For small models."""

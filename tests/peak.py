@@ -1,19 +1,19 @@
-"""The peak memory of pieces of Python beside their results, measured in a process of its own.
+"""The memory of pieces of Python: their peak, measured in a process of its own, and what autograd saves for backward.
 
 Only the process's own memory counts (RssAnon), because the system can take back pages of mapped files.
 """
 
 import os
-import subprocess
-import sys
 
+import process
 import pytest
+import torch
 
-# What is freed goes back to the system at once, so that the next one does not live on what this one has left.
+# What is freed returns to the system at once, so that the next one does not live on what this one has freed.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
 PROGRAM = """
 import ctypes, gc, threading, time, torch
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched is mapped alone
 
 def anonymous():
     with open("/proc/self/status") as lines:
@@ -46,12 +46,24 @@ def peaks(prepare, *expressions):
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("AddressSanitizer keeps what is freed")
     program = PROGRAM + prepare + "".join(f"\nprint(measure(lambda: {text}))" for text in expressions)
-    environment = {**os.environ, **ENVIRONMENT}
-    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    return [int(line) for line in shown.stdout.split()[-len(expressions) :]]
+    return [int(line) for line in process.succeed("-c", program, **ENVIRONMENT).stdout.split()[-len(expressions) :]]
 
 
 def megabytes(numbers):
     """For a message."""
     return ", ".join(f"{number / 2**20:.1f} MB" for number in numbers)
+
+
+def saved_bytes(function, *known):
+    """(the result of `function`, the bytes that autograd saves for its backward beside the storages of `known`)."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    for tensor in known:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return result, sum(storages.values())

@@ -1,4 +1,4 @@
-"""Gated activations and RMS norms: gradients against float64, what they keep for backward, torch's own formulas.
+"""Guards gated activations and RMS norms: gradients against float64, and what they save for backward.
 
 Their values for each instruction set and dtype are checked by tests/cpp/test_elementwise.cpp.
 """
@@ -6,6 +6,7 @@ Their values for each instruction set and dtype are checked by tests/cpp/test_el
 import pytest
 import torch
 import torch.nn.functional as F
+from peak import saved_bytes
 
 import qlora_native as qn
 from qlora_native.functional import gated_activation, linear, rms_norm
@@ -82,58 +83,34 @@ def error(actual, exact):
     return float((actual.double() - exact).norm())
 
 
-def kept_by(function):
-    """Bytes of the storages that autograd keeps beside the parameters and inputs that `function` names."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result, operands = function()
-    for operand in operands:
-        storages.pop(operand.untyped_storage().data_ptr(), None)
-    return sum(storages.values()), result
-
-
-def test_gated_activation_keeps_its_operands_alone():
+def test_gated_activation_saves_its_operands_alone():
     gate, up = tensors(torch.bfloat16, (50, 64), (50, 64))
-    kept, _ = kept_by(lambda: (gated_activation(gate, up), (gate, up)))
-    parts, _ = kept_by(lambda: (F.silu(gate) * up, (gate, up)))
-    assert kept == 0 and parts == 50 * 64 * 2
+    assert saved_bytes(lambda: gated_activation(gate, up), gate, up)[1] == 0
+    assert saved_bytes(lambda: F.silu(gate) * up, gate, up)[1] == 50 * 64 * 2
 
 
-def test_norm_keeps_its_input_and_one_number_a_row():
+def test_norm_saves_its_input_and_one_number_a_row():
     x, weight = tensors(torch.bfloat16, (50, 64), (64,))
-    kept, _ = kept_by(lambda: (rms_norm(x, weight), (x, weight)))
-    assert kept == 50 * 4
+    assert saved_bytes(lambda: rms_norm(x, weight), x, weight)[1] == 50 * 4
 
 
-def test_product_that_follows_keeps_the_operands_in_the_place_of_the_activation():
-    """And gives the gradients, to the bit, that it gives where it keeps the activation."""
+def test_product_that_follows_saves_the_operands_in_the_place_of_the_activation():
+    """And gives the gradients, to the bit, that it gives where it saves the activation."""
     gate, up, a, b = tensors(torch.bfloat16, (50, 64), (50, 64), (4, 64), (32, 4))
     q = qn.quantize(torch.randn(32, 64))
-    constants = (q.codes, q.absmax, a, b, gate, up)
 
-    def product(again):
-        h = gated_activation(gate, up)
-        if not again:
-            h = h.view_as(h)  # another tensor, of which nothing is known
-        return linear(h, q, None, a, b), constants
+    def product(convert):
+        return linear(convert(gated_activation(gate, up)), q, None, a, b)
 
-    kept, y = kept_by(lambda: product(True))
-    kept_with_h, y_of_h = kept_by(lambda: product(False))
-    assert kept_with_h - kept == 50 * 64 * 2
-    inputs = (gate, up, a, b)
+    y, saved = saved_bytes(lambda: product(lambda h: h), gate, up)
+    y_of_h, saved_with_h = saved_bytes(lambda: product(lambda h: h.view_as(h)), gate, up)  # nothing is known of this h
+    assert saved_with_h - saved == 50 * 64 * 2
     dy = torch.randn_like(y)
-    for actual, expected in zip(
-        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y_of_h, inputs, dy), strict=True
-    ):
-        assert torch.equal(actual, expected)
+    gradients = (torch.autograd.grad(each, (gate, up, a, b), dy) for each in (y, y_of_h))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_activation_that_was_written_to_is_kept_as_it_is():
+def test_activation_that_was_written_to_is_saved_as_it_is():
     gate, up, a, b = tensors(torch.float32, (5, 64), (5, 64), (4, 64), (32, 4))
     q = qn.quantize(torch.randn(32, 64))
 
@@ -163,30 +140,6 @@ def test_ops_pass_opcheck():
     torch.library.opcheck(ops.rms_norm.default, (x, weight, 0.0, 1e-6))
 
 
-def test_compiled_functions_give_what_they_give_in_eager_mode():
-    gate, up, x, weight = tensors(torch.float32, (12, 64), (12, 64), (12, 64), (64,))
-
-    def block(gate, up, x, weight):
-        return gated_activation(gate, up) + rms_norm(x, weight)
-
-    inputs = (gate, up, x, weight)
-    expected = torch.autograd.grad(block(*inputs).square().sum(), inputs)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for actual, wanted in zip(torch.autograd.grad(compiled(*inputs).square().sum(), inputs), expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
-
-
-def test_second_derivative_names_its_op_in_the_error():
-    gate, up, x, weight = tensors(torch.float32, (3, 8), (3, 8), (3, 8), (8,))
-    for name, result, of in (
-        ("gated_activation", gated_activation(gate, up), gate),
-        ("rms_norm", rms_norm(x, weight), x),
-    ):
-        (first,) = torch.autograd.grad(result.sum(), of, create_graph=True)
-        with pytest.raises(NotImplementedError, match=name):
-            torch.autograd.grad(first.sum(), of)
-
-
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
@@ -197,11 +150,7 @@ def test_second_derivative_names_its_op_in_the_error():
         (ValueError, "up", lambda x: gated_activation(x, x[:2])),
         (ValueError, "up", lambda x: gated_activation(x, x.to("meta"))),
         (ValueError, "gate", lambda x: gated_activation(x.sum(), x.sum())),
-        (
-            ValueError,
-            "activation: expected 'silu' or 'gelu_tanh', got 'relu'",
-            lambda x: gated_activation(x, x, "relu"),
-        ),
+        (ValueError, "activation: expected 'silu' or 'gelu_tanh', got 'r", lambda x: gated_activation(x, x, "relu")),
         (TypeError, "weight", lambda x: rms_norm(x, x[0].bfloat16())),
         (ValueError, "weight", lambda x: rms_norm(x, x[0, :3])),
         (ValueError, "eps", lambda x: rms_norm(x, x[0], -1.0)),
@@ -209,6 +158,6 @@ def test_second_derivative_names_its_op_in_the_error():
     ],
     ids=str,
 )
-def test_bad_argument_is_named(error, message, call):
+def test_bad_argument_is_named_in_the_error(error, message, call):
     with pytest.raises(error, match=message):
         call(torch.ones(3, 8))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import class_for
+from peak import saved_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -63,9 +64,8 @@ def test_opcheck_of_microscaled_formats(format):
     weight = torch.randn(7, 64).t().bfloat16()
     q = qn.quantize(weight, format)
     # Two calls are compared, and NaN, the level of a byte that is no scale, is no number's equal: only the shapes are.
-    torch.library.opcheck(
-        ops.quantize_microscaled, (weight, q.blocksize), test_utils=("test_schema", "test_faketensor")
-    )
+    parts = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.quantize_microscaled, (weight, q.blocksize), test_utils=parts)
     torch.library.opcheck(ops.dequantize, (*op_arguments(q), torch.bfloat16))
 
 
@@ -111,31 +111,31 @@ class Block(nn.Module):
         return torch.sin(y) + self.base(x)
 
 
-def gradients_of(function, parameters, x):
-    torch.manual_seed(5)
-    y = function(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, *parameters))]
+def assert_same_gradients(function, block, x):
+    """Of a function that computes what a block does, with the block's parameters."""
+    leaves, results = [x, *(p for p in block.parameters() if p.requires_grad)], []
+    for call in (function, block):
+        torch.manual_seed(5)
+        y = call(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_compiled_model_is_one_graph_and_computes_the_same(dropout, options):
     block = Block(dropout, **options)
-    parameters = [p for p in block.parameters() if p.requires_grad]
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for batch in (2, 3):  # the second time with a symbolic size
-        x = torch.randn(batch, 5, K, requires_grad=True)
-        for actual, expected in zip(*(gradients_of(f, parameters, x) for f in (compiled, block)), strict=True):
-            torch.testing.assert_close(actual, expected)
+        assert_same_gradients(compiled, block, torch.randn(batch, 5, K, requires_grad=True))
 
 
 def test_inductor_compiles_one_graph_that_computes_the_same():
     block = Block()
-    parameters = [p for p in block.parameters() if p.requires_grad]
     x = torch.randn(2, 5, K, requires_grad=True)
     compiled = torch.compile(block, fullgraph=True)
-    for actual, expected in zip(*(gradients_of(f, parameters, x) for f in (compiled, block)), strict=True):
-        torch.testing.assert_close(actual, expected)
+    assert_same_gradients(compiled, block, x)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), block(x))
     dropping = torch.compile(Block(0.5), fullgraph=True)
@@ -168,13 +168,6 @@ def test_compiled_function_takes_any_container():
     torch.testing.assert_close(compiled(x, other), qn.linear(x, other, bias))
     decode = torch.compile(lambda q: q.dequantize(torch.float16), backend="aot_eager", fullgraph=True)
     assert torch.equal(decode(q), q.dequantize(torch.float16))
-
-
-def test_exported_layer_computes_the_same():
-    block = Block().eval()
-    x = torch.randn(2, 5, K)
-    exported = torch.export.export(block, (x,)).module()
-    torch.testing.assert_close(exported(x), block(x))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -259,20 +252,15 @@ def test_attention_counts_the_flops_of_torchs():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_checkpointed_gradient_is_the_same(dropout, use_reentrant):
     block = Block(dropout)
-    parameters = [p for p in block.parameters() if p.requires_grad]
-    x = torch.randn(2, 5, K, requires_grad=True)
-
-    def gradients(function):
+    leaves = [x := torch.randn(2, 5, K, requires_grad=True), *(p for p in block.parameters() if p.requires_grad)]
+    results = []
+    for function in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
         torch.manual_seed(5)
-        for leaf in (x, *parameters):
-            leaf.grad = None
         function(x).square().sum().backward()
-        return [leaf.grad.clone() for leaf in (x, *parameters)]
-
-    expected = gradients(block)
-    actual = gradients(lambda x: checkpoint(block, x, use_reentrant=use_reentrant))
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+        results.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_mask_is_a_function_of_the_seed():
@@ -329,101 +317,109 @@ def test_grad_mode_is_heeded_and_keeps_the_result():
     assert not qn.linear(x.detach(), q).requires_grad
 
 
-@pytest.mark.parametrize("wanted", ["x", "bias", "a", "b"])
-def test_gradient_asked_for_alone_is_the_same(wanted):
-    x, q, bias, a, b = operands(requires_grad=True)
-    leaves = {"x": x, "bias": bias, "a": a, "b": b}
-    dy = torch.randn(2, 5, N)
-    expected = dict(
-        zip(leaves, torch.autograd.grad(qn.linear(x, q, bias, a, b), tuple(leaves.values()), dy), strict=True)
-    )
-    alone = {name: leaf if name == wanted else leaf.detach() for name, leaf in leaves.items()}
-    y = qn.linear(alone["x"], q, alone["bias"], alone["a"], alone["b"])
-    assert torch.equal(torch.autograd.grad(y, alone[wanted], dy)[0], expected[wanted])
+@pytest.mark.parametrize("wanted", range(4), ids=["x", "bias", "a", "b"])
+def test_gradient_that_is_wanted_alone_is_the_same(wanted):
+    x, q, *rest = operands(requires_grad=True)
+    leaves, dy = [x, *rest], torch.randn(2, 5, N)
+    expected = torch.autograd.grad(qn.linear(x, q, *rest), leaves, dy)[wanted]
+    x, *rest = (leaf if i == wanted else leaf.detach() for i, leaf in enumerate(leaves))
+    assert torch.equal(torch.autograd.grad(qn.linear(x, q, *rest), leaves[wanted], dy)[0], expected)
 
 
-def test_gradcheck_of_the_adapter():
-    """The formula against finite differences, in fp32: W and the adapter are not rounded."""
-    x, q, bias, a, b = operands(requires_grad=True)
-    leaves = (x, bias, a, b)
-    torch.manual_seed(1)
-    dy = torch.randn(2, 5, N)
-    gradients = torch.autograd.grad(qn.linear(*(x, q, bias, a, b), 0.5), leaves, dy)
-    for i, gradient in enumerate(gradients):
-        direction = torch.randn_like(leaves[i])
-        moved = []
-        for step in (0.5, -0.5):  # y is linear in each: any step will do
-            changed = [leaf.detach() + step * direction if j == i else leaf.detach() for j, leaf in enumerate(leaves)]
-            y = qn.linear(changed[0], q, *changed[1:], 0.5)
-            moved.append((y.double() * dy.double()).sum().item())
-        assert moved[0] - moved[1] == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-2)
+# ---- every function --------------------------------------------------------------------------------------------------
 
-
-def test_second_derivative_is_named_in_the_error():
-    x, q, bias, a, b = operands(requires_grad=True)
-    y = qn.linear(x, q, bias, a, b)
-    (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
-    with pytest.raises(NotImplementedError, match="expected to be differentiated once, got a second derivative"):
-        torch.autograd.grad(da.sum(), b)
-
-
-ONES = qn.quantize(torch.ones(8, 64))
-FUNCTIONS = {  # of x [2, 64]
-    "linear": lambda x: qn.linear(x, ONES),
-    "linear_grouped": lambda x: qn.functional.linear_grouped(
-        x, ONES, lora_a=torch.ones(2, 1, 64), lora_b=torch.ones(2, 8, 1), adapter_index=torch.tensor([1, 0])
-    ),
-    "linear_cross_entropy": lambda x: qn.functional.linear_cross_entropy(x, torch.ones(8, 64), torch.tensor([1, 2])),
-    "attention": lambda x: qn.functional.attention(*[x.view(1, 2, 8, 8)] * 3),
-    "rotary_embedding": lambda x: qn.functional.rotary_embedding(x.view(1, 2, 8, 8), *[torch.ones(1, 8, 8)] * 2),
-    "rms_norm": lambda x: qn.functional.rms_norm(x, torch.ones(64)),
-    "gated_activation": lambda x: qn.functional.gated_activation(x, torch.ones(2, 64)),
-}
+Q, EXPERTS = qn.quantize(torch.ones(8, 64)), qn.quantize(torch.ones(2, 8, 64))
+LABELS, INDEX, OFFSETS = torch.tensor([1, 2]), torch.tensor([1, 0]), torch.tensor([0, 1, 2])
+COS, SIN = torch.randn(2, 1, 8, 8)
+LORA, LORAS = ((2, 64), (8, 2)), ((2, 2, 64), (2, 8, 2))
+HEADS, KV_HEADS = (1, 4, 8, 8), (1, 2, 8, 8)
+fn = qn.functional
+# {what: (the function, the shapes of its operands that have gradients)}
+FUNCTIONS = {
+    "linear": (lambda x, bias, a, b: qn.linear(x, Q, bias, a, b, 0.5), ((2, 64), (8,), *LORA)),
+    "linear_grouped by index": (
+        lambda x, bias, a, b: fn.linear_grouped(x, Q, None, bias, a, b, adapter_index=INDEX), ((2, 64), (8,), *LORAS)),
+    "linear_grouped by offsets": (
+        lambda x, bias, a, b: fn.linear_grouped(x, EXPERTS, OFFSETS, bias, a, b), ((2, 64), (2, 8), *LORAS)),
+    "linear_cross_entropy": (
+        lambda x, w, c, a, b: fn.linear_cross_entropy(x, w, LABELS, c, a, b), ((2, 64), (8, 64), (8,), *LORA)),
+    "linear_cross_entropy of each row": (
+        lambda x, bias, a, b: fn.linear_cross_entropy(x, Q, LABELS, bias, a, b, reduction="none"),
+        ((2, 64), (8,), *LORA)),
+    "attention": (lambda q, k, v: fn.attention(q, k, v, is_causal=True), (HEADS, KV_HEADS, KV_HEADS)),
+    "rotary_embedding": (lambda x: fn.rotary_embedding(x, COS, SIN), (HEADS,)),
+    "rms_norm": (fn.rms_norm, ((2, 64), (64,))),
+    "gated_activation": (fn.gated_activation, ((2, 64), (2, 64))),
+}  # fmt: skip
 OPS = {
-    "linear": lambda x: ops.linear_forward(x, *op_arguments(ONES), None, None, None, 1.0, 0.0, None)[0],
-    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
-        x, torch.tensor([1, 2]), torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0,
-        0.0, 0.0, [False] * 4, None,
-    )[0],
-    "rms_norm": lambda x: ops.rms_norm(x, torch.ones(64), 0.0, 1e-6)[0],
-    "attention": lambda x: ops.attention(*[x.view(1, 2, 8, 8)] * 3, 1.0)[0],
+    "linear op": (
+        lambda x: ops.linear_forward(x, *op_arguments(Q), None, None, None, 1.0, 0.0, None)[0], ((2, 64),)),
+    "linear_cross_entropy op": (
+        lambda x: ops.linear_cross_entropy(
+            x, LABELS, torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0, 0.0, 0.0,
+            [False] * 4, None)[0], ((2, 64),)),
+    "rms_norm op": (lambda x: ops.rms_norm(x, torch.ones(64), 0.0, 1e-6)[0], ((2, 64),)),
+    "attention op": (lambda x: ops.attention(x, x, x, 1.0)[0], (HEADS,)),
 }  # fmt: skip
 
 
-OF_ADAPTERS = {
-    "linear": lambda a: qn.linear(torch.ones(2, 64), ONES, None, a, torch.ones(8, 2)),
-    "linear_grouped": lambda a: qn.functional.linear_grouped(
-        torch.ones(2, 64), ONES, lora_a=a.unsqueeze(1), lora_b=torch.ones(2, 8, 1), adapter_index=torch.tensor([1, 0])
-    ),
-}
+def each_of(table):
+    rows = [(name, *row) for name, row in table.items()]
+    return pytest.mark.parametrize(("name", "function", "shapes"), rows, ids=table)
 
 
+def trained(shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+@each_of(FUNCTIONS)
+def test_compiled_function_gives_the_bits_of_eager(name, function, shapes):
+    inputs = trained(shapes)
+    calls = [function, torch.compile(function, fullgraph=True, backend="aot_eager")]
+    if name == "attention":
+        calls.append(torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True))
+    expected, *compiled = ((y := f(*inputs), *torch.autograd.grad(y.sum(), inputs)) for f in calls)
+    for results in compiled:
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+@each_of({name: row for name, row in FUNCTIONS.items() if name not in ("linear_cross_entropy", "rotary_embedding")})
+def test_second_derivative_is_named_in_the_error(name, function, shapes):
+    inputs = trained(shapes)
+    gradients = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+    op = name.split()[0].removesuffix("_grouped")
+    with pytest.raises(NotImplementedError, match=f"{op}: expected to be differentiated once, got a second derivative"):
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+
+
+@each_of(FUNCTIONS | OPS)
 @pytest.mark.parametrize("mode", ["jvp", "jacfwd", "dual"])
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [*FUNCTIONS.items(), *OPS.items(), *OF_ADAPTERS.items()],
-    ids=[*FUNCTIONS, *(f"op of {name}" for name in OPS), *(f"{name} of adapters" for name in OF_ADAPTERS)],
-)
-def test_forward_mode_is_named_in_the_error(name, function, mode):
-    x, tangent = torch.randn(2, 64), torch.randn(2, 64)
+def test_forward_mode_is_named_in_the_error(name, function, shapes, mode):
+    inputs = [each.detach() for each in trained(shapes)]
+    assert function(*inputs).isfinite().all()
+    for i, x in enumerate(inputs):
 
-    def dual(x):
-        with torch.autograd.forward_ad.dual_level():
-            return function(torch.autograd.forward_ad.make_dual(x, tangent))
+        def of_one(x, i=i):
+            return function(*inputs[:i], x, *inputs[i + 1 :])
 
-    modes = {
-        "jvp": lambda x: torch.func.jvp(function, (x,), (tangent,)),
-        "jacfwd": torch.func.jacfwd(function),
-        "dual": dual,
-    }
-    assert function(x).isfinite().all()
-    with pytest.raises(NotImplementedError, match=f"qlora_native.{name}: expected reverse-mode differentiation"):
-        modes[mode](x)
+        def dual(x, of_one=of_one):
+            with torch.autograd.forward_ad.dual_level():
+                return of_one(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+        modes = {
+            "jvp": lambda x, of_one=of_one: torch.func.jvp(of_one, (x,), (x,)),
+            "jacfwd": torch.func.jacfwd(of_one),
+            "dual": dual,
+        }
+        expected = f"qlora_native.{name.split()[0]}: expected reverse-mode differentiation"
+        with pytest.raises(NotImplementedError, match=expected):
+            modes[mode](x)
 
 
 def test_compiled_forward_mode_is_named_in_the_error():
     x = torch.randn(2, 64)
-    compiled = torch.compile(lambda x: torch.func.jvp(FUNCTIONS["linear"], (x,), (x,)), backend="aot_eager")
+    compiled = torch.compile(lambda x: torch.func.jvp(lambda x: qn.linear(x, Q), (x,), (x,)), backend="aot_eager")
     with pytest.raises(Exception, match="qlora_native.linear: expected reverse-mode"):  # in an error of the compiler
         compiled(x)
 
@@ -443,21 +439,15 @@ def test_weight_stays_out_of_autograd():
     assert not q.dequantize().requires_grad
 
 
-def test_activations_are_kept_for_backward_only_where_needed():
+def test_activations_are_saved_for_backward_only_where_needed():
     x, q, bias, a, b = operands(requires_grad=True)
+    stored = (a, b, *q.tensors().values())
 
-    def kept(*arguments):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            qn.linear(*arguments)
-        return saved
+    def saved(*arguments):
+        return saved_bytes(lambda: qn.linear(*arguments), *stored)[1]
 
-    def keeps_x(saved):
-        return any(t.data_ptr() == x.data_ptr() for t in saved)
-
-    assert keeps_x(kept(x, q, bias, a, b))
-    assert not keeps_x(kept(x, q, bias)), "a product with a frozen weight needs no x"
-    assert not keeps_x(kept(x, q, bias, a.detach(), b.detach()))
-    assert not kept(x.detach(), q)
-    decoded = N * K
-    assert max(t.numel() * t.element_size() for t in kept(x, q, bias, a, b)) < 4 * decoded
+    u = 10 * RANK * 4
+    assert saved(x, q, bias, a, b) == x.nbytes + u
+    assert saved(x, q, bias) == 0, "a product with a frozen weight needs no x"
+    assert saved(x, q, bias, a.detach(), b.detach()) < x.nbytes
+    assert saved(x.detach(), q) == 0
