@@ -26,15 +26,6 @@ ALGORITHMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def parameters(sizes=SIZES, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter((0.02 * torch.randn(size, generator=generator)).to(dtype)) for size in sizes]
@@ -49,6 +40,15 @@ def set_gradients(params, seed, dtype=None, scale=1e-3):
         param.grad = None
         param.grad_dtype = dtype or param.dtype
         param.grad = value.to(param.grad_dtype)
+
+
+def train(optimizer, steps=3, dtype=None):
+    """Steps with gradients that depend on their number alone. Returns the parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for seed in range(steps):
+        set_gradients(params, seed, dtype)
+        optimizer.step()
+    return [param.detach() for param in params]
 
 
 def blocks_max(x):
@@ -99,7 +99,7 @@ def adamw(p, g, moments, t, lr, betas, weight_decay, eps, **_):
 def lion(p, g, moments, t, lr, betas, weight_decay, **_):
     (m,) = moments
     direction = betas[0] * m + (1 - betas[0]) * g
-    # Four roundings may turn the sign.
+    # Four roundings may change the sign.
     uncertain = direction.abs() < 4 * U32 * (betas[0] * m.abs() + (1 - betas[0]) * g.abs())
     new = p * (1 - lr * weight_decay) - lr * direction.sign()
     sizes = [betas[1] * m.abs() + (1 - betas[1]) * g.abs()]
@@ -205,12 +205,13 @@ def test_each_option_reaches_the_step(options):
         assert [state["state1"].dtype == torch.float32 for state in optimizer.state.values()] == small
 
 
-def test_learning_rate_in_a_tensor_acts_as_a_number():
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_learning_rate_in_a_tensor_acts_as_a_number(cls):
     """Under a scheduler, which writes into the tensor; one of float64 keeps its precision."""
 
     def train(lr):
         first = float(lr)
-        optimizer = qn.optim.AdamW8bit(parameters(), **{**OPTIONS, "lr": lr})
+        optimizer = cls(parameters(), **{**ALGORITHMS[cls], "lr": lr})
         scheduler = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.5)  # exact in every dtype
         assert optimizer.param_groups[0]["lr"] is lr
         for seed in range(3):
@@ -234,7 +235,7 @@ def test_fp32_moments_stay_close_to_exact_ones():
         theirs[0].grad = ours[0].grad.double()
         for optimizer in optimizers:
             optimizer.step()
-    # A step rounds the parameter, each time another way, and its update of about lr, perhaps always the same way.
+    # A step rounds the parameter, each time up or down, and its update of about lr, perhaps always in one direction.
     steps, exact = 1000 * OPTIONS["lr"], theirs[0].detach()
     tolerance = SUM_FACTOR * 1000**0.5 * U32 * (exact.abs() + steps) + 12 * U32 * steps
     assert_close_by_norm("parameter", ours[0].detach(), exact, tolerance)
@@ -251,17 +252,16 @@ def test_strides_of_a_parameter_keep_the_bits():
         for _ in range(3):
             optimizer.step()
         results.append((param.detach(), optimizer.state[param]["state1"]))
-    for param, codes in results[1:]:
-        assert torch.equal(param, results[0][0])
-        assert torch.equal(codes, results[0][1])
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(other, results[0], strict=True))
 
 
 def test_states_side_by_side_stay_separate():
-    """States of a group are views of shared tensors. The same bits as from tensors of their own, which is how they are
+    """States of a group are views of shared tensors. The same bits as from separate tensors, which is how they are
     stepped when somebody replaces them or their memory, or when only some of the group have gradients.
     """
     results = []
-    for way in ("kept", "replaced", "memory replaced"):
+    for change in ("none", "replaced", "memory replaced"):
         groups = [parameters(), parameters(SIZES[::-1], torch.bfloat16, seed=1)]
         optimizer = qn.optim.AdamW8bit([{"params": groups[0]}, {"params": groups[1], "lr": 1e-2}], **OPTIONS)
         params = groups[0] + groups[1]
@@ -272,14 +272,14 @@ def test_states_side_by_side_stay_separate():
                     param.grad = None
             optimizer.step()
             for state in optimizer.state.values():
-                if way == "replaced":
+                if change == "replaced":
                     state.update({name: tensor.clone() for name, tensor in state.items()})
-                for tensor in state.values() if way == "memory replaced" else ():
+                for tensor in state.values() if change == "memory replaced" else ():
                     tensor.data = tensor.data.clone()
         for group in groups:
             in_8_bits = [optimizer.state[p]["state1"] for p in group if "absmax1" in optimizer.state[p]]
             storages = {codes.untyped_storage().data_ptr() for codes in in_8_bits}
-            assert len(storages) == (1 if way == "kept" else len(in_8_bits))
+            assert len(storages) == (1 if change == "none" else len(in_8_bits))
         results.append([tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())])
     for a, *others in zip(*results, strict=True):
         assert all(torch.equal(a, other) for other in others)
@@ -306,6 +306,11 @@ def probes(levels):
     return found, torch.bucketize(found.double(), midpoints)
 
 
+def assert_nearest(values, found, expected):
+    wrong = found != expected
+    assert not wrong.any(), f"{values[wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
+
+
 def test_code_of_first_moment_is_the_nearest():
     """With beta1 = 0 m is the gradient; a 1 in every block makes its absmax 1."""
     values, expected = probes(MAPS[0])
@@ -315,8 +320,7 @@ def test_code_of_first_moment_is_the_nearest():
     optimizer = qn.optim.AdamW8bit([param], lr=0.0, betas=(0.0, 0.0))
     optimizer.step()
     found = optimizer.state[param]["state1"][:, 1:].flatten()[: len(expected)].long()
-    wrong = found != expected
-    assert not wrong.any(), f"{values[: len(expected)][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
+    assert_nearest(values[: len(expected)], found, expected)
 
 
 def test_code_of_second_moment_is_the_nearest():
@@ -333,9 +337,7 @@ def test_code_of_second_moment_is_the_nearest():
     param.grad[:, 200] = 2.0
     optimizer.step()
     assert (state["absmax2"] == 2).all()
-    found = state["state2"][:, 7].long()[order]
-    wrong = found != expected
-    assert not wrong.any(), f"{values[order][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
+    assert_nearest(values[order], state["state2"][:, 7].long()[order], expected)
 
 
 # ---- the same bits ---------------------------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def test_bits_are_the_same_for_any_number_of_threads():
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "2e19"])
 def test_unusable_gradient_skips_the_step(value, dtype, cls):
     if dtype == torch.float16 and value == "2e19":
-        value = "65504"  # its largest, brought beyond the limit by a scale below
+        value = "65504"  # its largest, which a scale below takes beyond the limit
     params = parameters((300, 257, 70_001), dtype)
     optimizer = cls(params, **ALGORITHMS[cls])
     set_gradients(params, 0)
@@ -406,13 +408,14 @@ def test_largest_usable_gradient_is_stepped_with():
 # ---- GradScaler ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cls", ALGORITHMS)
 @pytest.mark.parametrize("unscale", [False, True])
-def test_loss_scale_leaves_the_bits_of_the_state(unscale):
+def test_loss_scale_leaves_the_bits_of_the_state(unscale, cls):
     """A power of two as scale, so that with it and without it the bits are the same."""
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)):
         params = parameters((300, 5000))
-        optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
+        optimizer = cls(params, **ALGORITHMS[cls])
         for seed in range(6):
             set_gradients(params, seed)
             if scaler is None:

@@ -21,11 +21,15 @@ def parameter(size=(64, 70), dtype=torch.float32, **options):
     return nn.Parameter(torch.linspace(-1, 1, torch.Size(size).numel()).view(size).to(dtype), **options)
 
 
-def freed(size):
-    """A tensor whose storage is gone, as offloading leaves it."""
-    tensor = torch.zeros(size)
-    tensor.untyped_storage().resize_(0)
-    return tensor
+def stepped(params):
+    optimizer = qn.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+assert_equal = functools.partial(testing.assert_close, rtol=0, atol=0)
 
 
 # ---- options and parameters ------------------------------------------------------------------------------------------
@@ -41,7 +45,6 @@ OPTIONS = [
     ({"eps": -1e-8}, ValueError, f"eps: {SIZE}-1e-08"),
     ({"weight_decay": -0.1}, ValueError, f"weight_decay: {SIZE}-0.1"),
     ({"betas": (1.0, 0.999)}, ValueError, "betas: expected two numbers in [0, 1), got (1.0, 0.999)"),
-    ({"betas": (0.9, -0.1)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, -0.1)"),
     ({"betas": (0.9, NAN)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, nan)"),
     ({"betas": (0.9, "x")}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, 'x')"),
     ({"betas": 0.9}, TypeError, "betas: expected two numbers, got 0.9"),
@@ -128,17 +131,12 @@ STEP = [
 @pytest.mark.parametrize(("change", "error", "message"), STEP, ids=[case[2] for case in STEP])
 def test_bad_step_is_named_in_the_error_and_changes_nothing(change, error, message):
     params = [parameter((300,)), parameter(), parameter((5000,))]
-    optimizer = qn.optim.AdamW8bit(params)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
+    optimizer = stepped(params)
     change(optimizer, params[1])
     before = copy.deepcopy([(param.detach(), optimizer.state[param]) for param in params])
     with pytest.raises(error, match=re.escape(message)):
         optimizer.step()
-    for param, (value, state) in zip(params, before, strict=True):
-        assert torch.equal(param.detach(), value)
-        assert all(torch.equal(optimizer.state[param][name], tensor) for name, tensor in state.items())
+    assert_equal([(param.detach(), optimizer.state[param]) for param in params], before)
 
 
 def codes(*sizes):
@@ -177,22 +175,6 @@ def test_mismatched_list_is_named_in_the_error_of_the_op(change, message):
         step(*(arguments | change).values(), *options)
 
 
-def test_bad_gradient_on_a_second_device_raises_before_the_first_steps():
-    """A device for shapes alone stands for a GPU: its parameters are known, and nothing is computed there."""
-    params = [parameter(), nn.Parameter(torch.empty(3, device="meta"))]
-    optimizer = qn.optim.AdamW8bit(params)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    params[1].grad_dtype = None
-    params[1].grad = torch.ones(3, dtype=torch.float64, device="meta")
-    before = copy.deepcopy((params[0].detach(), optimizer.state[params[0]]))
-    with pytest.raises(TypeError, match=re.escape(f"grad: {FLOAT}torch.float64")):
-        optimizer.step()
-    assert torch.equal(params[0], before[0])
-    assert all(torch.equal(optimizer.state[params[0]][name], tensor) for name, tensor in before[1].items())
-
-
 # ---- a step that raises ----------------------------------------------------------------------------------------------
 
 CLASSES = [getattr(qn.optim, name) for name in qn.optim.__all__ if name != "Optimizer8bit"]
@@ -213,6 +195,7 @@ def optimizer_of(cls, params):
 
 def shrink(tensor):
     tensor.untyped_storage().resize_(8)
+    return tensor
 
 
 def grad_of(size, dtype=torch.float32):
@@ -252,15 +235,11 @@ def everything(params, optimizer):
     return copy.deepcopy((values, optimizer.state_dict(), optimizer.stats()["skipped_steps"]))
 
 
+@pytest.mark.parametrize(("breaks", "message"), BROKEN)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("steps", [0, 2], ids=["first-step", "third-step"])
 @pytest.mark.filterwarnings("ignore")
-def test_failed_step_changes_nothing_and_its_retry_is_an_undisturbed_step(cls, steps):
-    for breaks, message in BROKEN:
-        check_failed_step(cls, steps, breaks, message)
-
-
-def check_failed_step(cls, steps, breaks, message):
+def test_failed_step_changes_nothing_and_its_retry_is_an_undisturbed_step(cls, steps, breaks, message):
     params, undisturbed = several(), several()
     optimizer, other = optimizer_of(cls, params), optimizer_of(cls, undisturbed)
     for _ in range(steps):
@@ -272,12 +251,12 @@ def check_failed_step(cls, steps, breaks, message):
     for _ in range(2):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             optimizer.step()
-        testing.assert_close(everything(params, optimizer), before, rtol=0, atol=0)
+        assert_equal(everything(params, optimizer), before)
     params[-1].data, params[-1].grad = data, grad
     for _ in range(2):
         optimizer.step()
         other.step()
-    testing.assert_close(everything(params, optimizer), everything(undisturbed, other), rtol=0, atol=0)
+    assert_equal(everything(params, optimizer), everything(undisturbed, other))
 
 
 def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch):
@@ -300,7 +279,7 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
         shrink(params[1].grad)
         with pytest.raises(ValueError, match="expected a tensor with memory"):
             optimizer.step()
-        testing.assert_close(everything(params, optimizer)[1:], before[1:], rtol=0, atol=0)
+        assert_equal(everything(params, optimizer)[1:], before[1:])
         assert torch.equal(params[0], before[0][0])
         params[1].grad = good
         optimizer.step()
@@ -331,14 +310,6 @@ def test_bad_learning_rate_tensor_is_named_in_the_error_of_the_op(rates, message
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
-def stepped(params):
-    optimizer = qn.optim.AdamW8bit(params)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    return optimizer
-
-
 def state_of(state_dict, **changes):
     """Its first parameter's state, changed; a None is left out."""
     state = {**state_dict["state"][0], **changes}
@@ -351,9 +322,10 @@ def group_of(state_dict, **changes):
 
 
 def state_of_adamw(state_dict):
-    param = parameter()
-    optimizer = torch.optim.AdamW([param, other := parameter((9,))])
-    param.grad, other.grad = torch.ones_like(param), torch.ones_like(other)
+    params = [parameter(), parameter((9,))]
+    optimizer = torch.optim.AdamW(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
     optimizer.step()
     return optimizer.state_dict()
 
@@ -367,51 +339,19 @@ STATE = [
     ),
     (lambda s: stepped([parameter()]).state_dict(), ValueError, "parameter group that doesn't match the size"),
     (lambda s: {**s, "param_groups": s["param_groups"] * 2}, ValueError, "different number of parameter groups"),
-    (
-        state_of_adamw,
-        ValueError,
-        "state[0]: expected step, state1 and state2 of AdamW8bit, got step, exp_avg, exp_avg_sq",
-    ),
+    (state_of_adamw, ValueError, "state[0]: expected step, state1 and state2 of AdamW8bit, got step, exp_avg,"),
     (lambda s: state_of(s, state2=None), ValueError, "state[0]: expected step, state1 and state2 of AdamW8bit"),
-    (
-        lambda s: state_of(s, state2=torch.zeros(64, 70)),
-        TypeError,
-        "state[0].state2: expected a tensor of torch.uint8, got torch.float32",
-    ),
+    (lambda s: state_of(s, state2=torch.zeros(64, 70)), TypeError, "state[0].state2: expected a tensor of"),
     (lambda s: state_of(s, state1=[0]), TypeError, "state[0].state1: expected a tensor of torch.float32, got list"),
-    (
-        lambda s: state_of(s, absmax1=None),
-        TypeError,
-        "state[0].absmax1: expected a tensor of torch.float32, got NoneType",
-    ),
-    (
-        lambda s: state_of(s, absmax1=torch.zeros(17)),
-        ValueError,
-        "state[0].absmax1: expected shape [18], as the parameter's, got [17]",
-    ),
-    (
-        lambda s: state_of(s, absmax1=torch.full((18,), NAN)),
-        ValueError,
-        "state[0].absmax1: expected finite values, got NaN or Inf",
-    ),
-    (
-        lambda s: state_of(s, absmax2=torch.full((18,), -1.0)),
-        ValueError,
-        "state[0].absmax2: expected values >= 0, got -1",
-    ),
+    (lambda s: state_of(s, absmax1=None), TypeError, "state[0].absmax1: expected a tensor of torch.float32, got"),
+    (lambda s: state_of(s, absmax1=torch.zeros(17)), ValueError, "state[0].absmax1: expected shape [18], as the"),
+    (lambda s: state_of(s, absmax1=torch.full((18,), NAN)), ValueError, "state[0].absmax1: expected finite values,"),
+    (lambda s: state_of(s, absmax2=torch.full((18,), -1.0)), ValueError, "state[0].absmax2: expected values >= 0, got"),
     (lambda s: state_of(s, step=-1), ValueError, "state[0].step: expected an integer >= 0, got -1"),
     (lambda s: state_of(s, step=1.5), ValueError, "state[0].step: expected an integer >= 0, got 1.5"),
-    (
-        lambda s: state_of(s, step=torch.ones(2)),
-        ValueError,
-        "state[0].step: expected an integer >= 0, got torch.float32 [2]",
-    ),
+    (lambda s: state_of(s, step=torch.ones(2)), ValueError, "state[0].step: expected an integer >= 0, got"),
     (lambda s: state_of(s, step="x"), TypeError, "state[0].step: expected an integer >= 0, got str"),
-    (
-        lambda s: state_of(s, qmap1=torch.zeros(256)),
-        ValueError,
-        "state[0].qmap1: expected the dynamic map of an 8-bit optimizer, got another map",
-    ),
+    (lambda s: state_of(s, qmap1=torch.zeros(256)), ValueError, "state[0].qmap1: expected the dynamic map of an 8-bit"),
     (lambda s: group_of(s, lr=-1.0), ValueError, f"lr: {SIZE}-1.0"),
     (lambda s: group_of(s, betas=(0.9, 1.0)), ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
     (lambda s: s["param_groups"][0], ValueError, "state_dict: expected the key 'state', got only lr, betas"),
@@ -421,31 +361,19 @@ STATE = [
     (lambda s: {**s, "param_groups": {}}, TypeError, "state_dict['param_groups']: expected a list, got dict"),
     (lambda s: {**s, "param_groups": [3]}, TypeError, "state_dict['param_groups'][0]: expected a dict, got int"),
     (lambda s: group_of(s, params=3), ValueError, "['params']: expected a list of numbers or names, got 3"),
-    (
-        lambda s: group_of(s, params=[0, [1]]),
-        ValueError,
-        "expected a list of numbers or names, got [0, [1]]",
-    ),
+    (lambda s: group_of(s, params=[0, [1]]), ValueError, "expected a list of numbers or names, got [0, [1]]"),
     (lambda s: group_of(s, params=[0, 0]), ValueError, "state_dict: expected each parameter once, got 0 twice"),
     (lambda s: state_of(s, step=NAN), ValueError, "state[0].step: expected an integer >= 0, got nan"),
     (lambda s: state_of(s, step=2**63), ValueError, "state[0].step: expected an integer >= 0, got 9223372036854775808"),
     (lambda s: state_of(s, __bnb_optimizer_quant_state__=3), TypeError, "expected a dict, got int"),
+    (lambda s: state_of(s, qmap1=[0.0]), ValueError, "state[0].qmap1: expected the dynamic map of an 8-bit optimizer,"),
     (
-        lambda s: state_of(s, qmap1=[0.0]),
+        lambda s: state_of(s, absmax1=shrink(torch.zeros(18))),
         ValueError,
-        "state[0].qmap1: expected the dynamic map of an 8-bit optimizer, got an",
+        "absmax1: expected a tensor with memory",
     ),
-    (lambda s: state_of(s, absmax1=freed((18,))), ValueError, "state[0].absmax1: expected a tensor with memory"),
-    (
-        lambda s: state_of(s, state1=s["state"][0]["state1"].to("meta")),
-        ValueError,
-        "state[0].state1: expected a tensor",
-    ),
-    (
-        lambda s: {**s, "param_groups": [{"params": [0, 1]}]},
-        ValueError,
-        "param_groups: expected lr in each, got only params, min_8bit_size",
-    ),
+    (lambda s: state_of(s, state1=s["state"][0]["state1"].to("meta")), ValueError, "state[0].state1: expected a"),
+    (lambda s: {**s, "param_groups": [{"params": [0, 1]}]}, ValueError, "param_groups: expected lr in each, got only"),
     (lambda s: {**s, "state": {**s["state"], 0: 3}}, TypeError, "state[0]: expected a dict, got int"),
 ]
 
@@ -459,7 +387,5 @@ def test_bad_state_dict_is_named_in_the_error_and_changes_nothing(change, error,
         optimizer.load_state_dict(change(copy.deepcopy(before)))
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
-    for index, state in before["state"].items():
-        for name, tensor in state.items():
-            assert torch.equal(after["state"][index][name], tensor), (index, name)
+    assert_equal(after["state"], before["state"])
     optimizer.step()  # and still works

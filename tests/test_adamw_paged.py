@@ -6,11 +6,8 @@ tests/cpp/test_paged.cpp tests the order in which an arena calls the driver.
 import copy
 import ctypes
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import process
 import pytest
 import torch
 from test_adamw_resume import assert_same, pickled
@@ -36,37 +33,32 @@ def test_paged_tests_pass_over_the_emulated_gpu():
     """This file once more, and what test_adamw_resume.py has of PagedAdamW8bit, over the emulator."""
     if PAGED:
         pytest.skip("it is what runs")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    files = ["test_adamw_paged.py", "test_adamw_resume.py", "-k", "paged"]
-    environment = {**os.environ, "QLN_BACKEND": "cuda_emulated"}
-    folder = Path(__file__).parent
-    shown = subprocess.run([*command, *files], env=environment, capture_output=True, text=True, cwd=folder)
-    assert shown.returncode == 0, f"{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
-    assert " passed" in shown.stdout
+    files = ("test_adamw_paged.py", "test_adamw_resume.py")
+    assert " passed" in process.pytest_of(*files, "-k", "paged", QLN_BACKEND="cuda_emulated").stdout
 
 
-def start(cls, **options):
+def start(cls):
     """Parameters in two groups, the same each time."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(size, generator=generator).to(DEVICE)) for size in SIZES]
     groups = [{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}]
-    return params, cls(groups, lr=1e-2, min_8bit_size=256, **options)
+    return params, cls(groups, lr=1e-2, min_8bit_size=256)
 
 
-def step(params, optimizer, seed, left_out=()):
+def step(params, optimizer, seed, without=()):
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
         param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
-        if i in left_out:
+        if i in without:
             param.grad = None
     optimizer.step()
 
 
-def assert_same_as_ordinary(params, optimizer, steps, left_out=()):
-    """After `steps` steps from start(), with the same options."""
+def assert_same_as_ordinary(params, optimizer, steps, without=()):
+    """After `steps` steps from start(), the first without gradients for some."""
     others, ordinary = start(getattr(optim, type(optimizer).__name__.removeprefix("Paged")))
     for seed in range(steps):
-        step(others, ordinary, seed, left_out if seed == 0 else ())
+        step(others, ordinary, seed, without if seed == 0 else ())
     assert_same([p.detach() for p in params], [p.detach() for p in others])
     assert_same(optimizer.state_dict(), ordinary.state_dict())
 
@@ -85,15 +77,15 @@ def test_paged_moments_have_the_bits_of_ordinary_ones(cls):
 def test_paged_moments_are_as_before_after_a_failed_step(cls):
     """At the first step and at a later one, where a parameter joins."""
     params, optimizer = start(cls)
-    for seed, left_out in enumerate(((0,), ())):
+    for seed, without in enumerate(((0,), ())):
         before = copy.deepcopy(optimizer.state_dict())
         params[2].data, good = torch.ones(1, device=DEVICE).expand(5000), params[2].data
         with pytest.raises(ValueError, match="expected elements that each have memory of their own"):
-            step(params, optimizer, seed, left_out)
+            step(params, optimizer, seed, without)
         assert_same(optimizer.state_dict(), before)
         params[2].data = good
-        step(params, optimizer, seed, left_out)
-    assert_same_as_ordinary(params, optimizer, 2, left_out=(0,))
+        step(params, optimizer, seed, without)
+    assert_same_as_ordinary(params, optimizer, 2, without=(0,))
 
 
 @paged
@@ -145,13 +137,13 @@ def test_copy_of_paged_moments_is_paged(how):
 
 @paged
 def test_late_parameter_gets_paged_moments():
-    """One without a gradient at first has its place already; one that is added or unfrozen makes the arena anew."""
+    """One without a gradient at first has its place already; one that is added or unfrozen makes a new arena."""
     params, optimizer = start(optim.PagedAdamW8bit)
-    step(params, optimizer, 0, left_out=(0, 2))
+    step(params, optimizer, 0, without=(0, 2))
     managed = optimizer.stats()["bytes_managed"]
     step(params, optimizer, 1)
     assert optimizer.stats()["bytes_managed"] == managed
-    assert_same_as_ordinary(params, optimizer, 2, left_out=(0, 2))
+    assert_same_as_ordinary(params, optimizer, 2, without=(0, 2))
 
     frozen = nn.Parameter(torch.ones(5000, device=DEVICE), requires_grad=False)
     optimizer.add_param_group({"params": [frozen, nn.Parameter(torch.ones(300, device=DEVICE))]})
@@ -175,7 +167,6 @@ def test_late_parameter_gets_paged_moments():
 
 @paged
 def test_paged_state_that_is_cleared_begins_at_zero():
-    """Someone clears it: the next step begins with zeros."""
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 7)
     optimizer.state.clear()
@@ -222,7 +213,7 @@ def test_paged_arena_has_the_arrays_of_an_algorithm(algorithm, elements):
     assert [torch.from_dlpack(array).numel() for array in arrays] == elements
 
 
-def test_paged_arena_of_the_cpu_says_that_it_pages_nothing():
+def test_paged_arena_of_the_cpu_is_an_error():
     if _C.cpu_tensors_backend() == "cuda_emulated":
         pytest.skip("it can be")
     with pytest.raises(RuntimeError, match="PagedArena: the backend cpu pages nothing"):
@@ -277,7 +268,7 @@ def test_paged_ring_gives_the_bits_of_ordinary_memory_on_a_gpu(monkeypatch):
 
 @gpu
 def test_paged_step_waits_for_its_own_stream_alone():
-    """Work of another stream is still running when the step and all it asked for are done."""
+    """Work of another stream is still running when the step and all its prefetches are done."""
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 0)
     torch.cuda.synchronize(DEVICE)

@@ -1,11 +1,9 @@
-"""Guards AdamW8bit as an optimizer of torch: saved states continue with the same bits, and trainers can drive it."""
+"""Guards AdamW8bit as an optimizer of torch: saved states continue with the same bits, and trainers use it."""
 
 import copy
 import io
-import subprocess
-import sys
-from pathlib import Path
 
+import process
 import pytest
 import torch
 from sharding import leave
@@ -82,7 +80,7 @@ def test_new_process_continues_with_the_same_bits(tmp_path):
     torch.save(saved(*parts), tmp_path / "half.pt")
     train(*parts, range(10, 20))
     code = f"import test_adamw_resume as t; t.resume({str(tmp_path / 'half.pt')!r}, {str(tmp_path / 'end.pt')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    process.succeed("-c", code)
     assert_same(torch.load(tmp_path / "end.pt"), saved(*parts))
 
 
@@ -107,27 +105,13 @@ def pickled(parts):
 
 
 def test_loaded_state_is_a_copy_of_the_state_dict():
-    parts = start()
+    parts, twin = start(), start()
     train(*parts, range(3))
     state = parts[1].state_dict()
     before = copy.deepcopy(state)
-    twin = start()
     twin[1].load_state_dict(state)
     train(*twin, range(3))
     assert_same(state, before)
-
-
-def test_state_of_bfloat16_parameters_keeps_its_dtypes():
-    """torch casts what it loads to the parameter's dtype, which would round absmax and turn codes into floats."""
-    parts = start()
-    train(*parts, range(3))
-    twin = start()
-    twin[1].load_state_dict(parts[1].state_dict())
-    for state in twin[1].state.values():
-        dtype = state["state1"].dtype
-        assert dtype in (torch.uint8, torch.float32) and state["state2"].dtype == dtype
-        assert state["step"].dtype == torch.int64
-    assert {state["state1"].dtype for state in twin[1].state.values()} == {torch.uint8, torch.float32}
 
 
 # ---- what torch does with optimizers ---------------------------------------------------------------------------------
@@ -143,19 +127,6 @@ def backward(model, seed=0):
     loss = model(torch.randn(8, model.in_features)).square().mean()
     loss.backward()
     return loss
-
-
-@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
-def test_loss_falls(cls):
-    model = linear()
-    optimizer = cls(model.parameters(), lr=1e-2)
-    first = backward(model).item()
-    for _ in range(50):
-        optimizer.step()
-        optimizer.zero_grad()
-        assert model.weight.grad is None
-        last = backward(model).item()
-    assert last < 0.3 * first
 
 
 def test_closure_is_called_once_with_gradients():
@@ -204,39 +175,16 @@ def test_added_group_is_stepped_with_its_own_options():
         assert 0.9e-3 < (param.detach() - old).abs().max() < 1.1e-3
 
 
-@pytest.mark.parametrize("schedule", ["StepLR", "OneCycleLR"])
-def test_scheduler_reaches_the_step(schedule):
-    """OneCycleLR also moves betas, which are a tuple."""
+def test_scheduler_changes_betas():
+    """test_adamw.py has learning rates."""
     model = linear()
-    before = model.weight.detach().clone()
-    optimizer = qn.optim.AdamW8bit(model.parameters(), lr=1e-2, weight_decay=0.0)
-    if schedule == "StepLR":
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
-    else:
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+    optimizer = qn.optim.AdamW8bit(model.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
     backward(model)
     optimizer.step()
     scheduler.step()
-    moved = model.weight.detach().clone()
-    assert not torch.equal(moved, before)
+    assert optimizer.param_groups[0]["betas"][0] != 0.9
     optimizer.step()
-    assert torch.equal(model.weight, moved) == (schedule == "StepLR")
-    if schedule == "OneCycleLR":
-        assert optimizer.param_groups[0]["betas"][0] != 0.9
-
-
-def test_step_takes_the_clipped_gradients():
-    models = [linear(), linear()]
-    optimizers = [qn.optim.AdamW8bit(model.parameters(), eps=1e-3) for model in models]
-    for model in models:
-        backward(model)
-    norm = nn.utils.clip_grad_norm_(models[0].parameters(), 0.01)
-    for param in models[1].parameters():
-        param.grad.mul_(0.01 / (norm + 1e-6))
-    for optimizer in optimizers:
-        optimizer.step()
-    assert_same(optimizers[0].state_dict(), optimizers[1].state_dict())
-    assert torch.equal(models[0].weight, models[1].weight)
 
 
 def test_autograd_notices_that_a_saved_parameter_changed():
@@ -250,18 +198,6 @@ def test_autograd_notices_that_a_saved_parameter_changed():
         loss.backward()
 
 
-def test_opcheck():
-    param, grad = torch.randn(300), torch.randn(300)
-    codes = [torch.zeros(300, dtype=torch.uint8) for _ in range(2)]
-    absmax = [torch.zeros(2) for _ in range(2)]
-    step, skipped = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    arguments = (
-        "adamw", [param], [grad], [codes[0]], [codes[1]], [absmax[0]], [absmax[1]], [step], [1], [1e-3], [0.9], [0.999],
-        [1e-8], [0.01], None, None, skipped, [torch.tensor(2e-3)], [0],
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.qlora_native.optimizer_8bit_step, arguments)
-
-
 def test_machine_without_gpu_is_mentioned_once():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -272,8 +208,8 @@ def test_machine_without_gpu_is_mentioned_once():
         "    for _ in range(3): qn.optim.PagedAdamW8bit([torch.nn.Parameter(torch.ones(4096))])\n"
         "print(*[warning.message for warning in caught], sep='\\n')\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 1 and said[0].startswith("PagedAdamW8bit: no GPU on this machine"), said
+    shown = process.succeed("-c", code).stdout.splitlines()
+    assert len(shown) == 1 and shown[0].startswith("PagedAdamW8bit: no GPU on this machine"), shown
 
 
 # ---- trainers --------------------------------------------------------------------------------------------------------
@@ -281,8 +217,8 @@ def test_machine_without_gpu_is_mentioned_once():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_trainer_drives_and_resumes_it(cls, tmp_path):
-    """With its own schedule, clipping and a checkpoint from which it resumes with the same bits."""
+def test_trainer_resumes_with_the_same_bits(cls, tmp_path):
+    """With its own schedule, clipping and checkpoint."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     import models
@@ -315,28 +251,26 @@ def distributed(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = linear()
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = qn.optim.AdamW8bit(wrapped.parameters(), lr=1e-2)
+    optimizer = steps(nn.parallel.DistributedDataParallel(model), lambda x: x.chunk(2)[rank])
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/{rank}.pt")
+    leave()
+
+
+def steps(model, part=lambda x: x):
+    optimizer = qn.optim.AdamW8bit(model.parameters(), lr=1e-2)
     for step in range(10):
         optimizer.zero_grad()
         torch.manual_seed(step)
-        x = torch.randn(8, model.in_features)
-        wrapped(x.chunk(2)[rank]).square().mean().backward()
+        model(part(torch.randn(8, 70))).square().mean().backward()
         optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/{rank}.pt")
-    leave()
+    return optimizer
 
 
 def test_processes_stay_together(tmp_path):
     torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(*results)
-    model = linear()
-    optimizer = qn.optim.AdamW8bit(model.parameters(), lr=1e-2)
-    for step in range(10):
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-    # The mean over two halves rounds differently, and where m is near 0 a step may go another way: ten of them by 0.01.
+    steps(model := linear())
+    # The mean over two halves rounds differently, and where m is near 0 a step may change its sign: ten of them by 0.01.
     moved = (model.weight - linear().weight).norm()
     assert (results[0]["model"]["weight"] - model.weight).norm() < 0.01 * moved

@@ -37,22 +37,14 @@ QUANTIZE = [
     ({"weight": weight().double()}, TypeError, f"weight: {DTYPE}torch.float64"),
     ({"weight": weight().int()}, TypeError, f"weight: {DTYPE}torch.int32"),
     ({"weight": torch.ones(4)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [4]"),
-    (
-        {"weight": torch.ones(2, 3, 4, 1)},
-        ValueError,
-        "weight: expected [N, K] or [E, N, K], each at least 1, got [2, 3, 4, 1]",
-    ),
+    ({"weight": torch.ones(2, 3, 4, 1)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [2,"),
     ({"weight": torch.ones(0, 4)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [0, 4]"),
     ({"weight": torch.ones(4, 0)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [4, 0]"),
     ({"weight": weight((4, 7))}, ValueError, f"{FINITE}1 NaN or Inf, the first at [4, 7]"),
     ({"weight": weight((0, 0), (5, 63))}, ValueError, f"{FINITE}2 NaN or Inf, the first at [0, 0]"),
     ({"weight": weight((5, 63), value=INF)}, ValueError, f"{FINITE}1 NaN or Inf, the first at [5, 63]"),
     ({"weight": weight((2, 1), value=-INF)}, ValueError, f"{FINITE}1 NaN or Inf, the first at [2, 1]"),
-    (
-        {"weight": weight((3, 2), (3, 3), dtype=torch.bfloat16)},
-        ValueError,
-        f"{FINITE}2 NaN or Inf, the first at [3, 2]",
-    ),
+    ({"weight": weight((3, 2), (3, 3), dtype=torch.bfloat16)}, ValueError, f"{FINITE}2 NaN or Inf, the first at [3,"),
     ({"weight": weight(3, value=INF, dtype=torch.float16)}, ValueError, f"{FINITE}64 NaN or Inf, the first at [3, 0]"),
     ({"weight": weight((1, 2)), "format": "int8"}, ValueError, f"{FINITE}1 NaN or Inf, the first at [1, 2]"),
     (
@@ -75,11 +67,7 @@ QUANTIZE = [
     ({"codebook": codebook(i3=NAN)}, ValueError, "codebook: expected finite values, got [-1.0, "),
     ({"codebook": codebook(i15=INF)}, ValueError, "codebook: expected finite values, got [-1.0, "),
     ({"format": "codebook"}, ValueError, "codebook: expected 16 values with format 'codebook', got None"),
-    (
-        {"format": "int8", "codebook": codebook()},
-        ValueError,
-        "codebook: expected None with format 'int8', got a codebook",
-    ),
+    ({"format": "int8", "codebook": codebook()}, ValueError, "codebook: expected None with format 'int8', got a"),
 ]
 
 
@@ -111,18 +99,10 @@ PLAIN = {"nested_absmax": None, "nested_code": None, "offset": None}  # without 
 U8 = torch.uint8
 CONTAINER = [
     ({"codes": torch.zeros(N, K // 2)}, TypeError, "codes: expected torch.uint8, got torch.float32"),
-    (
-        {"codes": torch.zeros(N, K // 2, requires_grad=True)},
-        TypeError,
-        "codes: expected torch.uint8, got torch.float32",
-    ),
+    ({"codes": torch.zeros(N, K // 2, requires_grad=True)}, TypeError, "codes: expected torch.uint8, got"),
     ({"codes": torch.zeros(N, K, dtype=U8)}, ValueError, "codes: expected 192 elements, got 384"),
     ({"codes": torch.zeros(191, dtype=U8)}, ValueError, "codes: expected 192 elements, got 191"),
-    (
-        {"codes": torch.zeros(N, K, dtype=U8)[:, ::2]},
-        ValueError,
-        "codes: expected a contiguous tensor, got strides (64, 2)",
-    ),
+    ({"codes": torch.zeros(N, K, dtype=U8)[:, ::2]}, ValueError, "codes: expected a contiguous tensor, got strides"),
     ({"codes": None}, TypeError, "codes: expected a tensor, got NoneType"),
     ({"format": "int8", "code": None}, ValueError, "codes: expected 384 elements, got 192"),
     ({"absmax": torch.zeros(N)}, TypeError, "absmax: expected torch.uint8, got torch.float32"),
@@ -135,21 +115,13 @@ CONTAINER = [
         ValueError,
         "absmax: expected a tensor that does not require gradients, got requires_grad=True",
     ),
-    (
-        {"absmax": torch.zeros(N, dtype=U8, device="meta")},
-        ValueError,
-        "absmax: expected a tensor on cpu, where codes is, got meta",
-    ),
+    ({"absmax": torch.zeros(N, dtype=U8, device="meta")}, ValueError, "absmax: expected a tensor on cpu, where codes"),
     ({"nested_absmax": torch.zeros(2)}, ValueError, "nested_absmax: expected 1 elements, got 2"),
     ({"nested_code": torch.zeros(255)}, ValueError, "nested_code: expected 256 elements, got 255"),
     ({"nested_code": None}, TypeError, "nested_code: expected a tensor, got NoneType"),
     ({"offset": torch.zeros(2)}, ValueError, "offset: expected 1 elements, got 2"),
     ({"offset": 0.5}, TypeError, "offset: expected a tensor, got float"),
-    (
-        {"absmax": torch.zeros(N), "nested_absmax": None},
-        ValueError,
-        "nested_code: expected None without nested_absmax, got (256,)",
-    ),
+    ({"absmax": torch.zeros(N), "nested_absmax": None}, ValueError, "nested_code: expected None without"),
     ({"code": torch.zeros(15)}, ValueError, "code: expected 16 elements, got 15"),
     ({"code": torch.zeros(16).double()}, TypeError, "code: expected torch.float32, got torch.float64"),
     ({"code": None}, TypeError, "code: expected a tensor, got NoneType"),
@@ -203,38 +175,14 @@ LINEAR = [
     ({"lora_a": randn(K, 3), "lora_b": B}, ValueError, "lora_a: expected [rank, 64], got [64, 3]"),
     ({"lora_a": randn(K), "lora_b": B}, ValueError, "lora_a: expected [rank, 64], got [64]"),
     ({"lora_a": A.double(), "lora_b": B}, TypeError, f"lora_a: {DTYPE}torch.float64"),
-    (
-        {"lora_a": A, "lora_b": B.half()},
-        TypeError,
-        "lora_b: expected torch.float32, the dtype of lora_a, got torch.float16",
-    ),
-    (
-        {"lora_a": A, "lora_b": randn(N, 3, **META)},
-        ValueError,
-        "lora_b: expected a tensor on cpu, where the weight is, got meta",
-    ),
+    ({"lora_a": A, "lora_b": B.half()}, TypeError, "lora_b: expected torch.float32, the dtype of lora_a, got"),
+    ({"lora_a": A, "lora_b": randn(N, 3, **META)}, ValueError, "lora_b: expected a tensor on cpu, where the weight"),
     ({"lora_a": A, "lora_b": B, "lora_scaling": NAN}, ValueError, "lora_scaling: expected a finite number, got nan"),
     ({"lora_a": A, "lora_b": B, "lora_scaling": INF}, ValueError, "lora_scaling: expected a finite number, got inf"),
-    (
-        {"lora_a": A, "lora_b": B, "lora_scaling": torch.ones(2)},
-        ValueError,
-        "lora_scaling: expected a number or a tensor",
-    ),
-    (
-        {"lora_a": A, "lora_b": B, "lora_dropout": 1.0},
-        ValueError,
-        "lora_dropout: expected a probability in [0, 1), got 1.0",
-    ),
-    (
-        {"lora_a": A, "lora_b": B, "lora_dropout": -0.1},
-        ValueError,
-        "lora_dropout: expected a probability in [0, 1), got -0.1",
-    ),
-    (
-        {"lora_a": A, "lora_b": B, "lora_dropout": NAN},
-        ValueError,
-        "lora_dropout: expected a probability in [0, 1), got nan",
-    ),
+    ({"lora_a": A, "lora_b": B, "lora_scaling": torch.ones(2)}, ValueError, "lora_scaling: expected a number or a"),
+    ({"lora_a": A, "lora_b": B, "lora_dropout": 1.0}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
+    ({"lora_a": A, "lora_b": B, "lora_dropout": -0.1}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
+    ({"lora_a": A, "lora_b": B, "lora_dropout": NAN}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
     ({"lora_dropout": 1.5}, ValueError, "lora_dropout: expected a probability in [0, 1), got 1.5"),
 ]
 
@@ -317,11 +265,7 @@ LAYER = [
         TypeError,
         "linear: expected an nn.Linear that is not quantized, got Bilinear",
     ),
-    (
-        lambda: qn.nn.Linear4bit.from_linear(qn.nn.Linear4bit(64, 8)),
-        TypeError,
-        "linear: expected an nn.Linear that is not quantized, got Linear4bit",
-    ),
+    (lambda: qn.nn.Linear4bit.from_linear(qn.nn.Linear4bit(64, 8)), TypeError, "linear: expected an nn.Linear that is"),
     (lambda: qn.nn.Linear4bit.from_quantized(A), TypeError, "q: expected a QuantizedWeight, got Tensor"),
     (
         lambda: qn.nn.Linear4bit.from_quantized(qn.quantize(weight()), randn(N)),
@@ -334,11 +278,7 @@ LAYER = [
         "bias: expected [6] on cpu, got [7] on cpu",
     ),
     (lambda: qn.nn.quantize_model([]), TypeError, "model: expected an nn.Module, got list"),
-    (
-        lambda: qn.nn.quantize_model(torch.nn.Linear(2, 2)),
-        ValueError,
-        "model: expected a module that contains nn.Linear layers, got a linear layer",
-    ),
+    (lambda: qn.nn.quantize_model(torch.nn.Linear(2, 2)), ValueError, "model: expected a module that contains"),
     (
         lambda: qn.nn.quantize_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), skip="0"),
         TypeError,

@@ -1,7 +1,6 @@
 """Guards the classes of optimizers: their options, bitsandbytes' classes of the same names, and state dicts.
 
-test_adamw*.py tests the arithmetic, blocks and skipped steps. test_isas.py and test_emulated.py
-test that every instruction set and the emulated GPU give the same bits of each algorithm.
+test_adamw*.py tests the arithmetic, blocks and skipped steps.
 """
 
 import copy
@@ -12,18 +11,7 @@ import warnings
 
 import pytest
 import torch
-from test_adamw import (
-    ALGORITHMS,
-    MAPS,
-    OPTIONS,
-    U32,
-    check_step,
-    decoded,
-    lion,
-    parameters,
-    set_gradients,
-    slots,
-)
+from test_adamw import MAPS, OPTIONS, U32, check_step, decoded, lion, parameters, set_gradients, slots, train
 from test_adamw_resume import assert_same
 from torch import nn
 
@@ -55,17 +43,10 @@ def test_schedule_of_ademamix_is_that_of_the_paper(options):
         check_step(optimizer)
 
 
-def test_beta3_below_beta1_is_had_at_once():
+def test_beta3_below_beta1_is_used_at_once():
     """As in bitsandbytes: the schedule is at most beta3."""
-    results = []
-    for t_beta3 in (None, 3):
-        options = {**OPTIONS, **UNSCHEDULED, "betas": (0.99, 0.9, 0.5), "t_beta3": t_beta3}
-        optimizer = qn.optim.AdEMAMix8bit(parameters(), **options)
-        for seed in range(5):
-            set_gradients(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
-        results.append([p.detach() for p in optimizer.state])
-    assert_same(*results)
+    options = {**OPTIONS, **UNSCHEDULED, "betas": (0.99, 0.9, 0.5)}
+    assert_same(*(train(qn.optim.AdEMAMix8bit(parameters(), **options | {"t_beta3": t}), 5) for t in (None, 3)))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -75,25 +56,15 @@ def test_adam_is_adamw_with_another_default(weight_decay):
     states = []
     for cls in (qn.optim.Adam8bit, qn.optim.AdamW8bit):
         optimizer = cls(parameters(), **{**OPTIONS, "weight_decay": weight_decay})
-        for seed in range(3):
-            set_gradients(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
-        states.append(([p.detach() for p in optimizer.state], optimizer.state_dict()))
+        states.append((train(optimizer), optimizer.state_dict()))
     assert_same(*states)
 
 
 def test_ademamix_without_its_slow_moment_is_adamw():
-    results = []
-    for cls, more in (
-        (qn.optim.AdEMAMix8bit, {"betas": (*OPTIONS["betas"], 0.9), "alpha": 0.0}),
-        (qn.optim.AdamW8bit, {}),
-    ):
-        optimizer = cls(parameters(), **{**OPTIONS, **more})
-        for seed in range(4):
-            set_gradients(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
-        results.append([(p.detach(), state["state2"]) for p, state in optimizer.state.items()])
-    assert_same(*results)
+    adamw = qn.optim.AdamW8bit(parameters(), **OPTIONS)
+    mixed = qn.optim.AdEMAMix8bit(parameters(), **OPTIONS | {"betas": (*OPTIONS["betas"], 0.9), "alpha": 0.0})
+    assert_same(train(mixed, 4), train(adamw, 4))
+    assert_same(*([state["state2"] for state in each.state.values()] for each in (mixed, adamw)))
 
 
 # ---- the state -------------------------------------------------------------------------------------------------------
@@ -124,28 +95,26 @@ def test_state_has_the_layout_of_bitsandbytes(min_8bit_size):
 # ---- bitsandbytes ----------------------------------------------------------------------------------------------------
 
 # Its quantizer on the CPU looks values up in a table of 65,536 entries over [-1, 1], which are wider than the distances
-# of the smallest levels: below this share of a block's absmax its codes are up to 7 off the nearest level's.
+# of the smallest levels: below this fraction of a block's absmax its codes are up to 7 off the nearest level's.
 COARSE = 2**-13
-MOST_COARSE = 0.01  # of all entries, so far off
-MOST_DIFFERENT = 0.03  # of the entries above COARSE, by one code
+MAX_COARSE = 0.01  # of all entries, so far off
+MAX_DIFFERENT = 0.03  # of the entries above COARSE, by one code
 SCHEDULES = {"t_alpha": 6, "t_beta3": 8, "alpha": 3.0}
 
 
 def pair(name, seed=0, lr=1e-2, **options):
     """Our optimizer and bitsandbytes' over parameters of the same values, of which one keeps fp32 moments."""
     params = [parameters((100, 4096, 5000), seed=seed) for _ in range(2)]
-    made = [
-        getattr(module, name)(own, lr=lr, **options) for module, own in zip((qn.optim, peers()), params, strict=True)
-    ]
-    return (*params, *made)
+    modules = zip((qn.optim, peers()), params, strict=True)
+    return (*params, *(getattr(module, name)(each, lr=lr, **options) for module, each in modules))
 
 
-def give(gradients, *params):
-    generator = torch.Generator().manual_seed(gradients)
-    values = [1e-3 * torch.randn(param.shape, generator=generator) for param in params[0]]
-    for own in params:
-        for param, value in zip(own, values, strict=True):
-            param.grad = value.clone()
+def give(seed, *lists):
+    """Gradients of one size, the same for each list of parameters."""
+    for params in lists:
+        generator = torch.Generator().manual_seed(seed)
+        for param in params:
+            param.grad = 1e-3 * torch.randn(param.shape, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +147,8 @@ def test_step_is_that_of_bitsandbytes(name, options):
             rounding = U32 * (4 * other.detach().abs() + 10 * optimizer.defaults["lr"] * (1 + slow))
             if name == "Lion8bit":
                 moments = decoded(state, 1) if state else [torch.zeros(param.shape).double()]
-                *_, turned = lion(param.detach(), param.grad.double(), moments, 0, **optimizer.param_groups[0])
-                rounding = rounding + turned
+                *_, other_sign = lion(param.detach(), param.grad.double(), moments, 0, **optimizer.param_groups[0])
+                rounding = rounding + other_sign
             assert_close_by_norm("parameter", param.detach(), other.detach().double(), rounding)
             found, expected = (slots(o.state[p], count) for o, p in ((optimizer, param), (peer, other)))
             for i, ((codes, scales), (their_codes, their_scales)) in enumerate(zip(found, expected, strict=True)):
@@ -189,9 +158,9 @@ def test_step_is_that_of_bitsandbytes(name, options):
                 torch.testing.assert_close(scales, their_scales)
                 off = (codes.int() - their_codes.int()).abs()
                 fine = MAPS[i == 1][codes.long()].abs() >= COARSE
-                shares = (off > 1).float().mean(), off[fine].float().mean()
+                fractions = (off > 1).float().mean(), off[fine].float().mean()
                 assert off[fine].max() <= 1, f"step {step}, moment {i}: {off[fine].max()} codes off"
-                assert shares[0] <= MOST_COARSE and shares[1] <= MOST_DIFFERENT, f"step {step}, moment {i}: {shares}"
+                assert fractions[0] <= MAX_COARSE and fractions[1] <= MAX_DIFFERENT, f"{step}, {i}: {fractions}"
 
 
 def through_a_file(state_dict):
@@ -201,7 +170,7 @@ def through_a_file(state_dict):
     return torch.load(buffer, weights_only=True)
 
 
-def train(params, optimizer, steps):
+def go_on(params, optimizer, steps):
     for step in steps:
         give(step, params)
         optimizer.step()
@@ -219,7 +188,7 @@ def test_ours_continues_in_bitsandbytes(name, paged):
     name = paged + name
     options = options_of(name.removeprefix("Paged"))
     ours, theirs, optimizer, peer = pair(name, lr=torch.tensor(2.0**-7), **options)
-    train(ours, optimizer, range(5))
+    go_on(ours, optimizer, range(5))
     peer.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
     for param, other in zip(ours, theirs, strict=True):
         state, taken = optimizer.state[param], peer.state[other]
@@ -232,10 +201,10 @@ def test_ours_continues_in_bitsandbytes(name, paged):
     twin.load_state_dict(through_a_file(peer.state_dict()))
     for param, other in zip(twins, ours, strict=True):
         param.data.copy_(other.data)
-    train(theirs, peer, [5])
+    go_on(theirs, peer, [5])
     assert not any(torch.equal(param, other) for param, other in zip(ours, theirs, strict=True))
-    train(twins, twin, range(5, 10))
-    train(ours, optimizer, range(5, 10))
+    go_on(twins, twin, range(5, 10))
+    go_on(ours, optimizer, range(5, 10))
     assert_same([p.detach() for p in twins], [p.detach() for p in ours])
     assert_same(twin.state_dict()["state"], optimizer.state_dict()["state"])
 
@@ -248,7 +217,7 @@ def test_bitsandbytes_continues_in_ours(name, paged):
     name = paged + name
     options = options_of(name.removeprefix("Paged"))
     ours, theirs, optimizer, peer = pair(name, lr=3e-3, **options)
-    train(theirs, peer, range(5))
+    go_on(theirs, peer, range(5))
     optimizer.load_state_dict(through_a_file(peer.state_dict()))
     for param, other in zip(ours, theirs, strict=True):
         state, taken = peer.state[other], optimizer.state[param]
@@ -262,9 +231,8 @@ def test_bitsandbytes_continues_in_ours(name, paged):
     twin.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
     for param, other in zip(twins, theirs, strict=True):
         param.data.copy_(other.data)
-    train(ours, optimizer, [5])  # in place, which is not the peer's place
-    for own, each in ((theirs, peer), (twins, twin)):
-        train(own, each, range(5, 10))
+    go_on(ours, optimizer, [5])  # in place, which is not the peer's place
+    go_on(theirs, peer, range(5, 10)), go_on(twins, twin, range(5, 10))
     assert_same([p.detach() for p in twins], [p.detach() for p in theirs])
 
 
@@ -274,13 +242,10 @@ NAN = float("nan")
 SIZE = "expected a finite number >= 0, got "
 REFUSED = [
     ("Lion8bit", {"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected two numbers, got (0.9, 0.99, 0.999)"),
-    ("Lion8bit", {"betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
     ("Lion8bit", {"eps": 1e-8}, TypeError, "eps: expected an argument of this optimizer, got another"),
     ("Lion8bit", {"amsgrad": False}, TypeError, "amsgrad: expected an argument of this optimizer, got another"),
-    ("Lion8bit", {"weight_decay": -0.1}, ValueError, f"weight_decay: {SIZE}-0.1"),
     ("Lion8bit", {"is_paged": True}, ValueError, "the other of Lion8bit and PagedLion8bit is meant"),
     ("PagedLion8bit", {"is_paged": False}, ValueError, "is_paged: expected True, as this"),
-    ("Adam8bit", {"amsgrad": True}, ValueError, "amsgrad: expected False, as this optimizer"),
     ("AdamW8bit", {"is_paged": True}, ValueError, "the other of AdamW8bit and PagedAdamW8bit is meant"),
     ("Adam8bit", {"is_paged": True}, ValueError, "the other of Adam8bit and PagedAdam8bit is meant"),
     ("AdEMAMix8bit", {"betas": (0.9, 0.999)}, TypeError, "betas: expected three numbers, got (0.9, 0.999)"),
@@ -313,17 +278,14 @@ def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
             getattr(qn.optim, name)(parameters((3,)), is_paged=paged, **arguments)
 
 
-def test_option_that_turns_bad_later_is_named_in_the_error():
+def test_option_that_becomes_bad_later_is_named_in_the_error():
     optimizer = qn.optim.AdEMAMix8bit(parameters((300,)))
     set_gradients(optimizer.param_groups[0]["params"], 0)
     before = optimizer.param_groups[0]["params"][0].detach().clone()
     for change, message in (
         ({"alpha": -1.0}, f"groups[0].alpha: {SIZE}-1"),
         ({"betas": (0.9, 0.999, 1.0)}, "groups[0].beta3: expected a number in [0, 1), got 1"),
-        (
-            {"betas": (0.0, 0.9, 0.9), "t_beta3": 5},
-            "groups[0].beta1: expected a number in (0, 1), as t_beta3 takes its",
-        ),
+        ({"betas": (0.0, 0.9, 0.9), "t_beta3": 5}, "groups[0].beta1: expected a number in (0, 1), as t_beta3"),
         ({"t_alpha": NAN}, f"groups[0].t_alpha: {SIZE}nan"),
     ):
         kept = dict(optimizer.param_groups[0])
@@ -342,36 +304,9 @@ def test_option_that_turns_bad_later_is_named_in_the_error():
 def test_state_dict_of_another_algorithm_raises_and_changes_nothing(name, other, module):
     """Its groups lack an option, or its states are others."""
     source = getattr(qn.optim if module == "ours" else peers(), other)(parameters((300, 5000)))
-    set_gradients(source.param_groups[0]["params"], 0)
-    source.step()
+    train(source, 1)
     optimizer = getattr(qn.optim, name)(parameters((300, 5000)))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises((TypeError, ValueError), match=r"betas|param_groups|state\[0\]"):
         optimizer.load_state_dict(source.state_dict())
     assert_same(optimizer.state_dict(), before)
-
-
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cls", ALGORITHMS)
-def test_loss_scale_and_learning_rate_in_memory_are_heeded(cls):
-    """Scales that are powers of two leave the bits as they are; a rate is read at each step."""
-    results = []
-    for scaled in (False, True):
-        params = parameters((300, 5000))
-        lr = torch.tensor(0.01171875) if scaled else 0.01171875  # exact in fp32
-        optimizer = cls(params, **{**ALGORITHMS[cls], "lr": lr})
-        for seed in range(3):
-            set_gradients(params, seed)
-            if scaled:
-                optimizer.grad_scale = torch.tensor(1024.0)
-                for param in params:
-                    param.grad *= 1024.0
-            optimizer.step()
-            if scaled:
-                lr *= 0.5
-            else:
-                optimizer.param_groups[0]["lr"] *= 0.5
-        results.append([p.detach() for p in params])
-    assert_same(*results)

@@ -1,12 +1,11 @@
 """Guards the optimizers over parameters that FSDP2 has sharded (gloo): each process steps its shards."""
 
-import io
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from sharding import leave
+from test_adamw_resume import pickled
 from torch import nn, testing
 
 import qlora_native as qn
@@ -75,7 +74,7 @@ def message(error, call, *arguments):
 
 
 def continued(cls, model, optimizer, folder):
-    """{way to keep a state dict: the parameters after one more step of a run that was loaded from it}."""
+    """{how a state dict is saved: the parameters after one more step of a run that was loaded from it}."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as states
 
@@ -84,11 +83,8 @@ def continued(cls, model, optimizer, folder):
         second.load_state_dict(optimizer.state_dict())
 
     def file_of_each_process(other, second):
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
         other.load_state_dict(model.state_dict())
-        second.load_state_dict(torch.load(file, weights_only=False))
+        second.load_state_dict(pickled(optimizer.state_dict()))
 
     def checkpoint(other, second):
         model_state, optimizer_state = states.get_state_dict(model, optimizer)
@@ -105,13 +101,13 @@ def continued(cls, model, optimizer, folder):
         states.set_optimizer_state_dict(other, second, optimizer_state, options=options)
 
     loaded = {}
-    for way in (direct, file_of_each_process, checkpoint, full):
-        loaded[way.__name__] = sharded(cls)
-        way(*loaded[way.__name__])
+    for load in (direct, file_of_each_process, checkpoint, full):
+        loaded[load.__name__] = sharded(cls)
+        load(*loaded[load.__name__])
     loaded["undisturbed"] = model, optimizer
     for other, second in loaded.values():
         step(other, second, STEPS)
-    return {way: (shards(other), second.state_dict()["state"][1]["step"]) for way, (other, second) in loaded.items()}
+    return {how: (shards(other), second.state_dict()["state"][1]["step"]) for how, (other, second) in loaded.items()}
 
 
 def refusals(optimizer, folder):
@@ -162,7 +158,7 @@ def skips():
 
 
 def gradients():
-    """A moment after a step with a gradient whose parts are still to be added up."""
+    """A moment after a step with a gradient whose partial sums are on several processes."""
     from torch.distributed.tensor import DTensor, Partial
 
     model, optimizer = sharded(qn.optim.AdamW8bit)
@@ -206,7 +202,7 @@ def worker(rank, folder):
     leave()
 
 
-# ---- what came of it -------------------------------------------------------------------------------------------------
+# ---- the results ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -266,12 +262,12 @@ def test_shards_of_whole_blocks_are_stepped_as_the_whole_parameter_is(cls, proce
 
 
 @every_optimizer
-@pytest.mark.parametrize("way", ["direct", "file_of_each_process", "checkpoint", "full"])
-def test_state_dict_of_shards_continues_with_the_same_bits(cls, way, processes):
+@pytest.mark.parametrize("how", ["direct", "file_of_each_process", "checkpoint", "full"])
+def test_state_dict_of_shards_continues_with_the_same_bits(cls, how, processes):
     for found in processes:
         found = found[cls.__name__]["continued"]
-        assert_equal(found[way], found["undisturbed"])
-        assert int(found[way][1]) == STEPS + 1
+        assert_equal(found[how], found["undisturbed"])
+        assert int(found[how][1]) == STEPS + 1
 
 
 SHARDED = "a DTensor [128, 64] with placements (Shard(dim=0),) on (2,) processes"
