@@ -271,6 +271,6 @@ def test_processes_stay_together(tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(*results)
     steps(model := linear())
-    # The mean over two halves rounds differently, and where m is near 0 a step may change its sign: ten of them by 0.01.
+    # The mean over two halves rounds differently, and where m is near 0 a step may change sign: ten of them by 0.01.
     moved = (model.weight - linear().weight).norm()
     assert (results[0]["model"]["weight"] - model.weight).norm() < 0.01 * moved

@@ -1,25 +1,16 @@
 """Guards `fuse`: it does what fuse_loss, fuse_blocks and fuse_attention do, and reports what it left."""
 
 import copy
-import subprocess
-import sys
 import warnings
 
+import process
 import pytest
+from fuse_models import COMMON, losses_of_trainer, make, step, transformers
+from models import assert_same
+from torch import nn
 
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402
-from models import VOCABULARY, make  # noqa: E402
-from torch import nn  # noqa: E402
-
-import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss  # noqa: E402
-
-
-def loss_of(model):
-    ids = torch.arange(24).reshape(2, 12) % VOCABULARY
-    return model(input_ids=ids, labels=ids).loss
+import qlora_native as qn
+from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
 
 
 def test_fuse_computes_what_its_three_parts_do():
@@ -30,14 +21,21 @@ def test_fuse_computes_what_its_three_parts_do():
     assert report.attention is fuse_attention(by_parts) is True
     assert report.left == ()
     assert str(report) == "fused: the loss, attention, 7 activations and norms"
-    assert torch.equal(loss_of(ours), loss_of(by_parts))
+    assert step(ours)[0] == step(by_parts)[0]
 
 
-def test_loss_changes_by_rounding_alone():
+def test_step_changes_by_rounding_alone():
     model = make("llama")
-    before = loss_of(copy.deepcopy(model))
+    expected = step(copy.deepcopy(model))
     qn.fuse(model)
-    torch.testing.assert_close(loss_of(model), before)
+    assert_same(step(model), expected)
+
+
+def test_trainer_makes_the_steps_of_the_model_that_is_not_fused(tmp_path):
+    fused = make("llama")
+    qn.fuse(fused)
+    expected, losses = (losses_of_trainer(model, tmp_path) for model in (make("llama"), fused))
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[-1] < losses[0]
 
 
 def test_second_call_changes_nothing():
@@ -48,10 +46,7 @@ def test_second_call_changes_nothing():
 
 
 def test_what_is_left_is_reported_with_the_reason_and_without_a_warning():
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = transformers.BertForMaskedLM(config)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**COMMON))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = qn.fuse(model)
@@ -73,7 +68,7 @@ def test_plain_module_needs_no_transformers():
         assert report.blocks == 1 and not report.loss and not report.attention and len(report.left) == 1
         assert "transformers" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    process.succeed("-c", code)
 
 
 def test_model_that_is_no_module_is_named_in_the_error():

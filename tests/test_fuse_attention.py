@@ -1,4 +1,4 @@
-"""Attention of transformers' models by this library: the losses and gradients of "sdpa", which answers the rest."""
+"""Guards fuse_attention: models have the losses and gradients of "sdpa", which computes what ours does not."""
 
 import copy
 import gc
@@ -8,43 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fuse_models import COMMON, KV, LAYERS, WINDOW, batch, make, step, transformers
+from models import assert_same
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+from qlora_native.integrations.fuse import _attention as integration
+from qlora_native.integrations.fuse import fuse_attention
+from qlora_native.integrations.fuse._rotary import fuse_rotary
+
 peft = pytest.importorskip("peft")
 
-import models  # noqa: E402
-from models import assert_same  # noqa: E402
-
-from qlora_native.integrations.fuse import _attention as integration  # noqa: E402
-from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
-from qlora_native.integrations.fuse._rotary import fuse_rotary  # noqa: E402
-
-# Weights are large, so that probabilities are far from equal.
-COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-COMMON |= {"vocab_size": 96, "max_position_embeddings": 64, "initializer_range": 0.15}
-COMMON |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-KV = {"num_key_value_heads": 2}
-WINDOW = {"sliding_window": 4}
-FAMILIES = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON, **KV),
-    "qwen3": lambda: transformers.Qwen3Config(**COMMON, **KV, head_dim=32),
-    "mistral": lambda: transformers.MistralConfig(**COMMON, **KV, **WINDOW),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, **KV, **WINDOW, head_dim=16),
-    "phi3": lambda: transformers.Phi3Config(**COMMON, **KV),
-    "gpt-neox": lambda: transformers.GPTNeoXConfig(**COMMON),
-}
-families = pytest.mark.parametrize("family", FAMILIES)
-LAYERS = COMMON["num_hidden_layers"]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def make(family="llama", dtype=torch.float32, **changes):
-    torch.manual_seed(0)
-    config = FAMILIES[family]()
-    config.update(changes)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
 
 
 @pytest.fixture
@@ -75,33 +49,6 @@ def conversions(monkeypatch):
     return found
 
 
-def batch(kind="whole"):
-    torch.manual_seed(1)
-    ids = torch.randint(3, 96, (3, 11))
-    inputs = {"input_ids": ids, "labels": ids.clone()}
-    mask = torch.ones_like(ids)
-    if kind == "padded left":
-        mask[0, :4], mask[1, :1] = 0, 0
-    elif kind == "padded right":
-        mask[0, -4:], mask[1, -1:] = 0, 0
-    elif kind == "packed":
-        positions = [*range(4), *range(5), *range(2)]
-        return inputs | {"position_ids": torch.tensor([positions] * 3), "use_cache": False}
-    elif kind == "holes":
-        mask[0, 3:6] = 0
-    if kind != "whole":
-        inputs |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return inputs
-
-
-BATCHES = ("whole", "padded left", "padded right", "packed")
-
-
-def step(model, inputs=None):
-    torch.manual_seed(2)  # of dropout
-    return models.step(model, **(batch() if inputs is None else inputs))
-
-
 def fused(model):
     """A copy of the model with our attention, without a warning."""
     model = copy.deepcopy(model)
@@ -111,8 +58,8 @@ def fused(model):
     return model
 
 
-@families
-@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("kind", ["whole", "padded at the start", "padded at the end", "packed"])
 def test_loss_and_gradients_are_the_models_own(family, kind, calls):
     model, inputs = make(family), batch(kind)
     expected = step(model, inputs)
@@ -124,12 +71,12 @@ def test_loss_and_gradients_are_the_models_own(family, kind, calls):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_loss_and_gradients_in_16_bits_are_the_models_own(dtype):
-    model, inputs = make("llama", dtype), batch("padded left")
+    model, inputs = make("llama", dtype), batch("padded at the start")
     assert_same(step(fused(model), inputs), step(model, inputs), dtype)
 
 
 def test_mask_becomes_ranges_once_for_all_layers_and_with_checkpoints(calls, conversions):
-    model, inputs = make(num_hidden_layers=4), batch("padded left")
+    model, inputs = make(num_hidden_layers=4), batch("padded at the start")
     model.config.use_cache = False
     expected = step(model, inputs)
     ours = fused(model)
@@ -162,7 +109,7 @@ def test_mask_that_was_written_to_becomes_ranges_again(calls):
 
 def test_query_without_a_key_leaves_everything_finite(calls):
     """Padding on the left: what the padding itself sees is nothing."""
-    loss, gradients = step(fused(make()), batch("padded left"))
+    loss, gradients = step(fused(make()), batch("padded at the start"))
     assert (calls[0][0, :4] == 0).all()
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
 
@@ -194,7 +141,7 @@ def test_ranges_are_the_mask_or_none(rows):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 def test_generation_gives_the_same_tokens(family, cache, calls):
     model = make(family).eval()
-    inputs = {key: batch("padded left")[key] for key in ("input_ids", "attention_mask")}
+    inputs = {key: batch("padded at the start")[key] for key in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "do_sample": False, "use_cache": cache != "none"}
     if cache == "static":
         options |= {"cache_implementation": "static", "disable_compile": True}
@@ -280,9 +227,9 @@ def test_calls_without_a_mask_see_what_sdpa_sees(queries, keys, is_causal, calls
 
 def test_compiled_model_computes_by_sdpa(calls):
     model = make().eval()
-    expected = model(**batch("padded left")).logits
+    expected = model(**batch("padded at the start")).logits
     compiled = torch.compile(fused(model), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(**batch("padded left")).logits, expected)
+    assert torch.equal(compiled(**batch("padded at the start")).logits, expected)
     assert not calls
 
 
@@ -290,15 +237,6 @@ def test_other_devices_compute_by_sdpa(calls):
     model = fused(make()).to("meta")
     assert model(input_ids=batch()["input_ids"].to("meta")).logits.is_meta
     assert not calls
-
-
-def test_model_on_a_gpu_stays(monkeypatch):
-    model = make()
-    on_gpu = [SimpleNamespace(device=torch.device("cuda", 1))]
-    monkeypatch.setattr(model, "parameters", lambda: iter(on_gpu))
-    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps its attention: its weights are on cuda"):
-        assert not fuse_attention(model)
-    assert implementations(model) == {"sdpa"}
 
 
 def test_autocast_computes_in_its_dtype(calls):
@@ -318,8 +256,8 @@ def implementations(model):
 
 def test_peft_model_trains_as_it_did(calls):
     model = peft.get_peft_model(make(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    expected = step(model, batch("padded right"))
-    assert_same(step(fused(model), batch("padded right")), expected)
+    expected = step(model, batch("padded at the end"))
+    assert_same(step(fused(model), batch("padded at the end")), expected)
     assert len(calls) == LAYERS and len(expected[1]) == 2 * 2 * LAYERS
 
 
@@ -344,7 +282,7 @@ def test_saved_model_loads_with_the_implementation_sdpa(tmp_path):
 
 def test_masks_of_a_step_are_freed_with_it(conversions):
     model = fused(make())
-    step(model, batch("padded left"))
+    step(model, batch("padded at the start"))
     gc.collect()
     assert len(conversions) == 1
     assert not [each for each in gc.get_objects() if type(each) is torch.Tensor and hasattr(each, "_key_ranges")]
@@ -394,48 +332,49 @@ def test_images_see_each_other_as_before(calls):
     assert len(calls) == 1 + LAYERS
 
 
-def test_other_implementations_stay():
+def falcon():
+    """Its attention calls torch itself where the implementation is "sdpa"."""
+    sizes = {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
+
+
+def bloom():
+    """It has no attention but its own; the name is what its config would say."""
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=96))
+    model.config._attn_implementation = "sdpa"
+    return model
+
+
+def eager():
     model = make()
     model.set_attn_implementation("eager")
-    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps its attention: its implementation is 'eager'"):
+    return model
+
+
+def on_gpu():
+    model = make()
+    object.__setattr__(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
+    return model
+
+
+KEPT = {
+    eager: "LlamaForCausalLM keeps its attention: its implementation is 'eager'",
+    falcon: "FalconForCausalLM keeps its attention: its code requires 'sdpa' by name",
+    bloom: "BloomForCausalLM keeps its attention: its code does not take attention from",
+    on_gpu: "LlamaForCausalLM keeps its attention: its weights are on cuda",
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), KEPT.items(), ids=[make.__name__ for make in KEPT])
+def test_model_that_keeps_its_attention_says_why(make, reason):
+    model = make()
+    before = implementations(model)
+    with pytest.warns(UserWarning, match=reason):
         assert not fuse_attention(model)
-    assert implementations(model) == {"eager"}
-
-
-def test_code_that_knows_sdpa_by_name_stays():
-    """Falcon's attention calls torch itself where the implementation is "sdpa"."""
-    sizes = {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
-    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
-    with pytest.warns(UserWarning, match="FalconForCausalLM keeps its attention: its code requires 'sdpa' by name"):
-        assert not fuse_attention(model)
-    assert implementations(model) == {"sdpa"}
-
-
-def test_code_with_attention_of_its_own_stays():
-    """BLOOM's has none but its own; the name is what its config would say."""
-    sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96}
-    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
-    model.config._attn_implementation = "sdpa"
-    with pytest.warns(UserWarning, match="BloomForCausalLM keeps its attention: its code does not take attention from"):
-        assert not fuse_attention(model)
+    assert implementations(model) == before
 
 
 def test_only_models_of_transformers_are_taken():
     for model in (nn.Linear(3, 3), "llama"):
         with pytest.raises(TypeError, match="model: expected a model of transformers, got"):
             fuse_attention(model)
-
-
-def test_trainer_trains_as_it_did(tmp_path, calls):
-    rows = [{key: values[0].tolist() for key, values in batch("padded right").items()} for _ in range(8)]
-    losses = []
-    for model in (make(), fused(make())):
-        options = transformers.TrainingArguments(
-            tmp_path, max_steps=4, per_device_train_batch_size=2, logging_steps=1, learning_rate=1e-3, report_to=[],
-            use_cpu=True, save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = transformers.Trainer(model=model, args=options, train_dataset=rows)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[1][-1] < losses[1][0]
-    assert len(calls) == 4 * LAYERS

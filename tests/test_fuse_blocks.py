@@ -1,56 +1,30 @@
-"""Blocks of transformers' models with fused activations and norms: the same losses and gradients, and less memory."""
+"""Guards fuse_blocks: fused activations and norms give the same losses and gradients, and save less."""
 
 import copy
 import warnings
 
 import pytest
 import torch
+from fuse_models import batch, make, step
+from models import assert_same
+from peak import saved_bytes
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+import qlora_native as qn
+from qlora_native.integrations.fuse import fuse_blocks
+from qlora_native.integrations.fuse._blocks import DeferredActivation
+from qlora_native.testing import SUM_FACTOR, unit_roundoff
+
 peft = pytest.importorskip("peft")
 
-import models  # noqa: E402
-from models import assert_same  # noqa: E402
-
-import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse import fuse_blocks  # noqa: E402
-from qlora_native.integrations.fuse._blocks import DeferredActivation  # noqa: E402
-from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
-
-COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-COMMON |= {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-KV = {"num_key_value_heads": 2}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 # How many modules are fused in each: of every layer the activation and the norms, and the norm at the end.
-FAMILIES = {
-    "llama": (lambda: transformers.LlamaConfig(**COMMON, **KV), 2 * 3 + 1),
-    "gemma2": (lambda: transformers.Gemma2Config(**COMMON, **KV, head_dim=32), 2 * 5 + 1),
-    "phi3": (lambda: transformers.Phi3Config(**COMMON, **KV), 2 * 3 + 1),
-    "qwen3": (lambda: transformers.Qwen3Config(**COMMON, **KV, head_dim=32), 2 * 5 + 1),
-    "qwen3-moe": (lambda: transformers.Qwen3MoeConfig(**COMMON, **KV, **MOE, head_dim=32), 2 * 5 + 1),
-}
-families = pytest.mark.parametrize("family", FAMILIES)
+FUSED = {"llama": 2 * 3 + 1, "gemma2": 2 * 5 + 1, "phi3": 2 * 3 + 1, "qwen3": 2 * 5 + 1, "qwen3-moe": 2 * 5 + 1}
+families = pytest.mark.parametrize("family", FUSED)
 
 
-def make(family, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family][0]()).to(dtype).train()
-    with torch.no_grad():  # norms begin at 1 or 0, where a wrong shift or order would not be seen
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.randn_like(parameter) / 4)
-    return model
-
-
-def batch():
-    torch.manual_seed(1)
-    ids = torch.randint(3, 96, (3, 11))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def step(model):
-    return models.step(model, **batch())
+def saved_by(model):
+    """Bytes that a step saves for backward."""
+    return saved_bytes(lambda: model(**batch()).loss, *model.parameters(), *model.buffers())[1]
 
 
 @families
@@ -60,7 +34,7 @@ def test_loss_and_gradients_are_the_models_own(family, dtype):
         pytest.skip("another rounding may send a token to another expert")
     model = make(family, dtype)
     expected = step(copy.deepcopy(model))
-    assert fuse_blocks(model) == FAMILIES[family][1]
+    assert fuse_blocks(model) == FUSED[family]
     assert_same(step(model), expected, dtype)
 
 
@@ -73,43 +47,26 @@ def test_quantized_model_with_adapters_trains_as_it_did(family):
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(model, config)
     expected = step(copy.deepcopy(model))
-    assert fuse_blocks(model) == FAMILIES[family][1]
+    assert fuse_blocks(model) == FUSED[family]
     assert fuse_blocks(model) == 0
     assert_same(step(model), expected, torch.float32)
 
 
-def kept_in_bytes(model):
-    """What autograd keeps beside parameters and inputs."""
-    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch()).loss
-    assert loss.requires_grad
-    return sum(storages.values())
-
-
-def test_layer_keeps_less_for_backward():
+def test_layer_saves_less_for_backward():
     """Of each layer: f(gate) and its product with up, and the fp32 copy of each norm for the input in bfloat16."""
     model = qn.nn.quantize_model(make("llama", torch.bfloat16))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets), autocast_adapter_dtype=False)
-    before = kept_in_bytes(model)
+    before = saved_by(model)
     fuse_blocks(model)
     tokens, width, inner = 33, 64, 96
     activations = 2 * 2 * tokens * inner * 2
     norms = 2 * 2 * tokens * width * (4 - 2)
-    assert before - kept_in_bytes(model) >= activations + norms
+    assert before - saved_by(model) >= activations + norms
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "compiled", "autocast"])
-def test_other_ways_to_run_a_model_give_what_they_gave(mode):
+def test_other_modes_of_a_model_give_what_they_gave(mode):
     model = make("llama").eval()
     inputs = batch()
 
@@ -216,7 +173,7 @@ def test_activation_without_a_product_is_what_it_was():
     deferred = block.act_fn(x)
     assert isinstance(deferred, DeferredActivation)
     expected = nn.functional.silu(x)
-    for look in (
+    for use in (
         lambda f: f + 1,
         lambda f: f.sum(-1),
         lambda f: torch.relu(f),
@@ -228,7 +185,7 @@ def test_activation_without_a_product_is_what_it_was():
         lambda f: f @ torch.ones(8, 2),
         lambda f: -f / 2 - 1,
     ):
-        torch.testing.assert_close(look(block.act_fn(x)), look(expected))
+        torch.testing.assert_close(use(block.act_fn(x)), use(expected))
     assert len(deferred) == 3 and deferred.shape == (3, 8)
 
 
@@ -236,7 +193,7 @@ def test_forward_that_another_library_replaced_stays():
     model = make("llama")
     norm = model.model.norm
     norm.forward = lambda x: x
-    assert fuse_blocks(model) == FAMILIES["llama"][1] - 1
+    assert fuse_blocks(model) == FUSED["llama"] - 1
     x = torch.randn(2, 64)
     assert norm(x) is x
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import class_for
 from peak import saved_bytes
+from test_aliasing import step as arguments_of_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -57,6 +58,10 @@ def test_opcheck_of_scales_in_8_bits():
     q = qn.quantize(torch.randn(9, 640), double_quant=False)
     nested = qn.quantize(torch.randn(9, 640)).nested_code
     torch.library.opcheck(ops.quantize_absmax, (q.absmax, nested))
+
+
+def test_opcheck_of_optimizer():
+    torch.library.opcheck(ops.optimizer_8bit_step, (), arguments_of_step())
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
