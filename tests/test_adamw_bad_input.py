@@ -367,11 +367,7 @@ STATE = [
     (lambda s: state_of(s, step=2**63), ValueError, "state[0].step: expected an integer >= 0, got 9223372036854775808"),
     (lambda s: state_of(s, __bnb_optimizer_quant_state__=3), TypeError, "expected a dict, got int"),
     (lambda s: state_of(s, qmap1=[0.0]), ValueError, "state[0].qmap1: expected the dynamic map of an 8-bit optimizer,"),
-    (
-        lambda s: state_of(s, absmax1=shrink(torch.zeros(18))),
-        ValueError,
-        "absmax1: expected a tensor with memory",
-    ),
+    (lambda s: state_of(s, absmax1=shrink(torch.zeros(18))), ValueError, "absmax1: expected a tensor with memory"),
     (lambda s: state_of(s, state1=s["state"][0]["state1"].to("meta")), ValueError, "state[0].state1: expected a"),
     (lambda s: {**s, "param_groups": [{"params": [0, 1]}]}, ValueError, "param_groups: expected lr in each, got only"),
     (lambda s: {**s, "state": {**s["state"], 0: 3}}, TypeError, "state[0]: expected a dict, got int"),

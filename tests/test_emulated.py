@@ -117,8 +117,7 @@ def optimizer_digest():
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "tiles"),
-    [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})],
+    ("kilobytes", "tiles"), [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})]
 )
 def test_each_tile_is_right_on_a_device_whose_shared_memory_holds_it(kilobytes, tiles):
     """The large products in each of the tiles that may fit shared memory, under one more order of threads."""

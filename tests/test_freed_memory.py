@@ -1,120 +1,41 @@
-"""Guards every function and op against tensors whose storage was freed (`untyped_storage().resize_(0)`) or cut short.
+"""Guards tensors whose memory is gone: each function names them before anything reads what is not there.
 
 FSDP and offloading leave such tensors. Their address is null or anywhere. Every argument refuses them by name, before
 torch casts, compares or copies it, and takes none for an absent one.
 """
 
 import inspect
-import os
-import subprocess
-import sys
 
+import process
 import pytest
 import torch
-from test_aliasing import step
+from test_aliasing import put, step, tensors_of
 
 import qlora_native as qn
 from qlora_native import functional
 from qlora_native._core.weight import as_matrix, op_arguments, unchecked
 
-ops = torch.ops.qlora_native
+ops, ones = torch.ops.qlora_native, torch.ones
 M, N, K, RANK = 3, 8, 128, 4
-WEIGHT = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code")
-REST = ("N", "K", "bits", "blocksize")
-LORA = ("lora_a", "lora_b", "lora_scaling", "lora_dropout", "seed")
-
-
-def weight():
-    return dict(zip((*WEIGHT, *REST), op_arguments(qn.quantize(torch.randn(N, K))), strict=True))
-
-
-def lora():
-    return dict(zip(LORA, (torch.ones(RANK, K), torch.ones(N, RANK), 1.0, 0.5, torch.tensor(7)), strict=True))
-
-
-CALLS = {
-    "quantize": lambda: (
-        {"weight": torch.ones(N, K), "code": torch.arange(16.0), "nested_code": torch.arange(256.0)}
-        | {"bits": 4, "blocksize": 64}
-    ),
-    "dequantize": lambda: weight() | {"dtype": torch.float32},
-    "linear_forward": lambda: {"x": torch.ones(M, K)} | weight() | {"bias": torch.ones(N)} | lora(),
-    "linear_backward_input": lambda: {"dy": torch.ones(M, N)} | weight() | lora() | {"need_dx": True},
-    "lora_gradients": lambda: (
-        {"x": torch.ones(M, K), "dy": torch.ones(M, N), "u": torch.ones(M, RANK)}
-        | {"v": torch.ones(M, RANK), "lora_scaling": 1.0, "lora_dropout": 0.5, "seed": torch.tensor(7)}
-        | {"dtype": torch.float32}
-    ),
-    "optimizer_8bit_step": step,
-}
-
-
-def freed(tensor, left=0):
-    tensor = tensor.clone()
-    tensor.untyped_storage().resize_(left)
-    return tensor
-
-
-def tensors_of(arguments):
-    return [name for name, value in arguments.items() if isinstance(value, (torch.Tensor, list))
-            and isinstance(value[0] if isinstance(value, list) else value, torch.Tensor)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, make in CALLS.items() for name in tensors_of(make())])
-@pytest.mark.parametrize("how", ["freed", "cut short", "a view of freed memory"])
-def test_tensor_without_memory_is_named_in_the_error(op, name, how):
-    arguments = CALLS[op]()
-    getattr(ops, op)(**arguments)  # as it is, it works
-    whole = arguments[name][0] if isinstance(arguments[name], list) else arguments[name]
-    if how == "a view of freed memory":
-        larger = torch.cat((whole.reshape(-1), whole.reshape(-1)))
-        bad = larger[whole.numel() :].view(whole.shape)
-        larger.untyped_storage().resize_(0)
-    else:
-        bad = freed(whole, 0 if how == "freed" else whole.nbytes - 1)
-    arguments[name] = [bad] if isinstance(arguments[name], list) else bad
-    before = {key: value[0].clone() for key, value in arguments.items() if key in ("params", "state1") and key != name}
-    with pytest.raises(ValueError, match=rf"{name}(\[0\])?: expected a tensor with memory, got one whose storage was"):
-        getattr(ops, op)(**arguments)
-    assert all(torch.equal(arguments[key][0], tensor) for key, tensor in before.items())
-
-
-@pytest.mark.parametrize("name", WEIGHT)
-def test_weight_without_memory_is_named_in_the_error(name):
-    q = qn.quantize(torch.randn(N, K))
-    getattr(q, name).untyped_storage().resize_(0)
-    for call in (lambda: qn.linear(torch.ones(M, K), q), q.dequantize, lambda: q.to("cpu")):
-        with pytest.raises(ValueError, match=f"{name}: expected a tensor with memory"):
-            call()
-
-
-def test_copy_of_strided_memory_is_checked_first():
-    """What is no contiguous tensor is copied by torch, which would read what is not there."""
-    x = torch.ones(M, 2 * K)[:, ::2]
-    x.untyped_storage().resize_(8)
-    with pytest.raises(ValueError, match="x: expected a tensor with memory"):
-        qn.linear(x, qn.quantize(torch.randn(N, K)))
-    with pytest.raises(ValueError, match="weight: expected a tensor with memory"):
-        qn.quantize(x)
-
-
-# ---- functions, layers and optimizers, some of which let torch read a tensor first -----------------------------------
-
 E, V, HEADS, TOKENS, HEAD_DIM = 2, 8, 2, 4, 8
+WEIGHT = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code", "N", "K", "bits", "blocksize")
+
+
+def op(name, **arguments):
+    """An op and its arguments. Of autocast knows only the function that calls it."""
+    return torch.autocast("cpu", enabled=False)(getattr(ops, name)), arguments
+
+
+def quantized(*shape):
+    return qn.quantize(ones(*shape or (N, K)))
+
+
+def of_weight():
+    return dict(zip(WEIGHT, op_arguments(quantized()), strict=True))
 
 
 def adapter(of_each=(), dtype=torch.float32):
     return {"lora_a": torch.ones(*of_each, RANK, K, dtype=dtype), "lora_b": torch.ones(*of_each, N, RANK, dtype=dtype)}
-
-
-def scaled_adapter(of_each=()):
-    """With the scaling as a tensor, which only functions take."""
-    return {**adapter(of_each), "lora_scaling": torch.ones(())}
-
-
-def double(*shape):
-    """A bias that is cast wherever it is used."""
-    return torch.ones(*shape, dtype=torch.float64)
 
 
 def changed_weight(method):
@@ -145,9 +66,9 @@ def reset_layer(**tensors):
 
 
 def new_optimizer(**options):
-    param = torch.nn.Parameter(torch.ones(4096))
+    param = torch.nn.Parameter(ones(4096))
     optimizer = qn.optim.AdamW8bit([param], **options)
-    param.grad = torch.ones(4096)
+    param.grad = ones(4096)
     return optimizer, param
 
 
@@ -164,16 +85,15 @@ def state_of_optimizer():
     return {name: tensor.clone() for name, tensor in optimizer.state[param].items()}
 
 
-def second_step(**state):
-    optimizer, param = new_optimizer()
-    optimizer.state[param] = state
-    optimizer.step()
+def with_state(method):
+    """A method of an optimizer whose state are the arguments."""
 
+    def call(**state):
+        optimizer, param = new_optimizer()
+        optimizer.state[param] = state
+        method(optimizer)
 
-def written_for_bitsandbytes(**state):
-    optimizer, param = new_optimizer()
-    optimizer.state[param] = state
-    optimizer.to_bitsandbytes()
+    return call, state_of_optimizer()
 
 
 def loaded_state(**state):
@@ -181,130 +101,118 @@ def loaded_state(**state):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
 
 
-def loaded_arguments():
+def state_for_bitsandbytes():
     optimizer, _ = new_optimizer()
     optimizer.step()
     return optimizer.to_bitsandbytes()["state"][0]
 
 
-def heads():
-    return torch.ones(1, HEADS, TOKENS, HEAD_DIM)
+def gradient(function, **gradient):
+    """The backward pass of what a function of x computes; torch would cast `dy` under autocast."""
+
+    @torch.autocast("cpu", enabled="dloss" in gradient)
+    def backward(**tensors):
+        function(ones(M, K, requires_grad=True)).backward(*tensors.values())
+
+    return backward, gradient
+
+
+def loss(reduction):
+    return lambda x: functional.linear_cross_entropy(x, quantized(V, K), labels(), reduction=reduction)
 
 
 def labels():
     return torch.arange(M) % V
 
 
-@torch.autocast("cpu", enabled=False)  # only the function that calls it knows of autocast
-def loss_op(**tensors):
-    """The op, with a dense weight."""
-    order = ("hidden", "labels", "weight", *[None] * 6, N, K, 0, 0, "bias", "lora_a", "lora_b")
-    rest = (1.0, -100, 1.0, 0.0, 0.0, 0.0, [True] * 4, None)
-    return ops.linear_cross_entropy.default(*(tensors.get(each, each) for each in order), *rest)
+def of_loss(weight, bias=None, **more):
+    bias = {"bias": ones(V, dtype=torch.float64) if bias is None else bias}
+    return {"hidden": ones(M, K), "weight": weight, "labels": labels()} | bias | adapter() | more
 
 
-def gradient_of_loss(reduction):
-    hidden = torch.ones(M, K, requires_grad=True)
-    return lambda dloss: functional.linear_cross_entropy(
-        hidden, qn.quantize(torch.ones(V, K)), labels(), reduction=reduction
-    ).backward(dloss)
+def bytes_of(**shapes):
+    return {name: ones(N, size, dtype=torch.uint8) for name, size in shapes.items()}
 
 
-@torch.autocast("cpu", enabled=False)  # torch would cast dy to the dtype of y
-def gradient_of_bias(dy):
-    qn.linear(torch.ones(M, K), qn.quantize(torch.ones(N, K)), torch.ones(N, requires_grad=True)).backward(dy)
+def scaled(*of_each):
+    """An adapter with the scaling as a tensor, and a bias that is cast wherever it is used."""
+    return adapter(of_each) | {"lora_scaling": ones(())}
 
 
-@torch.autocast("cpu", enabled=False)
-def gradient_of_norm(dy):
-    functional.rms_norm(torch.ones(M, K), torch.ones(K, requires_grad=True)).backward(dy)
-
-
+LORA = {"lora_scaling": 1.0, "lora_dropout": 0.5}
+SEED = torch.tensor(7)
+BIAS = torch.float64  # which is cast wherever it is used
 # {name: () -> (function, its arguments)}
 FUNCTIONS = {
-    "quantize": lambda: (qn.quantize, {"weight": torch.ones(N, K), "codebook": torch.arange(16).double()}),
-    "quantize of experts": lambda: (qn.quantize, {"weight": torch.ones(E, N, K)}),
-    "quantize in mxfp4": lambda: (qn.quantize, {"weight": torch.ones(E, N, K), "format": "mxfp4"}),
+    "the op quantize": lambda: op(
+        "quantize", weight=ones(N, K), code=torch.arange(16.0), nested_code=torch.arange(256.0), bits=4, blocksize=64),
+    "the op dequantize": lambda: op("dequantize", **of_weight(), dtype=torch.float32),
+    "the op linear_forward": lambda: op(
+        "linear_forward", x=ones(M, K), **of_weight(), bias=ones(N), **adapter(), **LORA, seed=SEED.clone()),
+    "the op linear_backward_input": lambda: op(
+        "linear_backward_input", dy=ones(M, N), **of_weight(), **adapter(), **LORA, seed=SEED.clone(), need_dx=True),
+    "the op lora_gradients": lambda: op(
+        "lora_gradients", x=ones(M, K), dy=ones(M, N), u=ones(M, RANK), v=ones(M, RANK), **LORA, seed=SEED.clone(),
+        dtype=torch.float32),
+    "the op linear_cross_entropy": lambda: op(
+        "linear_cross_entropy", **of_loss(ones(V, K), ones(V)), **dict.fromkeys(WEIGHT[:6]), N=V, K=K, bits=0,
+        blocksize=0, lora_scaling=1.0, ignore_index=-100, scale=1.0, softcap=0.0, label_smoothing=0.0, z_loss=0.0,
+        wanted=[True] * 4, row_gradients=None),
+    "the op optimizer_8bit_step": lambda: op("optimizer_8bit_step", **step()),
+    "quantize": lambda: (qn.quantize, {"weight": ones(N, K), "codebook": torch.arange(16).double()}),
+    "quantize of experts": lambda: (qn.quantize, {"weight": ones(E, N, K)}),
+    "quantize in mxfp4": lambda: (qn.quantize, {"weight": ones(E, N, K), "format": "mxfp4"}),
     "dequantize": lambda: changed_weight(qn.dequantize),
-    "embedding": lambda: (
-        functional.embedding,
-        {"ids": torch.zeros(M, dtype=torch.int32), "q": qn.quantize(torch.ones(N, K))},
-    ),
-    "linear": lambda: (
-        qn.linear,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **scaled_adapter()},
-    ),
-    "linear of a changed weight": lambda: changed_weight(lambda q: qn.linear(torch.ones(M, K), q)),
+    "embedding": lambda: (functional.embedding, {"ids": torch.zeros(M, dtype=torch.int32), "q": quantized()}),
+    "linear": lambda: (qn.linear, {"x": ones(M, K), "q": quantized(), "bias": ones(N, dtype=BIAS), **scaled()}),
+    "linear of a changed weight": lambda: changed_weight(lambda q: qn.linear(ones(M, K), q)),
     "linear_grouped by index": lambda: (
         functional.linear_grouped,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **scaled_adapter((E,))}
-        | {"adapter_index": torch.tensor([1, 0, -1])},
-    ),
+        {"x": ones(M, K), "q": quantized(), "bias": ones(N, dtype=BIAS), **scaled(E)}
+        | {"adapter_index": torch.tensor([1, 0, -1])}),
     "linear_grouped by offsets": lambda: (
         functional.linear_grouped,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(E, N, K)), "bias": double(E, N), **scaled_adapter((E,))}
-        | {"offsets": torch.tensor([0, 1, M])},
-    ),
+        {"x": ones(M, K), "q": quantized(E, N, K), "bias": ones(E, N, dtype=BIAS), **scaled(E)}
+        | {"offsets": torch.tensor([0, 1, M])}),
     "linear_cross_entropy": lambda: (
-        functional.linear_cross_entropy,
-        {"hidden": torch.ones(M, K), "weight": qn.quantize(torch.ones(V, K)), "labels": labels(), "bias": double(V)}
-        | scaled_adapter(),
-    ),
+        functional.linear_cross_entropy, of_loss(quantized(V, K), lora_scaling=ones(()))),
     "linear_cross_entropy of a dense head": lambda: (
-        functional.linear_cross_entropy,
-        {"hidden": torch.ones(M, K), "weight": torch.ones(V, K), "labels": labels(), "bias": double(V)}
-        | scaled_adapter(),
-    ),
-    "the op linear_cross_entropy": lambda: (
-        loss_op,
-        {"hidden": torch.ones(M, K), "labels": labels(), "weight": torch.ones(V, K), "bias": torch.ones(V)} | adapter(),
-    ),
+        functional.linear_cross_entropy, of_loss(ones(V, K), lora_scaling=ones(()))),
     "attention": lambda: (
         functional.attention,
-        {"q": heads(), "k": heads(), "v": heads()}
-        | {"key_ranges": torch.tensor([[[0, TOKENS]] * TOKENS], dtype=torch.int32)},
-    ),
-    "gated_activation": lambda: (functional.gated_activation, {"gate": torch.ones(M, K), "up": torch.ones(M, K)}),
-    "rms_norm": lambda: (functional.rms_norm, {"x": torch.ones(M, K), "weight": torch.ones(K)}),
+        {name: ones(1, HEADS, TOKENS, HEAD_DIM) for name in "qkv"}
+        | {"key_ranges": torch.tensor([[[0, TOKENS]] * TOKENS], dtype=torch.int32)}),
+    "gated_activation": lambda: (functional.gated_activation, {"gate": ones(M, K), "up": ones(M, K)}),
+    "rms_norm": lambda: (functional.rms_norm, {"x": ones(M, K), "weight": ones(K)}),
     "rotary_embedding": lambda: (
         functional.rotary_embedding,
-        {"x": heads(), "cos": torch.ones(1, TOKENS, HEAD_DIM), "sin": torch.ones(1, TOKENS, HEAD_DIM)},
-    ),
-    "the gradient of a mean": lambda: (gradient_of_loss("mean"), {"dloss": torch.ones(())}),
-    "the gradient of each loss": lambda: (gradient_of_loss("none"), {"dloss": torch.ones(M)}),
-    "the gradient of a bias": lambda: (gradient_of_bias, {"dy": torch.ones(M, N)}),
-    "the gradient of a norm's weight": lambda: (gradient_of_norm, {"dy": torch.ones(M, K)}),
+        {"x": ones(1, HEADS, TOKENS, HEAD_DIM)} | {name: ones(1, TOKENS, HEAD_DIM) for name in ("cos", "sin")}),
+    "the gradient of a mean": lambda: gradient(loss("mean"), dloss=ones(())),
+    "the gradient of each loss": lambda: gradient(loss("none"), dloss=ones(M)),
+    "the gradient of a bias": lambda: gradient(
+        lambda x: qn.linear(x, quantized(), ones(N, requires_grad=True)), dy=ones(M, N)),
+    "the gradient of a norm's weight": lambda: gradient(
+        lambda x: functional.rms_norm(x, ones(K, requires_grad=True)), dy=ones(M, K)),
     "QuantizedWeight": lambda: changed_weight(lambda q: as_matrix(q).__post_init__()),
     "check_values": lambda: changed_weight(qn.QuantizedWeight.check_values),
     "to": lambda: changed_weight(lambda q: q.to("cpu")),
     "to_bitsandbytes": lambda: changed_weight(qn.QuantizedWeight.to_bitsandbytes),
-    "from_mxfp4": lambda: (
-        qn.QuantizedWeight.from_mxfp4,
-        {name: torch.ones(N, size, dtype=torch.uint8) for name, size in (("blocks", K // 2), ("scales", K // 32))},
-    ),
+    "from_mxfp4": lambda: (qn.QuantizedWeight.from_mxfp4, bytes_of(blocks=K // 2, scales=K // 32)),
     "from_nvfp4": lambda: (
-        qn.QuantizedWeight.from_nvfp4,
-        {name: torch.ones(N, size, dtype=torch.uint8) for name, size in (("codes", K // 2), ("scales", K // 16))}
-        | {"weight_scale_2": torch.ones(1)},
-    ),
+        qn.QuantizedWeight.from_nvfp4, bytes_of(codes=K // 2, scales=K // 16) | {"weight_scale_2": ones(1)}),
     "Linear4bit": cast_layer,
     "Experts4bit": lambda: (
         experts_layer,
-        {"x": torch.ones(M, K), "offsets": torch.tensor([0, 1, M]), "bias": double(E, N), **adapter((E,))},
-    ),
+        {"x": ones(M, K), "offsets": torch.tensor([0, 1, M]), "bias": ones(E, N, dtype=BIAS), **adapter((E,))}),
     "reset_parameters": lambda: (
         reset_layer,
-        {"nested_absmax": torch.ones(1), "nested_code": torch.ones(256)}
-        | {"offset": torch.ones(()), "codebook": torch.ones(16)},
-    ),
+        {"nested_absmax": ones(1), "nested_code": ones(256), "offset": ones(()), "codebook": ones(16)}),
     "the first step": lambda: (
-        first_step,
-        {name: torch.ones((), dtype=torch.float64) for name in ("lr", "grad_scale", "found_inf")},
-    ),
-    "the second step": lambda: (second_step, state_of_optimizer()),
-    "to_bitsandbytes of an optimizer": lambda: (written_for_bitsandbytes, state_of_optimizer()),
+        first_step, {name: ones((), dtype=torch.float64) for name in ("lr", "grad_scale", "found_inf")}),
+    "the second step": lambda: with_state(qn.optim.AdamW8bit.step),
+    "to_bitsandbytes of an optimizer": lambda: with_state(qn.optim.AdamW8bit.to_bitsandbytes),
     "load_state_dict of an optimizer": lambda: (loaded_state, state_of_optimizer()),
-    "load_state_dict of bitsandbytes' optimizer": lambda: (loaded_state, loaded_arguments()),
+    "load_state_dict of bitsandbytes' optimizer": lambda: (loaded_state, state_for_bitsandbytes()),
 }  # fmt: skip
 
 
@@ -313,19 +221,18 @@ def strided(tensor):
     return torch.stack((tensor, tensor), -1)[..., 0]
 
 
-def cut(tensor, bytes_left):
-    tensor.untyped_storage().resize_(bytes_left)
+def cut(tensor, size):
+    tensor.untyped_storage().resize_(size)
     return tensor
 
 
-WAYS = {
+FAULTS = {
     "freed": lambda t: cut(t.clone(), 0),
     "cut short": lambda t: cut(t.clone(), t.nbytes - 1),
+    "a view of freed memory": lambda t: cut(torch.stack((t, t))[1], 0),
     "strided and freed": lambda t: cut(strided(t), 0),
     "strided and cut short": lambda t: cut(strided(t), 2 * t.nbytes - t.element_size() - 1),
 }
-
-
 EXPECTED = "a (tensor with memory|contiguous tensor)"  # the fields of a weight must also be contiguous
 
 
@@ -337,18 +244,17 @@ def call_all():
                 function, arguments = make()
                 print(f"{name}, {autocast=}", flush=True)
                 function(**arguments)  # as it is, it works
-                tensors = [argument for argument, value in arguments.items() if isinstance(value, torch.Tensor)]
-                for argument, way in ((argument, way) for argument in tensors for way in WAYS):
-                    print(f"{name}, {argument} {way}, {autocast=}", flush=True)
-                    function, arguments = make()
-                    arguments[argument] = WAYS[way](arguments[argument])
-                    with pytest.raises(ValueError, match=rf"^(\S+\.)?{argument}(\[0\])?: expected {EXPECTED}"):
-                        function(**arguments)
+                for argument in tensors_of(arguments):
+                    for fault in FAULTS:
+                        print(f"{name}, {argument} {fault}, {autocast=}", flush=True)
+                        function, arguments = make()
+                        put(arguments, argument, FAULTS[fault](tensors_of(arguments)[argument]))
+                        with pytest.raises(ValueError, match=rf"^(\S+\.)?{argument}(\[0\])?: expected {EXPECTED}"):
+                            function(**arguments)
 
 
-def test_torch_reads_no_tensor_before_its_memory_is_checked():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+def test_tensor_without_memory_is_named_before_torch_reads_it():
+    done = process.run(__file__, OMP_NUM_THREADS="1")
     case = done.stdout.strip().rpartition("\n")[2]
     assert done.returncode == 0, f"{case}: ended with {done.returncode}\n{done.stderr[-2000:]}"
 

@@ -113,7 +113,7 @@ def test_wheel_has_types_licence_and_headers():
     # Neither sources nor tests: `..` is the command of the entry point.
     assert {file.split("/")[0].split("-")[0] for file in files} <= {"qlora_native", ".."}
     assert {Path(file).suffix for file in files if file.startswith("qlora_native/")} <= {
-        *(".py", ".pyc", ".typed", ".so", ".a", ".h", ".cpp", ".cmake"),
+        *(".py", ".pyc", ".typed", ".so", ".a", ".h", ".cpp", ".cmake")
     }
 
 
