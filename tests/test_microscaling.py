@@ -70,9 +70,9 @@ def test_ties_take_the_even_code_and_large_values_the_largest(format):
     blocksize = cases.MICROSCALED[format]
     # Beside a 7.5 the scale of MXFP4 is 1, and 7.5 becomes 6. That of NVFP4 is 1 beside 6 in one block and 6 * 448
     # in another.
-    most = 7.5 if format == "mxfp4" else 6.0
+    largest = 7.5 if format == "mxfp4" else 6.0
     padded = torch.nn.functional.pad(rows, (0, -len(rows) % (blocksize - 1))).view(-1, blocksize - 1)
-    weight = torch.cat((torch.full((len(padded), 1), most), padded), dim=1)
+    weight = torch.cat((torch.full((len(padded), 1), largest), padded), dim=1)
     if format == "nvfp4":
         weight = torch.cat((weight, torch.full((1, blocksize), 6.0 * 448)))
     q = qn.quantize(weight, format)
@@ -143,20 +143,6 @@ def test_only_blocksize_of_a_format_is_named_in_the_error(format, only):
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_layer_comes_back_from_its_state_dict(format):
-    linear = torch.nn.Linear(96, 40)
-    layer = qn.nn.Linear4bit.from_linear(linear, format)
-    other = qn.nn.Linear4bit(96, 40, format=format)
-    x = torch.randn(3, 96)
-    assert torch.equal(other(x), other.bias.expand(3, 40))  # a layer of zeros
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.dequantize(), layer.dequantize())
-    assert torch.equal(other(x), layer(x))
-    layer.reset_parameters()
-    assert torch.equal(layer.dequantize(), torch.zeros(40, 96))
-
-
 @pytest.mark.parametrize(("format", "byte"), [("mxfp4", 255), ("nvfp4", 127), ("nvfp4", 129), ("nvfp4", 255)])
 def test_byte_beside_the_scales_is_located_where_a_weight_is_loaded(format, byte):
     layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 2), format)
@@ -178,30 +164,11 @@ def test_byte_beside_the_scales_is_located_where_a_weight_is_loaded(format, byte
         layer.load_state_dict(table)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_model_trains_adapters_over_it(format):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-    qn.nn.quantize_model(model, format=format, progress=False)
-    assert {layer.format for layer in (model[0], model[2])} == {format}
-    a, b = torch.randn(4, 64).mul(0.1).requires_grad_(), torch.zeros(32, 4, requires_grad=True)
-    optimizer = torch.optim.AdamW([a, b], lr=0.02)
-    x, target = torch.randn(64, 64), torch.randn(64, 8)
-    losses = []
-    for _ in range(20):
-        loss = (model[2](model[0](x, a, b).relu()) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
 # ---- the files of others ---------------------------------------------------------------------------------------------
 
 
-def random_bytes(*shape, most=256):
-    return torch.randint(0, most, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def random_bytes(*shape, end=256):
+    return torch.randint(0, end, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def every_scale():
@@ -214,7 +181,7 @@ def every_scale():
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_mxfp4_decodes_to_the_bits_of_transformers(dtype):
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
-    experts = random_bytes(3, 10, 2, 16), random_bytes(3, 10, 2, most=255)
+    experts = random_bytes(3, 10, 2, 16), random_bytes(3, 10, 2, end=255)
     for blocks, scales in ((*(t[None] for t in every_scale()),), experts):
         expected = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype).transpose(1, 2)
         for expert, theirs in enumerate(expected):
@@ -256,26 +223,6 @@ def test_nvfp4_of_compressed_tensors_decodes_to_its_bits():
         assert_same_bits(q.dequantize(), theirs, f"{global_scale}")
 
 
-def test_nvfp4_that_compressed_tensors_makes_is_read():
-    compressors = pytest.importorskip("compressed_tensors.compressors.nvfp4")
-    weight = random_weight(24, 64, torch.bfloat16)
-    global_scale = 448.0 * 6.0 / weight.float().abs().max().reshape(1)
-    absmax = blocks_of(weight, 16).abs().amax(dim=1).view(24, 4)
-    scale = (absmax / 6 * global_scale).to(torch.float8_e4m3fn).to(torch.bfloat16)
-    entries = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
-    scheme = compressed_tensors_scheme(16)
-    packed = compressors.NVFP4PackedCompressor.compress(entries, scheme)
-    q = qn.QuantizedWeight.from_nvfp4(
-        packed["weight_packed"], packed["weight_scale"], weight_global_scale=packed["weight_global_scale"]
-    )
-    theirs = compressors.NVFP4PackedCompressor.decompress(packed, scheme)["weight"]
-    assert_same_bits(q.dequantize(), theirs, "read")
-    # Its rule is ours but for the order of its roundings, so that a scale may be E4M3's next.
-    ours = qn.quantize(weight, "nvfp4")
-    assert (ours.absmax.int() - q.absmax.int()).abs().max() <= 1
-    assert (ours.absmax == q.absmax).float().mean() > 0.9
-
-
 def test_mxfp4_of_compressed_tensors_decodes_to_its_bits():
     compressors = pytest.importorskip("compressed_tensors.compressors.mxfp4")
     codes, scales = every_scale()
@@ -288,7 +235,7 @@ def test_mxfp4_of_compressed_tensors_decodes_to_its_bits():
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_nvfp4_of_modelopt_decodes_to_its_formula(dtype):
     """modelopt/torch/quantization/qtensor/nvfp4_tensor.py, version 0.47: values * (scale * scale_2), in fp32."""
-    codes, scales = random_bytes(30, 64), random_bytes(30, 8, most=127).view(torch.float8_e4m3fn)
+    codes, scales = random_bytes(30, 64), random_bytes(30, 8, end=127).view(torch.float8_e4m3fn)
     scale_2 = torch.tensor(0.0123)
     q = qn.QuantizedWeight.from_nvfp4(codes, scales, weight_scale_2=scale_2)
     values = E2M1[torch.stack((codes & 15, codes >> 4), dim=-1).long()].view(30, 8, 16)
@@ -310,8 +257,8 @@ def test_weight_that_is_quantized_is_what_is_read_again(dtype):
     assert torch.equal(read.dequantize(), nv.dequantize())
 
 
-BLOCKS, SCALES = random_bytes(6, 2, 16), random_bytes(6, 2, most=255)
-CODES, E4M3 = random_bytes(6, 16), random_bytes(6, 2, most=127)
+BLOCKS, SCALES = random_bytes(6, 2, 16), random_bytes(6, 2, end=255)
+CODES, E4M3 = random_bytes(6, 16), random_bytes(6, 2, end=127)
 ONE = torch.tensor(1.0)
 BAD_MXFP4 = [
     ((BLOCKS.int(), SCALES), TypeError, "blocks: expected torch.uint8, got torch.int32"),
