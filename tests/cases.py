@@ -19,7 +19,7 @@ CODEBOOK = (-1.0, -0.83, -0.61, -0.47, -0.36, -0.21, -0.13, -0.04, 0.02, 0.09, 0
 WEIGHTS = ((1, 1), (1, 64), (5, 63), (3, 65), (7, 1), (48, 96), (65, 128), (33, 3420))
 ROWS = (0, 1, 7, 8, 9, 129)
 # [M, N, K] around the edges of what a kernel takes at a time: 16 lanes, 64 rows of W, 512 of X, 1024 of K, and one off;
-# for few rows on a GPU a last turn of 32 of K.
+# for small M on a GPU a last round of 32 of K.
 BLOCKED = (
     (2, 64, 1024),
     (4, 66, 1025),
@@ -86,7 +86,7 @@ def products():
                 yield Product(M, N, K, dtype, format, blocksize)
             for M, N, K in ((2, 64, 1024), (64, 63, 2049), (258, 264, 192)):
                 yield Product(M, N, K, dtype, format, blocksize, bias=True, rank=16, dropout=0.25)
-        # Small blocks, on rows of whole chunks of 64 and on ragged ones, by every way that a CPU has for them.
+        # Small blocks, on rows of whole chunks of 64 and on ragged ones, by every kernel that a CPU has for them.
         for format, blocksize in (*MICROSCALED.items(), ("nf4", 32)):
             for M, (N, K) in itertools.product((1, 3, 8, 9, 48, 300), ((70, 320), (37, 333))):
                 if dtype != torch.float16:
@@ -101,7 +101,7 @@ def products():
 
 
 def long_sums():
-    """(product, results): each of these results has sums of 14336 terms, the most of the models that matter."""
+    """(product, results): each of these results has sums of 14336 terms, the longest of the models that matter."""
     for dtype in DTYPES:
         # In 16 bits the rounding of the result hides most of what a sum does: once will do.
         for M in (1, 8, 64) if dtype == torch.float32 else (8,):
@@ -111,9 +111,9 @@ def long_sums():
         yield Product(14336, 64, 64, dtype, rank=16), ("da", "db")
 
 
-def many_rows():
-    """Products that go by panels of decoded weight, where torch's dense product is at hand: ragged shapes, panels of
-    which there are several, and rows of which there are too many to be copied beside the adapter's at once."""
+def large_m():
+    """Products by panels of decoded weight, which torch's dense product multiplies: ragged shapes, several panels, and
+    more rows than are copied beside the adapter's at once."""
     for dtype in DTYPES:
         yield Product(769, 130, 333, dtype, bias=True)
         yield Product(1100, 200, 264, dtype, format="int8", blocksize=128, double_quant=False)

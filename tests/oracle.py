@@ -6,6 +6,7 @@ and B, are rounded to the dtype of x. By Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|,
 too.
 """
 
+import hashlib
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,7 +27,7 @@ U32 = unit_roundoff(torch.float32)
 # is a product of its own, which is rounded before it becomes a term of the result's sum.
 LOW_RANK_ROUNDINGS = 3
 LOW_RANK_ROUNDINGS_BY_TORCH = 4
-# Elements of a result that are held against sums in blocks, which take long.
+# Elements of a result that are compared with sums in blocks, which take long.
 SAMPLE = 2048
 
 
@@ -40,6 +41,14 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def digest(tensors):
+    """A hash over the bits of tensors."""
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        hashed.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def scales(q):
@@ -90,8 +99,8 @@ def distance_to_nearest(levels, values):
 
 
 class Linear:
-    """One product with its gradients, three ways: in float64, by sums in blocks, and as torch's dense operations give
-    it; and how far off an element may be. All is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N].
+    """One product with its gradients: in float64, by sums in blocks, and as torch's dense operations give it; and how
+    far off an element may be. All is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N].
 
     torch itself sums dy to dbias, so that has a tolerance and no yardstick.
     """
@@ -103,7 +112,7 @@ class Linear:
         self.mask = dropout_mask(seed, *x.shape, dropout) if dropout else torch.ones(x.shape, dtype=torch.float64)
 
     def exact(self):
-        """{"y", "dx", "dbias", "da", "db"} in float64, of the operands as they came (w rounded, the rest not)."""
+        """{"y", "dx", "dbias", "da", "db"} in float64, of the operands as they are given (w rounded, the rest not)."""
         return self._run(lambda t: t.double())
 
     def dense(self, device="cpu"):

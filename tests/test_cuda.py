@@ -81,14 +81,14 @@ def test_product_can_be_captured():
 
 
 # Large enough for panels of up to 200 SMs: two of them forward; and rows that are copied in two parts.
-MANY_ROWS = (
+LARGE_M = (
     cases.Product(2500, 5000, 1003, torch.bfloat16, bias=True, rank=5),
     cases.Product(2048, 2000, 2048, torch.float16, format="int8", blocksize=128, double_quant=False),
     cases.Product(8200, 1000, 1000, torch.float32, bias=True, rank=16),
 )
 
 
-@pytest.mark.parametrize("case", MANY_ROWS, ids=str)
+@pytest.mark.parametrize("case", LARGE_M, ids=str)
 def test_product_by_panels_is_within_its_tolerance(case, monkeypatch, capfd):
     monkeypatch.setenv("QLN_PRINT_CONFIG", "1")
     conformance.check_product(case, DEVICE, by_torch=True)

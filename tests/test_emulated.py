@@ -5,27 +5,25 @@ barrier or a wait is missing, so every order must pass the conformance cases and
 repeats all of this under AddressSanitizer, which finds reads and writes out of bounds.
 """
 
-import hashlib
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import cases
+import oracle
+import process
 import pytest
 import torch
 
 import qlora_native as qn
 from qlora_native import _C
 
-TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 # Blocks at the same time: for what passes between them, partial sums of a tile (stream-K) and the optimizer's step.
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
 # Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
-CONFORMANCE = ("-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "test_conformance.py")
 
 
 def orders(*schedules, others=()):
@@ -34,9 +32,13 @@ def orders(*schedules, others=()):
     return [pytest.param(s, *others, marks=thorough if s[-2:] in (":2", ":3") else ()) for s in schedules]
 
 
-def run(*command, schedule="forward", **more):
-    environment = {**os.environ, "QLN_BACKEND": "cuda_emulated", "QLN_SCHEDULE": schedule, **more}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
+def shown(code, schedule="forward", **more):
+    """What a statement prints over the emulator."""
+    return process.succeed("-c", code, QLN_BACKEND="cuda_emulated", QLN_SCHEDULE=schedule, **more)
+
+
+def conformance(*arguments, **environment):
+    return process.pytest_of("test_conformance.py", *arguments, QLN_BACKEND="cuda_emulated", **environment)
 
 
 # Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
@@ -47,27 +49,22 @@ def run(*command, schedule="forward", **more):
 )
 def test_cases_pass_under_each_order_of_threads(schedule, kernel):
     step = 1 if schedule == SCHEDULES[0] and kernel == "" else EVERY
-    shown = run(*CONFORMANCE, f"--every={step}", schedule=schedule, QLN_FORCE_KERNEL=kernel)
-    assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
-    assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
+    done = conformance(f"--every={step}", QLN_SCHEDULE=schedule, QLN_FORCE_KERNEL=kernel)
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-1000:]
 
 
 def test_bits_are_the_same_under_each_order_of_threads():
-    shown = {s: run("-c", "import test_emulated; print(test_emulated.digest())", schedule=s) for s in SCHEDULES}
-    digests = {schedule: done.stdout.strip() for schedule, done in shown.items()}
-    assert all(digests.values()), shown
+    digests = {s: shown("import test_emulated; print(test_emulated.digest())", s).stdout for s in SCHEDULES}
     assert len(set(digests.values())) == 1, digests
 
 
 @pytest.mark.parametrize("schedule", orders(*CONCURRENT))
 def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
     """Tiles of 16, 64 and 128 rows, whose K several blocks split, forward and backward."""
-    command = "-c", "import test_emulated; print(test_emulated.stream_k_digest())"
-    shown = {order: run(*command, schedule=order, QLN_PRINT_CONFIG="1") for order in (SCHEDULES[0], schedule)}
-    digests = {order: done.stdout.strip() for order, done in shown.items()}
-    assert all(digests.values()), shown
-    assert len(set(digests.values())) == 1, digests
-    tiles = re.findall(r"(\d+) tiles of (\d+x\d+), \d+ steps each, (\d+) blocks", shown[schedule].stderr)
+    code = "import test_emulated; print(test_emulated.stream_k_digest())"
+    expected, done = (shown(code, order, QLN_PRINT_CONFIG="1") for order in (SCHEDULES[0], schedule))
+    assert done.stdout == expected.stdout
+    tiles = re.findall(r"(\d+) tiles of (\d+x\d+), \d+ steps each, (\d+) blocks", done.stderr)
     shared = {tile for count, tile, blocks in tiles if int(blocks) > 1 and int(count) % int(blocks) != 0}
     assert shared == {"16x128", "64x128", "128x256"}, tiles
 
@@ -78,29 +75,23 @@ def stream_k_digest():
 
 
 def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.DTYPES):
-    """Everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
+    """Everything that test_determinism.py computes, for products of one row of tiles and of several, in each dtype."""
     import test_determinism
 
-    total = hashlib.sha256()
-    for shape in shapes:
-        for dtype in dtypes:
-            for name, tensor in sorted(test_determinism.results(*shape, dtype).items()):
-                total.update(name.encode())
-                total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    every = [test_determinism.results(*shape, dtype) for shape in shapes for dtype in dtypes]
+    return oracle.digest(tensor for results in every for _, tensor in sorted(results.items()))
 
 
 @pytest.mark.parametrize("schedule", orders(*SCHEDULES[:3], *CONCURRENT))
 def test_optimizer_has_the_bits_of_the_cpu(schedule):
-    shown = run("-c", "import test_emulated; print(test_emulated.optimizer_digest())", schedule=schedule)
-    assert shown.stdout.strip() == optimizer_digest(), shown.stderr[-2000:]
+    code = "import test_emulated; print(test_emulated.optimizer_digest())"
+    assert shown(code, schedule).stdout.strip() == optimizer_digest()
 
 
 def optimizer_digest():
     """Each algorithm over every kind of tensor, and AdamW8bit over more tensors than a launch takes."""
     import test_adamw
 
-    hashed = hashlib.sha256(test_adamw.digest().encode())
     params = test_adamw.parameters([515] * 600)
     # Some where vectors cannot reach them, and some of another dtype than their gradients.
     unaligned = [torch.nn.Parameter(torch.cat((p.detach(), p.detach()))[1:]) for p in params[:3]]
@@ -110,10 +101,8 @@ def optimizer_digest():
     for seed in range(2):
         test_adamw.set_gradients(params + unaligned + mixed, seed, torch.float32)
         optimizer.step()
-    for param, state in optimizer.state.items():
-        for tensor in (param.detach(), *state.values()):
-            hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
+    tensors = (tensor for param, state in optimizer.state.items() for tensor in (param.detach(), *state.values()))
+    return test_adamw.digest() + oracle.digest(tensors)
 
 
 @pytest.mark.parametrize(
@@ -122,25 +111,16 @@ def optimizer_digest():
 def test_each_tile_is_right_on_a_device_whose_shared_memory_holds_it(kilobytes, tiles):
     """The large products in each of the tiles that may fit shared memory, under one more order of threads."""
     shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
-    chosen = f"({shapes}) and (bf16 or f16)"
-    done = run(
-        *CONFORMANCE,
-        "-s",
-        "-k",
-        chosen,
-        schedule="random:4",
-        QLN_EMULATED_SMEM=str(kilobytes * 1024),
-        QLN_PRINT_CONFIG="1",
-    )
-    assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
+    environment = {"QLN_SCHEDULE": "random:4", "QLN_EMULATED_SMEM": str(kilobytes * 1024), "QLN_PRINT_CONFIG": "1"}
+    done = conformance("-s", "-k", f"({shapes}) and (bf16 or f16)", **environment)
     assert f"{2 * len(cases.LARGE)} passed" in done.stdout, done.stdout[-1000:]
     assert set(re.findall(r"tiles of (\d+x\d+)", done.stderr)) == tiles
 
 
 def test_emulator_is_what_runs():
     """Otherwise the tests above would test the cpu backend."""
-    command = "-c", "from qlora_native import _C; print(_C.cpu_tensors_backend())"
-    assert run(*command).stdout.strip() == "cuda_emulated"
+    code = "from qlora_native import _C; print(_C.cpu_tensors_backend())"
+    assert shown(code).stdout.strip() == "cuda_emulated"
 
 
 # ---- a machine without a GPU -----------------------------------------------------------------------------------------
@@ -151,9 +131,8 @@ def test_machine_without_a_gpu_is_told_why():
     """The module is imported above: a build with CUDA asks for no driver until it is used."""
     reason = _C.cuda_unavailable_reason()
     assert reason.startswith(("no CUDA device can be used here: ", "this build has no CUDA backend: ")), reason
-    shown = run("-m", "qlora_native")
-    assert shown.returncode == 0, shown.stderr
-    assert any(line.split("  ", 1)[0] == "CUDA backend" and reason in line for line in shown.stdout.splitlines())
+    report = process.succeed("-m", "qlora_native", QLN_BACKEND="cuda_emulated").stdout.splitlines()
+    assert any(line.split("  ", 1)[0] == "CUDA backend" and reason in line for line in report)
     q = qn.quantize(torch.ones(2, 64))
     with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
         qn.linear(torch.ones(1, 64, device="cuda"), q)

@@ -4,15 +4,12 @@ Tiles are chosen on processors that have them; panels of decoded weight are mult
 tests/cpp/test_cpu_product_config.cpp tests the choice.
 """
 
-import hashlib
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import oracle
+import process
 import pytest
 import test_conformance as conformance
 import test_grouped as grouped
@@ -22,15 +19,10 @@ import qlora_native as qn
 from qlora_native import _C
 from qlora_native.testing import assert_error_ratio
 
-TESTS = Path(__file__).parent
-
 
 def run(call, **environment):
     """What a call prints in a process of its own, and the kernels of its products."""
-    environment = {**os.environ, "QLN_PRINT_CONFIG": "1", **environment}
-    command = [sys.executable, "-c", f"from test_kernels import *; {call}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    done = process.succeed("-c", f"from test_kernels import *; {call}", QLN_PRINT_CONFIG="1", **environment)
     printed = [line for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
     return done.stdout.strip(), [line.rsplit(": ", 1)[1] for line in printed]
 
@@ -48,16 +40,16 @@ def ragged_cases():
         yield cases.Product(20, 480, 9100, dtype, rank=16)
 
 
-def check_products(*products):
+def check_products(*products, by_torch=True):  # whose product multiplies panels
     for case in products:
         try:
-            conformance.check_product(case, by_torch=True)  # whose product the panels are multiplied by
+            conformance.check_product(case, by_torch=by_torch)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
 
 
 def without_dropout():
-    return (*ragged_cases(), *(case for case in cases.many_rows() if case.dropout == 0))
+    return (*ragged_cases(), *(case for case in cases.large_m() if case.dropout == 0))
 
 
 def bf16(products):
@@ -105,15 +97,14 @@ def test_products_by_panels_are_as_exact_as_those_of_torch():
 
 
 def test_products_by_panels_beside_tiles_are_within_the_bounds():
-    _, kernels = run(
-        "check_products(*bf16(without_dropout()))", QLN_FORCE_KERNEL="panels", QLN_FORCE_ISA="amx_emulated"
-    )
+    call, isa = "check_products(*bf16(without_dropout()))", {"QLN_FORCE_ISA": "amx_emulated"}
+    _, kernels = run(call, QLN_FORCE_KERNEL="panels", **isa)
     assert kernels and set(kernels) == {"panels"}
 
 
-def test_products_of_many_rows_leave_tiles_for_panels():
-    """What a processor with AMX chooses, on any. Emulated tiles are slow, so the widest product stays away."""
-    call = "check_products(*bf16(case for case in cases.many_rows() if case.N < 1000))"
+def test_products_of_large_m_are_by_panels():
+    """What a processor with AMX chooses, on any. Emulated tiles are slow, so the widest product is left out."""
+    call = "check_products(*bf16(case for case in cases.large_m() if case.N < 1000))"
     _, kernels = run(call, QLN_FORCE_ISA="amx_emulated")
     assert set(kernels) == {"tiles", "panels"}
 
@@ -150,7 +141,7 @@ def test_experts_by_panels_are_products_of_their_own(dtypes, environment):
 
 
 @MACHINES
-def test_rows_of_one_weight_with_several_adapters_leave_the_panels(dtypes, environment):
+def test_rows_of_one_weight_with_several_adapters_are_multiplied_without_panels(dtypes, environment):
     _, kernels = run(f"check_adapters({dtypes})", QLN_FORCE_KERNEL="panels", **environment)
     assert kernels and "panels" not in kernels
 
@@ -162,7 +153,7 @@ def check_dropout():
 def print_digest():
     """Products that are chosen for tiles, and products that are not."""
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
-    hashed = hashlib.sha256()
+    results = []
     for M, N, K in ((4, 200, 513), (16, 257, 1100), (33, 130, 700), (300, 96, 1030), (64, 1400, 704), (70, 66, 64)):
         torch.manual_seed(M)
         for format in ("nf4", "int8"):
@@ -170,9 +161,8 @@ def print_digest():
             x = torch.randn(M, K).bfloat16().requires_grad_()
             bias, a, b = (torch.randn(size).requires_grad_() for size in ((N,), (19, K), (N, 19)))
             y = qn.linear(x, q, bias, a, b, 0.5, 0.25)
-            for result in (y, *torch.autograd.grad(y, (x, bias, a, b), torch.randn_like(y))):
-                hashed.update(result.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-    print(hashed.hexdigest())
+            results += [y, *torch.autograd.grad(y, (x, bias, a, b), torch.randn_like(y))]
+    print(oracle.digest(results))
 
 
 def test_emulated_tiles_give_the_same_bits_for_any_number_of_threads():

@@ -1,17 +1,17 @@
-"""Guards products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Panels").
+"""Guards products of large M by panels of decoded weight, which torch multiplies (cuda/README.md, "Panels").
 
 They run over the emulator, through both of torch's hooks, and torch's modes must neither disturb nor see them. What a
 panel holds, and the order of events, is tested without torch in tests/cpp/test_panels.cpp.
 """
 
-import hashlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
+import oracle
 import test_conformance as conformance
+import test_emulated as emulated
 import torch
-from test_emulated import SCHEDULES, run
 from test_kernels import check_products  # noqa: F401 (shown() calls it)
 
 import qlora_native as qn
@@ -20,17 +20,16 @@ from qlora_native._core.weight import op_arguments
 BY_PANELS = "for the application's product"
 
 
-def shown(call, **more):
+def shown(call, schedule="forward"):
     """What a function of this file prints, run over the emulator; and what its products were."""
-    done = run("-c", f"import test_panels; test_panels.{call}", QLN_PRINT_CONFIG="1", **more)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    done = emulated.shown(f"import test_panels; test_panels.{call}", schedule, QLN_PRINT_CONFIG="1")
     return done.stdout, done.stderr
 
 
 def test_product_and_its_gradients_are_within_their_tolerance():
-    _, products = shown("check_products(*test_panels.cases.many_rows())")
-    backward_is_fused = sum(case.dropout > 0 for case in cases.many_rows())
-    assert products.count(BY_PANELS) == 2 * len(list(cases.many_rows())) - backward_is_fused
+    _, products = shown("check_products(*test_panels.cases.large_m())")
+    backward_is_fused = sum(case.dropout > 0 for case in cases.large_m())
+    assert products.count(BY_PANELS) == 2 * len(list(cases.large_m())) - backward_is_fused
 
 
 def test_weight_has_the_bits_of_dequantized():
@@ -51,8 +50,8 @@ def check_bits():
 
 
 def test_bits_are_the_same_under_each_order_of_threads():
-    digests = {schedule: shown("print_digest()", schedule=schedule)[0].strip() for schedule in SCHEDULES[:3]}
-    assert all(digests.values()) and len(set(digests.values())) == 1, digests
+    digests = {schedule: shown("print_digest()", schedule)[0] for schedule in emulated.SCHEDULES[:3]}
+    assert len(set(digests.values())) == 1, digests
 
 
 def products(M=800, N=96, K=203, dtype=torch.bfloat16, seed=0):
@@ -69,12 +68,8 @@ def products(M=800, N=96, K=203, dtype=torch.bfloat16, seed=0):
 
 
 def print_digest():
-    hashed = hashlib.sha256()
-    for dtype in cases.DTYPES:
-        for product in products(dtype=dtype):
-            for result in product():
-                hashed.update(result.reshape(-1).view(torch.uint8).numpy().tobytes())
-    print(hashed.hexdigest())
+    results = (product() for dtype in cases.DTYPES for product in products(dtype=dtype))
+    print(oracle.digest(tensor for each in results for tensor in each))
 
 
 def test_python_threads_get_the_bits_that_each_gets_alone():
@@ -119,11 +114,11 @@ def check_modes():
     assert names == {"qlora_native.linear_forward.default"}
 
 
-def test_few_rows_take_another_way():
-    _, printed = shown("few_rows()")
+def test_products_of_768_rows_are_by_other_kernels():
+    _, printed = shown("small_products()")
     assert printed and BY_PANELS not in printed
 
 
-def few_rows():
+def small_products():
     for product in products(M=768):
         product()
