@@ -1,4 +1,4 @@
-"""Kill conversions at random moments, run them again, and check what is left. A program of its own, because it forks.
+"""Kill conversions at random moments, run them again, and check the files. A program of its own, because it forks.
 
     python tests/killed.py FOLDER COUNT
 
@@ -8,7 +8,6 @@ killed before they had ended. It ends with an error if an incomplete folder look
 was killed, or if the leftovers of a killed run stay.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -40,13 +39,9 @@ def run(arguments, seconds=None):
             os._exit(77)
         run = os.fork()
         if run == 0:
-            with (
-                open(os.devnull, "w") as nothing,
-                contextlib.redirect_stdout(nothing),
-                contextlib.redirect_stderr(nothing),
-            ):
-                assert os.getpid() == 1
-                main(arguments)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            assert os.getpid() == 1
+            main(arguments)
             os._exit(0)
         if seconds is not None:
             time.sleep(seconds)

@@ -35,15 +35,12 @@ DTYPE = "expected torch.float32, torch.bfloat16 or torch.float16, got "
 QUANTIZE = [
     ({"weight": [[1.0]]}, TypeError, "weight: expected a tensor, got list"),
     ({"weight": weight().double()}, TypeError, f"weight: {DTYPE}torch.float64"),
-    ({"weight": weight().int()}, TypeError, f"weight: {DTYPE}torch.int32"),
     ({"weight": torch.ones(4)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [4]"),
     ({"weight": torch.ones(2, 3, 4, 1)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [2,"),
     ({"weight": torch.ones(0, 4)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [0, 4]"),
-    ({"weight": torch.ones(4, 0)}, ValueError, "weight: expected [N, K] or [E, N, K], each at least 1, got [4, 0]"),
     ({"weight": weight((4, 7))}, ValueError, f"{FINITE}1 NaN or Inf, the first at [4, 7]"),
     ({"weight": weight((0, 0), (5, 63))}, ValueError, f"{FINITE}2 NaN or Inf, the first at [0, 0]"),
     ({"weight": weight((5, 63), value=INF)}, ValueError, f"{FINITE}1 NaN or Inf, the first at [5, 63]"),
-    ({"weight": weight((2, 1), value=-INF)}, ValueError, f"{FINITE}1 NaN or Inf, the first at [2, 1]"),
     ({"weight": weight((3, 2), (3, 3), dtype=torch.bfloat16)}, ValueError, f"{FINITE}2 NaN or Inf, the first at [3,"),
     ({"weight": weight(3, value=INF, dtype=torch.float16)}, ValueError, f"{FINITE}64 NaN or Inf, the first at [3, 0]"),
     ({"weight": weight((1, 2)), "format": "int8"}, ValueError, f"{FINITE}1 NaN or Inf, the first at [1, 2]"),
@@ -53,16 +50,11 @@ QUANTIZE = [
         "weight: expected values that int8 decodes to finite ones, got up to 3.40282347e+38",
     ),
     ({"format": "nf5"}, ValueError, f"{FORMAT}'nf5'"),
-    ({"format": None}, ValueError, f"{FORMAT}None"),
     ({"blocksize": 48}, ValueError, f"{BLOCKSIZE}48"),
     ({"blocksize": 16}, ValueError, f"{BLOCKSIZE}16"),
     ({"blocksize": 8192}, ValueError, f"{BLOCKSIZE}8192"),
-    ({"blocksize": 0}, ValueError, f"{BLOCKSIZE}0"),
-    ({"blocksize": -64}, ValueError, f"{BLOCKSIZE}-64"),
     ({"blocksize": 64.0}, TypeError, "blocksize: expected an int, got float"),
     ({"codebook": torch.zeros(15)}, ValueError, "codebook: expected 16 values, got shape [15]"),
-    ({"codebook": torch.zeros(4, 4)}, ValueError, "codebook: expected 16 values, got shape [4, 4]"),
-    ({"codebook": [0.5]}, ValueError, "codebook: expected 16 values, got shape [1]"),
     ({"codebook": codebook(i3=0.9)}, ValueError, "codebook: expected ascending values, got [-1.0, "),
     ({"codebook": codebook(i3=NAN)}, ValueError, "codebook: expected finite values, got [-1.0, "),
     ({"codebook": codebook(i15=INF)}, ValueError, "codebook: expected finite values, got [-1.0, "),
@@ -99,15 +91,12 @@ PLAIN = {"nested_absmax": None, "nested_code": None, "offset": None}  # without 
 U8 = torch.uint8
 CONTAINER = [
     ({"codes": torch.zeros(N, K // 2)}, TypeError, "codes: expected torch.uint8, got torch.float32"),
-    ({"codes": torch.zeros(N, K // 2, requires_grad=True)}, TypeError, "codes: expected torch.uint8, got"),
     ({"codes": torch.zeros(N, K, dtype=U8)}, ValueError, "codes: expected 192 elements, got 384"),
     ({"codes": torch.zeros(191, dtype=U8)}, ValueError, "codes: expected 192 elements, got 191"),
     ({"codes": torch.zeros(N, K, dtype=U8)[:, ::2]}, ValueError, "codes: expected a contiguous tensor, got strides"),
-    ({"codes": None}, TypeError, "codes: expected a tensor, got NoneType"),
     ({"format": "int8", "code": None}, ValueError, "codes: expected 384 elements, got 192"),
     ({"absmax": torch.zeros(N)}, TypeError, "absmax: expected torch.uint8, got torch.float32"),
     ({"absmax": torch.zeros(N, dtype=U8), **PLAIN}, TypeError, "absmax: expected torch.float32, got torch.uint8"),
-    ({"absmax": torch.zeros(N).bfloat16(), **PLAIN}, TypeError, "absmax: expected torch.float32, got torch.bfloat16"),
     ({"absmax": torch.zeros(N - 1, dtype=U8)}, ValueError, "absmax: expected 6 elements, got 5"),
     ({"absmax": torch.zeros(N + 1), **PLAIN}, ValueError, "absmax: expected 6 elements, got 7"),
     (
@@ -118,13 +107,10 @@ CONTAINER = [
     ({"absmax": torch.zeros(N, dtype=U8, device="meta")}, ValueError, "absmax: expected a tensor on cpu, where codes"),
     ({"nested_absmax": torch.zeros(2)}, ValueError, "nested_absmax: expected 1 elements, got 2"),
     ({"nested_code": torch.zeros(255)}, ValueError, "nested_code: expected 256 elements, got 255"),
-    ({"nested_code": None}, TypeError, "nested_code: expected a tensor, got NoneType"),
     ({"offset": torch.zeros(2)}, ValueError, "offset: expected 1 elements, got 2"),
-    ({"offset": 0.5}, TypeError, "offset: expected a tensor, got float"),
     ({"absmax": torch.zeros(N), "nested_absmax": None}, ValueError, "nested_code: expected None without"),
     ({"code": torch.zeros(15)}, ValueError, "code: expected 16 elements, got 15"),
     ({"code": torch.zeros(16).double()}, TypeError, "code: expected torch.float32, got torch.float64"),
-    ({"code": None}, TypeError, "code: expected a tensor, got NoneType"),
     ({"shape": (1, N, K, 1)}, ValueError, "shape: expected (N, K) or (E, N, K), each at least 1, got (1, 6, 64, 1)"),
     ({"shape": (0, K)}, ValueError, "shape: expected (N, K) or (E, N, K), each at least 1, got (0, 64)"),
     ({"blocksize": 32}, ValueError, "absmax: expected 12 elements, got 6"),
@@ -141,13 +127,6 @@ def test_bad_field_of_a_container_is_named_in_the_error(changes, error, message)
     check(lambda: qn.QuantizedWeight(**arguments), error, message, *watched)
 
 
-def test_codes_stay_without_gradients():
-    q = qn.quantize(weight())
-    with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require gradients"):
-        q.codes.requires_grad_()
-    assert not q.codes.requires_grad
-
-
 def randn(*size, **options):
     return torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(**options)
 
@@ -158,31 +137,24 @@ LINEAR = [
     ({"q": weight()}, TypeError, "q: expected a QuantizedWeight, got Tensor"),
     ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
     ({"x": randn(4, K).double()}, TypeError, f"x: {DTYPE}torch.float64"),
-    ({"x": randn(4, K).int()}, TypeError, f"x: {DTYPE}torch.int32"),
     ({"x": randn(4, K + 1)}, ValueError, "x: expected [..., 64] for a weight [6, 64], got [4, 65]"),
-    ({"x": randn(K, 4)}, ValueError, "x: expected [..., 64] for a weight [6, 64], got [64, 4]"),
     ({"x": torch.tensor(1.0)}, ValueError, "x: expected [..., 64] for a weight [6, 64], got []"),
     ({"x": randn(4, K, **META)}, ValueError, "x: expected a tensor on cpu, where the weight is, got meta"),
     ({"bias": randn(N + 1)}, ValueError, "bias: expected [6], got [7]"),
     ({"bias": randn(1, N)}, ValueError, "bias: expected [6], got [1, 6]"),
     ({"bias": torch.ones(N, dtype=torch.int32)}, TypeError, "bias: expected a floating-point tensor, got torch.int32"),
-    ({"bias": 1.0}, TypeError, "bias: expected a floating-point tensor, got float"),
     ({"bias": randn(N, **META)}, ValueError, "bias: expected a tensor on cpu, where x is, got meta"),
     ({"lora_a": A}, TypeError, "lora_b: expected a tensor, as lora_a and lora_b are given together, got NoneType"),
     ({"lora_b": B}, TypeError, "lora_a: expected a tensor, as lora_a and lora_b are given together, got NoneType"),
     ({"lora_a": A, "lora_b": randn(N, 4)}, ValueError, "lora_b: expected [6, 3], the rank of lora_a, got [6, 4]"),
-    ({"lora_a": A, "lora_b": randn(3, N)}, ValueError, "lora_b: expected [6, 3], the rank of lora_a, got [3, 6]"),
     ({"lora_a": randn(K, 3), "lora_b": B}, ValueError, "lora_a: expected [rank, 64], got [64, 3]"),
-    ({"lora_a": randn(K), "lora_b": B}, ValueError, "lora_a: expected [rank, 64], got [64]"),
     ({"lora_a": A.double(), "lora_b": B}, TypeError, f"lora_a: {DTYPE}torch.float64"),
     ({"lora_a": A, "lora_b": B.half()}, TypeError, "lora_b: expected torch.float32, the dtype of lora_a, got"),
     ({"lora_a": A, "lora_b": randn(N, 3, **META)}, ValueError, "lora_b: expected a tensor on cpu, where the weight"),
     ({"lora_a": A, "lora_b": B, "lora_scaling": NAN}, ValueError, "lora_scaling: expected a finite number, got nan"),
-    ({"lora_a": A, "lora_b": B, "lora_scaling": INF}, ValueError, "lora_scaling: expected a finite number, got inf"),
     ({"lora_a": A, "lora_b": B, "lora_scaling": torch.ones(2)}, ValueError, "lora_scaling: expected a number or a"),
     ({"lora_a": A, "lora_b": B, "lora_dropout": 1.0}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
     ({"lora_a": A, "lora_b": B, "lora_dropout": -0.1}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
-    ({"lora_a": A, "lora_b": B, "lora_dropout": NAN}, ValueError, "lora_dropout: expected a probability in [0, 1),"),
     ({"lora_dropout": 1.5}, ValueError, "lora_dropout: expected a probability in [0, 1), got 1.5"),
 ]
 
@@ -238,7 +210,6 @@ def damaged(**changes):
         ({"shape": (2**40, 2**40)}, "N"),
         ({"shape": (-1, K)}, "N"),
         ({"blocksize": 1}, "blocksize|absmax"),
-        ({"blocksize": 0}, "blocksize"),
         ({"blocksize": 2**20}, "blocksize|absmax"),
     ],
     ids=str,

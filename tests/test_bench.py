@@ -35,13 +35,8 @@ def script(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 352,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
+SMALL = {"hidden_size": 256, "intermediate_size": 352}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 MIXTURES = {
     "llama-7b": {},
     "qwen3-30b-a3b": {"moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
@@ -90,19 +85,23 @@ def test_footprint_is_what_is_allocated(script, method):
 
 
 class RecordedCuda:
-    """In torch.cuda's place: records its calls. A graph takes 8 ms."""
+    """In torch.cuda's place, with its events and graphs: records its calls. A graph takes 8 ms."""
 
     def __init__(self):
         self.log = []
-
-    def flush(self):
-        self.log.append("flush")
-
-    def synchronize(self):
-        self.log.append("synchronize")
-
-    def _sleep(self, cycles):
-        self.log.append("hold")
+        for name, entry in (
+            ("flush", "flush"),
+            ("synchronize", "synchronize"),
+            ("_sleep", "hold"),
+            ("replay", "replay"),
+        ):
+            setattr(self, name, lambda *_, entry=entry: self.log.append(entry))
+        self.CUDAGraph = lambda: self
+        self.event = SimpleNamespace(
+            record=lambda: self.log.append("record"),
+            synchronize=lambda: self.log.append("wait"),
+            elapsed_time=lambda end: 8.0 if self.log[-1] == "wait" else None,
+        )
 
     @contextlib.contextmanager
     def graph(self, graph):
@@ -110,30 +109,9 @@ class RecordedCuda:
         yield
         self.log.append("captured")
 
-    def CUDAGraph(self):
-        return self
-
-    def replay(self):
-        self.log.append("replay")
-
     def Event(self, enable_timing):
         assert enable_timing
-        return RecordedEvent(self.log)
-
-
-class RecordedEvent:
-    def __init__(self, log):
-        self.log = log
-
-    def record(self):
-        self.log.append("record")
-
-    def synchronize(self):
-        self.log.append("wait")
-
-    def elapsed_time(self, end):
-        assert self.log[-1] == "wait"
-        return 8.0
+        return self.event
 
 
 REPLAYED = ["flush", "hold", "record", "replay", "record", "wait"]
@@ -148,8 +126,8 @@ def test_replay_is_timed_with_a_cold_cache_and_without_its_launch(script):
     assert called == [0, *range(clock.CALLS)]
     captures = []
     for name in ("ours", "peer", "probe"):
-        said = [] if name == "ours" else [name]
-        captures += [*said, "synchronize", "capture", *clock.CALLS * said, "captured"]
+        logged = [] if name == "ours" else [name]
+        captures += [*logged, "synchronize", "capture", *clock.CALLS * logged, "captured"]
     assert cuda.log[: len(captures)] == captures
     replays = cuda.log[len(captures) :]
     assert replays == REPLAYED * (len(replays) // len(REPLAYED))
@@ -157,17 +135,6 @@ def test_replay_is_timed_with_a_cold_cache_and_without_its_launch(script):
     # 0.2 s for three of 8 ms, and one each to see how long they take
     assert [times["ours"].calls, times["peer"].calls, probe.calls] == [8, 8, 8]
     assert len(replays) == len(REPLAYED) * 3 * 9
-
-
-def test_step_that_synchronizes_is_timed_uncaptured(script):
-    timing = script("timing")
-    cuda = RecordedCuda()
-    clock = timing.Gpu(cuda.flush, cuda)
-    step = {"ours": lambda i: cuda.log.append("step")}
-    times, _ = clock.alternate(step, lambda: cuda.log.append("step"), budget_s=0.1, captured=False)
-    samples = 2 * (times["ours"].calls + 1)
-    assert cuda.log == ["flush", "hold", "record", "step", "record", "wait"] * samples
-    assert times["ours"].median == pytest.approx(8e-3)
 
 
 def test_calls_of_a_slow_contestant_are_spread_over_the_whole_time(script):
@@ -188,28 +155,6 @@ def test_each_line_of_a_summary_has_a_case_that_is_measured(script):
         assert line.operation in elsewhere or of_line & measured, line
 
 
-def test_command_line_selects_the_cases_of_a_gpu(script, capsys):
-    run, cases = script("run"), script("cases")
-    args = run.arguments(["--device", "cuda"])
-    assert args.shapes == [(4096, 4096), (4096, 14336), (8192, 8192)]
-    chosen = run.selected(args, args.shapes[2], threads=16)
-    assert chosen == cases.cases(args.shapes[2], "cuda")
-    args = run.arguments(["--device", "cuda", "--operations", "dx", "--m", "8192", "--dtypes", "bfloat16"])
-    (case,) = run.selected(args, args.shapes[0], threads=16)
-    assert (case.operation, case.M) == ("dx", 8192)
-    with pytest.raises(SystemExit):
-        run.arguments(["--device", "cuda", "--operations", "growth"])
-    assert "got growth" in capsys.readouterr().err
-
-
-def test_missing_gpu_is_named(script, capsys):
-    run, machine = script("run"), script("machine")
-    if not (reason := machine.gpu_missing()):
-        pytest.skip("a GPU can be used here")
-    assert run.main(["--device", "cuda"]) == 1
-    assert capsys.readouterr() == ("", f"--device cuda: {reason}\n")
-
-
 def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     """Cases of a small weight, checked on the CPU, over the recorded clock; the report as if it were the large one."""
     run, machine, report, peers, timing = map(script, ("run", "machine", "report", "peers", "timing"))
@@ -223,15 +168,8 @@ def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     assert limits == {"read": 2**20 / 8e-3, "copy": 2**21 / 8e-3} | dict.fromkeys(args.dtypes, 2 * 64**3 / 8e-3)
     found, missing = peers.load(peers.DEFAULT["cuda"])
     card = {"gpu": "NVIDIA H100 80GB HBM3", "processors": 132, "l2_bytes": 50 << 20, "cuda": "13.0"}
-    result = {
-        "machine": {**machine.describe(), **card},
-        "missing_peers": missing,
-        "rows": [],
-        "memory": [],
-        "wrong": [],
-        "load": {"others": 0.0, "stolen": 0.0},
-        "limits": limits,
-    }
+    result = {"machine": {**machine.describe(), **card}, "missing_peers": missing, "limits": limits}
+    result |= {"rows": [], "memory": [], "wrong": [], "load": {"others": 0.0, "stolen": 0.0}}
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1)  # of a weight that small there would be thousands of copies
     with torch.no_grad():
@@ -280,19 +218,16 @@ def test_failed_step_keeps_what_was_measured_before(script, monkeypatch, capfd):
 
 def test_step_in_several_processes_is_their_median(script):
     def found(ours, peer):
-        contestants = {"qlora_native": {"seconds": ours}}
-        contestants |= {"bitsandbytes + PEFT": {"seconds": peer}}
-        for each in contestants.values():
-            each |= {"tokens_per_s": 1024 / each["seconds"], "losses": [3.5, 3.4]}
+        seconds = {"qlora_native": ours, "bitsandbytes + PEFT": peer}
+        contestants = {
+            name: {"seconds": each, "tokens_per_s": 1024 / each, "losses": [3.5, 3.4]} for name, each in seconds.items()
+        }
         about = {"model": "M", "tokens": 1024, "rank": 16, "dropout": 0.0, "memory": "default", "dtype": "bfloat16"}
         return about | {"contestants": contestants, "ratio": peer / ours}
 
     merged = script("step").merged([found(2.0, 2.4), found(3.0, 3.9), found(2.5, 4.0)])
-    assert merged["ratios"] == pytest.approx([1.2, 1.3, 1.6])
-    assert merged["ratio"] == pytest.approx(1.3)
-    ours, peer = merged["contestants"].values()
-    assert (ours["seconds"], ours["tokens_per_s"]) == (2.5, 1024 / 2.5)
-    assert peer["seconds"] == 3.9
+    assert merged["ratios"] == pytest.approx([1.2, 1.3, 1.6]) and merged["ratio"] == pytest.approx(1.3)
+    assert [each["seconds"] for each in merged["contestants"].values()] == [2.5, 3.9]
 
 
 MEASURED = sorted(BENCH.glob("results/*/figures.json"))
@@ -314,46 +249,25 @@ def test_committed_page_is_written_again_from_its_figures(script, path):
         assert path.with_name("products.md").read_text() == report.products(products, path.parent) + "\n"
 
 
-CPUINFO = """processor\t: 0
-vendor_id\t: {}
-cpu family\t: {}
-model\t\t: {}
-model name\t: {}
-stepping\t: {}
-cache size\t: 1024 KB
-power management:
-
-processor\t: 1
-model name\t: another
-"""
-XEON = "Intel(R) Xeon(R) Processor @ 2.50GHz"
-
-
 @pytest.mark.parametrize(
-    ("vendor", "family", "model", "name", "stepping", "shown", "folder"),
+    ("vendor", "family", "model", "name", "stepping", "generation"),
     [
-        ("AuthenticAMD", 25, 1, "AMD EPYC", 1, "AMD EPYC (Zen 3)", "amd-epyc-zen-3"),
-        ("AuthenticAMD", 25, 17, "AMD EPYC", 1, "AMD EPYC (Zen 4)", "amd-epyc-zen-4"),
-        ("AuthenticAMD", 26, 2, "AMD EPYC", 1, "AMD EPYC (Zen 5)", "amd-epyc-zen-5"),
-        ("AuthenticAMD", 26, 80, "AMD EPYC", 0, "AMD EPYC", "amd-epyc"),
-        ("GenuineIntel", 6, 85, XEON, 4, f"{XEON} (Skylake-X)", "intel-xeon-skylake-x"),
-        ("GenuineIntel", 6, 85, XEON, 7, f"{XEON} (Cascade Lake)", "intel-xeon-cascade-lake"),
-        ("GenuineIntel", 6, 85, XEON, 11, f"{XEON} (Cooper Lake)", "intel-xeon-cooper-lake"),
-        ("GenuineIntel", 25, 17, XEON, 1, XEON, "intel-xeon"),
+        ("AuthenticAMD", 25, 1, "AMD EPYC", 1, "Zen 3"),
+        ("AuthenticAMD", 25, 17, "AMD EPYC", 1, "Zen 4"),
+        ("AuthenticAMD", 26, 80, "AMD EPYC", 0, None),
+        ("GenuineIntel", 6, 85, "Intel(R) Xeon(R) Processor @ 2.50GHz", 4, "Skylake-X"),
+        ("GenuineIntel", 6, 85, "Intel(R) Xeon(R) Processor @ 2.50GHz", 7, "Cascade Lake"),
     ],
 )
-def test_processors_of_one_name_are_told_apart(script, vendor, family, model, name, stepping, shown, folder):
+def test_processors_of_one_name_are_distinguished(script, vendor, family, model, name, stepping, generation):
     machine = script("machine")
-    found = machine.processor(CPUINFO.format(vendor, family, model, name, stepping))
-    assert (found["cpu"], found["family"], found["model"], found["stepping"]) == (name, family, model, stepping)
-    assert machine.cpu_name(found) == shown
-    assert machine.folder_name({**found, "threads": 2, "isa": "avx2"}) == f"{folder}-2-threads-avx2"
-
-
-def test_processor_without_such_numbers_has_a_name_all_the_same(script):
-    machine = script("machine")
-    found = machine.processor("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
-    assert list(found) == ["cpu"] and found["cpu"]
+    fields = {"vendor_id": vendor, "cpu family": family, "model": model, "model name": name, "stepping": stepping}
+    text = "".join(f"{field}\t: {value}\n" for field, value in fields.items())
+    found = machine.processor(f"processor\t: 0\n{text}\nprocessor\t: 1\nmodel name\t: another\n")
+    assert machine.cpu_name(found) == name + (f" ({generation})" if generation else "")
+    maker, generation = "amd-epyc" if "AMD" in name else "intel-xeon", (generation or "").lower().replace(" ", "-")
+    folder = machine.folder_name({**found, "threads": 2, "isa": "avx2"})
+    assert folder == "-".join(filter(None, (maker, generation, "2-threads-avx2")))
 
 
 def test_figures_of_one_program_leave_those_of_another(script, tmp_path):

@@ -11,8 +11,7 @@ from qlora_native._core.inputs import draw_seed
 from qlora_native.testing import assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7
-# The mean of fewer independent errors says too little.
-FEWEST_ELEMENTS = 256
+MIN_ELEMENTS = 256  # the mean of fewer independent errors says too little
 SEEDS = 3
 
 
@@ -150,7 +149,7 @@ def check_product(case, device="cpu", by_torch=False):
         for name, result in actual.items():
             assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
             assert_close_by_norm(name, result, exact[name], tolerance[name])
-            if name not in blocked or reference.independent(name) < FEWEST_ELEMENTS:
+            if name not in blocked or reference.independent(name) < MIN_ELEMENTS:
                 continue
             error, yardstick = reference.errors(name, result, blocked, exact)
             for other in by_others:
@@ -160,15 +159,15 @@ def check_product(case, device="cpu", by_torch=False):
 
 
 def long_sums():
-    """On a GPU without forward products of up to 8 rows, where a lane's share of a row is one chain (gemv_forward.cu):
-    at this length an error of 1.4 times that of blocks."""
+    """On a GPU without forward products of up to 8 rows, where what a lane sums is one chain (gemv_forward.cu): at this
+    length an error of 1.4 times that of blocks."""
     on_cpu = _C.cpu_tensors_backend() == "cpu"
     return [(case, names) for case, names in cases.long_sums() if on_cpu or case.M > 8 or names != ("y",)]
 
 
 @pytest.mark.parametrize(("case", "names"), long_sums(), ids=str)
 def test_long_sum_is_as_exact_as_sums_in_blocks(case, names):
-    """The promise, in the median over seeds: here a chain that does not start afresh would show."""
+    """In the median over seeds: a chain that does not start at 0 after each block is found here."""
     errors = {name: [] for name in names}
     for seed in range(SEEDS):
         _, actual, reference = compute(case, seed=seed)

@@ -13,13 +13,6 @@ import qlora_native as qn
 SHAPES = ((1, 640, 512), (4, 200, 513), (16, 257, 1100), (64, 130, 700), (300, 96, 1030), (64, 1400, 700))
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def results(M, N, K, dtype, seed=0):
     """Everything that is computed, by name, for one product with an adapter and dropout."""
     torch.manual_seed(seed)
@@ -38,11 +31,6 @@ def results(M, N, K, dtype, seed=0):
     }
 
 
-def assert_equal(actual, expected):
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_are_the_same_for_any_number_of_threads(shape, dtype):
@@ -50,42 +38,38 @@ def test_bits_are_the_same_for_any_number_of_threads(shape, dtype):
     expected = results(*shape, dtype)
     for threads in (2, 3, 3):
         torch.set_num_threads(threads)
-        assert_equal(results(*shape, dtype), expected)
+        for name, tensor in results(*shape, dtype).items():
+            assert torch.equal(tensor, expected[name]), name
 
 
 def test_python_threads_get_the_bits_that_each_gets_alone():
-    shapes = SHAPES * 2
-    expected = [results(*shape, torch.bfloat16, seed) for seed, shape in enumerate(shapes)]
-    # The generator is one for all threads, so draw first: what runs at once is the library.
     arguments = []
-    for seed, (M, N, K) in enumerate(shapes):
-        torch.manual_seed(seed)
+    for M, N, K in SHAPES * 2:
         q, x = qn.quantize(torch.randn(N, K)), torch.randn(M, K).bfloat16()
-        bias, a, b = (torch.randn(size) for size in ((N,), (16, K), (N, 16)))
-        arguments.append((x, q, bias, a, b, 0.5))
-    serial = [qn.linear(*each) for each in arguments]
+        arguments.append((x, q, *(torch.randn(size) for size in ((N,), (16, K), (N, 16))), 0.5))
+
+    def both(arguments):
+        return qn.linear(*arguments), qn.quantize(arguments[1].dequantize()).codes
+
+    expected = [both(each) for each in arguments]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for actual, wanted in zip(pool.map(lambda each: qn.linear(*each), arguments), serial, strict=True):
-                assert torch.equal(actual, wanted)
-            for i, codes in enumerate(pool.map(lambda each: qn.quantize(each[1].dequantize()).codes, arguments)):
-                assert torch.equal(codes, qn.quantize(arguments[i][1].dequantize()).codes)
-    for each, wanted in zip(arguments, expected, strict=True):
-        assert torch.equal(each[1].codes, wanted["codes"])
+            for found, wanted in zip(pool.map(both, arguments), expected, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def test_other_python_threads_run_during_a_product():
     """No clock: while nothing makes the interpreter switch threads, another runs only if the product lets it."""
     torch.set_num_threads(1)
     q, x = qn.quantize(torch.randn(512, 512)), torch.randn(4096, 512)
-    turns, counted = 0, []
+    passes, counted = 0, []
     done = threading.Event()
 
     def products():
-        for _ in range(1000):  # the other thread may be kept waiting by the system, but not every time
-            before = turns
+        for _ in range(1000):  # the other thread may wait for the system, but not every time
+            before = passes
             qn.linear(x, q)
-            counted.append(turns - before)
+            counted.append(passes - before)
             if counted[-1] > 0:
                 break
         done.set()
@@ -96,8 +80,8 @@ def test_other_python_threads_run_during_a_product():
         worker = threading.Thread(target=products)
         worker.start()
         while not done.is_set():
-            turns += 1
-            time.sleep(0)  # lets the worker go on
+            passes += 1
+            time.sleep(0)  # lets the worker run
         worker.join()
     finally:
         sys.setswitchinterval(interval)

@@ -1,10 +1,10 @@
 """Guards conversions that are killed and run again with the same process ID, as in a container (tests/killed.py)."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import process
 import pytest
 import torch
 
@@ -25,8 +25,7 @@ def test_killed_conversion_can_be_run_again(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    script = Path(__file__).parent / "killed.py"
-    done = subprocess.run([sys.executable, script, tmp_path, RUNS], capture_output=True, text=True)
+    done = process.run("killed.py", tmp_path, RUNS)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,8 +48,8 @@ def test_leftover_of_a_dead_run_is_removed_and_of_a_live_one_kept(tmp_path):
             (second / "file").write_text("second")
         (first / "file").write_text("first")
     assert (tmp_path / "out/file").read_text() == "second"
-    left = {".other.partial-0123456789abcdef", "precious", ".out.partial-fedcba9876543210", "out"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    expected = {".other.partial-0123456789abcdef", "precious", ".out.partial-fedcba9876543210", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 @pytest.mark.parametrize("opened", [new_folder, new_file])

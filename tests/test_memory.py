@@ -1,37 +1,34 @@
 """Guards memory: a call takes at most 8 MB and 1 MB a thread beside its results, and never a dequantized weight.
 
-That is so by each way that a machine could choose for a product (product/config.h), whichever this one chooses. Where
-torch's dense product multiplies panels of decoded weight, its own memory comes on top.
+That is so by each kernel that a machine could choose for a product (product/config.h). Where torch's dense product
+multiplies panels of decoded weight, its memory is added.
 """
 
 import ctypes
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import process
 import pytest
 import torch
+from peak import ENVIRONMENT
 
 import qlora_native as qn
 from qlora_native import _C
 
 MEGABYTE = 2**20
 BOUND = 8 * MEGABYTE + 2 * MEGABYTE  # with two threads
-# What the allocator adds to what was asked for. And the kernel counts a process's pages for each processor apart, and
-# joins a count only when it has grown to a batch (Linux, lib/percpu_counter.c): so far off may be what it says, for
-# each of two processors.
+# What the allocator adds. And the kernel counts a process's pages for each processor separately, and joins a count only
+# when it has grown to a batch (Linux, lib/percpu_counter.c): so much may be missing, for each of two processors.
 BATCH = max(32, 2 * os.cpu_count()) * os.sysconf("SC_PAGESIZE")
 SLACK = MEGABYTE // 2 + 2 * BATCH
 
-# What is freed goes back to the system at once, so that no call lives on what the one before it has left.
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 # The peak of this process is reset before the call (proc(5), clear_refs), and read after it.
 PROGRAM = """
 import ctypes, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched is mapped alone
 import torch
 import qlora_native as qn
 from qlora_native._core.weight import op_arguments
@@ -76,17 +73,17 @@ def call(M, N, K):
     }[what]
     for tensor in (weight, x, dy):
         tensor.fill_(1)  # touch it: an untouched zero takes no memory
-    left, cols = {
+    rows, cols = {
         "forward": (x, N),
         "dx": (dy, K),
         "experts": (x[: M // experts], N // experts),
         "dx of experts": (dy_of_experts[: M // experts], K),
     }.get(what, (x[:0], 0))
-    cols = min(cols, 8 * 2**20 // left[:1].nbytes) if cols else 0
-    inner = left.shape[1]
+    cols = min(cols, 8 * 2**20 // rows[:1].nbytes) if cols else 0
+    inner = rows.shape[1]
     panel = torch.ones(inner, cols, dtype=dtype) if "dx" in what else torch.ones(cols, inner, dtype=dtype).t()
-    sums = torch.ones(len(left), cols, dtype=dtype)
-    by_torch = peak(lambda: torch.addmm(sums, left, panel, out=sums) is None or ())
+    y = torch.ones(len(rows), cols, dtype=dtype)
+    by_torch = peak(lambda: torch.addmm(y, rows, panel, out=y) is None or ())
     return peak(function), by_torch
 
 call(2, 2, 64)  # threads, code
@@ -95,17 +92,12 @@ print(*call(M, N, K))
 
 
 def measure(program, what, shape, dtype, environment=None):
-    """(bytes that the call takes, bytes that torch's product of a panel takes, the ways that products took)."""
-    shown = subprocess.run(
-        [sys.executable, "-c", program, what, *map(str, shape), dtype],
-        env={**ENVIRONMENT, "QLN_PRINT_CONFIG": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-    )
-    assert shown.returncode == 0, shown.stderr
-    ways = [line.rsplit(": ", 1)[1] for line in shown.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
+    """(bytes that the call takes, bytes that torch's product of a panel takes, the kernel of the call)."""
+    environment = {**ENVIRONMENT, "QLN_PRINT_CONFIG": "1", "OMP_NUM_THREADS": "2", **(environment or {})}
+    shown = process.succeed("-c", program, what, *shape, dtype, **environment)
+    kernels = [line.rsplit(": ", 1)[1] for line in shown.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
     extra, by_torch = map(int, shown.stdout.split())
-    return extra, by_torch, set(ways[-1:])  # the last is that of the measured call
+    return extra, by_torch, kernels[-1] if kernels else None
 
 
 def assert_within_bound(extra, bound):
@@ -117,12 +109,12 @@ def assert_within_bound(extra, bound):
 def test_call_takes_no_more_memory_than_stated(what, dtype):
     scalar = _C.current_isa() == "scalar"
     M, N, K = (64, 256, 4096) if scalar and what != "dequantize" else (2048, 4096, 4096)
-    extra, by_torch, ways = measure(PROGRAM, what, (M, N, K), dtype)
-    assert_within_bound(extra, BOUND + by_torch * ("panels" in ways))
+    extra, by_torch, kernel = measure(PROGRAM, what, (M, N, K), dtype)
+    assert_within_bound(extra, BOUND + by_torch * (kernel == "panels"))
 
 
-# What a machine with AMX chooses from 1024 rows on, and what any machine can be asked for.
-@pytest.mark.skipif(_C.current_isa() == "scalar", reason="there are no ways in plain C++")
+# What a machine with AMX chooses from 1024 rows on, and what any machine can be made to choose.
+@pytest.mark.skipif(_C.current_isa() == "scalar", reason="plain C++ has one kernel")
 @pytest.mark.parametrize(
     ("what", "dtype", "environment"),
     [
@@ -134,8 +126,8 @@ def test_call_takes_no_more_memory_than_stated(what, dtype):
     ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else value,
 )
 def test_panels_take_no_more_memory_than_stated(what, dtype, environment):
-    extra, by_torch, ways = measure(PROGRAM, what, (2048, 4096, 4096), dtype, environment)
-    assert ways == {"panels"}
+    extra, by_torch, kernel = measure(PROGRAM, what, (2048, 4096, 4096), dtype, environment)
+    assert kernel == "panels"
     assert_within_bound(extra, BOUND + by_torch)
 
 
@@ -159,7 +151,7 @@ def flags_of(address):
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
-def test_large_result_asks_for_huge_pages():
+def test_large_result_has_huge_pages():
     q = qn.quantize(torch.ones(4096, 8192, dtype=torch.bfloat16))
     result = q.dequantize(torch.float32)  # 128 MB: a mapping of its own
     other = torch.empty_like(result)
@@ -168,7 +160,7 @@ def test_large_result_asks_for_huge_pages():
 
 
 # Bytes of the heap that are in use, by glibc, before and after interleaved calls. The resident memory would not do: it
-# may grow for a while because freed pieces lie apart, and may stay as it is while lost ones fill what was free.
+# may grow for a while because freed pieces are not adjacent, and may stay as it is while lost ones fill what was free.
 HEAP = """
 import ctypes, gc, sys
 import torch
@@ -243,8 +235,5 @@ def test_interleaved_calls_leave_nothing_in_the_heap():
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
         pytest.skip("a C library without mallinfo2")
     rounds = 300
-    command = [sys.executable, "-c", HEAP, str(rounds)]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    lost = int(shown.stdout) / rounds  # the smallest piece that malloc has is of 32 bytes
+    lost = int(process.succeed("-c", HEAP, rounds).stdout) / rounds  # the smallest piece that malloc has is of 32 bytes
     assert lost < 16, f"{lost:.0f} bytes in each round"

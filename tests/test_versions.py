@@ -2,10 +2,9 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import process
 import pytest
 
 from qlora_native._core import versions
@@ -19,7 +18,7 @@ PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 
 
 def last_line(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = process.run("-c", code)
     assert done.returncode != 0
     return done.stderr.strip().splitlines()[-1]
 
@@ -64,10 +63,8 @@ def test_transformers_without_the_function_that_is_extended_is_one_sentence():
         "from transformers import PreTrainedModel; del PreTrainedModel._finalize_model_loading; "
         "import qlora_native.integrations.transformers"
     )
-    assert shown.startswith(
-        "ImportError: qlora_native: expected a transformers with PreTrainedModel._finalize_model_loading, "
-        f"got {version}"
-    )
+    name = "PreTrainedModel._finalize_model_loading"
+    assert shown.startswith(f"ImportError: qlora_native: expected a transformers with {name}, got {version}")
 
 
 @pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
@@ -89,10 +86,7 @@ def test_bounds_are_those_of_the_extras():
 
 
 def test_command_says_its_version():
-    done = subprocess.run(
-        [sys.executable, "-m", "qlora_native", "--version"], capture_output=True, text=True, check=True
-    )
-    assert re.fullmatch(r"\d+\.\d+\.\d+", done.stdout.strip())
+    assert re.fullmatch(r"\d+\.\d+\.\d+", process.succeed("-m", "qlora_native", "--version").stdout.strip())
 
 
 @pytest.mark.parametrize(
