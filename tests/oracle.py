@@ -183,7 +183,7 @@ class Linear:
         return relative_error(actual[rows][:, columns], right), relative_error(blocked[name], right)
 
     def independent(self, name):
-        """The number of independent errors in a sample: those of an adapter's gradient come from U or V."""
+        """The number of independent errors in a sample: those of an adapter's gradient are those of U or V."""
         rows, columns = self.sample(name)
         count = len(rows) * len(columns)
         return min(count, len(self.x) * len(self.a)) if name in ("da", "db") else count
@@ -208,15 +208,15 @@ class Linear:
         v = s * self.keep * dy.norm(dim=1)[:, None] * b.norm(dim=0)  # >= |V|
         roundings = (LOW_RANK_ROUNDINGS_BY_TORCH if by_torch else LOW_RANK_ROUNDINGS) * unit_roundoff(dtype)
 
-        def sums(*lengths):
+        def roundoff(*lengths):
             return roundings + SUM_FACTOR * U32 * sum(chain(length, dtype) ** 0.5 for length in lengths)
 
-        tolerance["y"] += sums(K) * u @ (s * b.abs()).t()
-        tolerance["dx"] += sums(N) * v @ a.abs()
+        tolerance["y"] += roundoff(K) * u @ (s * b.abs()).t()
+        tolerance["dx"] += roundoff(N) * v @ a.abs()
         smallest = torch.finfo(dtype).smallest_normal * (1 + len(x))
         rounded = unit_roundoff(self.a.dtype)
-        tolerance["da"] = rounded * exact["da"].abs() + sums(M, N) * v.t() @ x.abs() + smallest
-        tolerance["db"] = rounded * exact["db"].abs() + sums(M, K) * s * dy.abs().t() @ u + smallest
+        tolerance["da"] = rounded * exact["da"].abs() + roundoff(M, N) * v.t() @ x.abs() + smallest
+        tolerance["db"] = rounded * exact["db"].abs() + roundoff(M, K) * s * dy.abs().t() @ u + smallest
         return tolerance
 
 

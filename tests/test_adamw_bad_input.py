@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from test_aliasing import step as arguments_of_step
 from torch import nn, testing
 
 import qlora_native as qn
@@ -154,12 +155,18 @@ LISTS = [
     ({"state2": codes(301, 300)}, "state2[0]: expected 512 elements, got 301"),
     ({"absmax2": [torch.zeros(3)]}, "absmax2[0]: expected 4 elements, got 3"),
     ({"absmax1": [torch.zeros(2), torch.zeros(3)]}, "absmax1: expected what belongs to the parameters, got more"),
+    ({"lr_tensors": [torch.tensor(1e-3)], "lr_groups": []}, "lr_tensors: expected 0 items, got 1"),
+    ({"lr_tensors": [torch.tensor(1e-3)], "lr_groups": [1]}, "lr_groups: expected indices below 1, got 1"),
+    ({"lr_tensors": [torch.tensor(1e-3)], "lr_groups": [-1]}, "lr_groups: expected indices below 1, got -1"),
+    ({"lr_tensors": [torch.ones(2)]}, "lr_tensors[0]: expected 1 elements, got 2"),
+    ({"lr_tensors": [torch.ones(1).double()]}, "lr_tensors[0]: expected Float, got Double"),
+    ({"lr_tensors": [torch.tensor(INF)]}, f"groups[0].lr: {SIZE}inf"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), LISTS, ids=[case[1] for case in LISTS])
-def test_mismatched_list_is_named_in_the_error_of_the_op(change, message):
-    arguments = {
+def test_bad_list_is_named_in_the_error_of_the_op(change, message):
+    arguments = arguments_of_step() | {
         "params": [torch.ones(300), torch.ones(300)],
         "grads": [torch.ones(300), torch.ones(300)],
         "state1": codes(1024),
@@ -167,12 +174,14 @@ def test_mismatched_list_is_named_in_the_error_of_the_op(change, message):
         "absmax1": [torch.zeros(2), torch.zeros(2)],
         "absmax2": [torch.zeros(4)],
         "steps": [torch.zeros(2, dtype=torch.int64)],
+        "group_sizes": [2],
     }
-    options = ([2], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64), [], [])
-    step = functools.partial(torch.ops.qlora_native.optimizer_8bit_step, "adamw")
-    step(*arguments.values(), *options)
+    step = torch.ops.qlora_native.optimizer_8bit_step
+    step(**arguments)
+    before = arguments["params"][0].clone()
     with pytest.raises(ValueError, match=re.escape(message)):
-        step(*(arguments | change).values(), *options)
+        step(**(arguments | change))
+    assert torch.equal(arguments["params"][0], before)
 
 
 # ---- a step that raises ----------------------------------------------------------------------------------------------
@@ -284,27 +293,6 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
         params[1].grad = good
         optimizer.step()
         assert [int(optimizer.state[param]["step"]) for param in params] == [steps + 1] * 2
-
-
-# ---- learning rates of the op ----------------------------------------------------------------------------------------
-
-LEARNING_RATES = [
-    (([torch.tensor(1e-3)], []), "lr_tensors: expected 0 items, got 1"),
-    (([torch.tensor(1e-3)], [1]), "lr_groups: expected indices below 1, got 1"),
-    (([torch.tensor(1e-3)], [-1]), "lr_groups: expected indices below 1, got -1"),
-    (([torch.ones(2)], [0]), "lr_tensors[0]: expected 1 elements, got 2"),
-    (([torch.tensor(1e-3, dtype=torch.float64)], [0]), "lr_tensors[0]: expected Float, got Double"),
-    (([torch.tensor(INF)], [0]), f"groups[0].lr: {SIZE}inf"),
-]
-
-
-@pytest.mark.parametrize(("rates", "message"), LEARNING_RATES, ids=[case[1] for case in LEARNING_RATES])
-def test_bad_learning_rate_tensor_is_named_in_the_error_of_the_op(rates, message):
-    arguments = ([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [], [torch.tensor(0)], [1])
-    options = ([1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        torch.ops.qlora_native.optimizer_8bit_step("adamw", *arguments, *options, *rates)
-    assert torch.equal(arguments[0][0], torch.ones(3))
 
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------

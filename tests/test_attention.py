@@ -160,19 +160,6 @@ def test_error_is_that_of_flash_attention(dtype):
         assert_error_ratio(name, ours[name], yardsticks[name], wanted[name][0].numel())
 
 
-@dtypes
-def test_tolerance_excludes_a_key_too_many(dtype):
-    q, k, v, dout = operands((2, 4, 2, 17, 17, 64), dtype)
-    ranges = some_ranges(2, 17, 17)
-    wrong = ranges.clone()
-    wrong[..., 1] = (wrong[..., 1] + 1).clamp(max=17)
-    wanted = expected(q, k, v, dout, seen_by(ranges, 17))
-    actual = all_of(q, k, v, dout, key_ranges=wrong)
-    for name, (value, tolerance) in wanted.items():
-        with pytest.raises(AssertionError, match=name):
-            assert_close_by_norm(name, actual[name], value, tolerance)
-
-
 def test_large_scores_give_finite_results():
     q, k, v, dout = operands((1, 2, 1, 9, 9, 16), torch.float32)
     q.data.mul_(100), k.data.mul_(100)

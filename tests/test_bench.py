@@ -89,12 +89,8 @@ class RecordedCuda:
 
     def __init__(self):
         self.log = []
-        for name, entry in (
-            ("flush", "flush"),
-            ("synchronize", "synchronize"),
-            ("_sleep", "hold"),
-            ("replay", "replay"),
-        ):
+        for name in ("flush", "synchronize", "replay", "_sleep"):
+            entry = "hold" if name == "_sleep" else name
             setattr(self, name, lambda *_, entry=entry: self.log.append(entry))
         self.CUDAGraph = lambda: self
         self.event = SimpleNamespace(

@@ -145,12 +145,6 @@ def test_algorithms_of_all_instruction_sets_are_free_of_intrinsics_and_assembly(
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("folder", ["avx2", "avx512", "neon", "amx"])
-def test_pattern_of_intrinsics_finds_those_of_each_instruction_set(folder):
-    lines = [line for path in sources(f"{CPU}/isa/{folder}") for _, line in numbered_lines(path)]
-    assert any(INTRINSIC.search(line) for line in lines)
-
-
 # {room of the Python package, or module in no room: the rooms and modules that it may import, beside its own}. Imports
 # inside functions and those for a type checker alone count as all others do.
 PACKAGE = ROOT / "python/qlora_native"

@@ -284,13 +284,11 @@ BAD_NVFP4 = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_MXFP4)
-def test_fault_of_an_mxfp4_file_is_named_in_the_error(arguments, error, message):
-    with pytest.raises(error, match=message):
-        qn.QuantizedWeight.from_mxfp4(*arguments)
+BAD = [(qn.QuantizedWeight.from_mxfp4, arguments, {}, *rest) for arguments, *rest in BAD_MXFP4]
+BAD += [(qn.QuantizedWeight.from_nvfp4, *row) for row in BAD_NVFP4]
 
 
-@pytest.mark.parametrize(("arguments", "scales", "error", "message"), BAD_NVFP4)
-def test_fault_of_an_nvfp4_file_is_named_in_the_error(arguments, scales, error, message):
+@pytest.mark.parametrize(("read", "arguments", "scales", "error", "message"), BAD)
+def test_fault_of_a_file_is_named_in_the_error(read, arguments, scales, error, message):
     with pytest.raises(error, match=message):
-        qn.QuantizedWeight.from_nvfp4(*arguments, **scales)
+        read(*arguments, **scales)

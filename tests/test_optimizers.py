@@ -170,7 +170,7 @@ def through_a_file(state_dict):
     return torch.load(buffer, weights_only=True)
 
 
-def go_on(params, optimizer, steps):
+def make_steps(params, optimizer, steps):
     for step in steps:
         give(step, params)
         optimizer.step()
@@ -184,11 +184,11 @@ def options_of(name):
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_ours_continues_in_bitsandbytes(name, paged):
-    """It takes what we return and steps; from what it returns ours goes on with the bits of one that never left."""
+    """It takes what we return and steps; from what it returns ours continues with the same bits."""
     name = paged + name
     options = options_of(name.removeprefix("Paged"))
     ours, theirs, optimizer, peer = pair(name, lr=torch.tensor(2.0**-7), **options)
-    go_on(ours, optimizer, range(5))
+    make_steps(ours, optimizer, range(5))
     peer.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
     for param, other in zip(ours, theirs, strict=True):
         state, taken = optimizer.state[param], peer.state[other]
@@ -201,10 +201,10 @@ def test_ours_continues_in_bitsandbytes(name, paged):
     twin.load_state_dict(through_a_file(peer.state_dict()))
     for param, other in zip(twins, ours, strict=True):
         param.data.copy_(other.data)
-    go_on(theirs, peer, [5])
+    make_steps(theirs, peer, [5])
     assert not any(torch.equal(param, other) for param, other in zip(ours, theirs, strict=True))
-    go_on(twins, twin, range(5, 10))
-    go_on(ours, optimizer, range(5, 10))
+    make_steps(twins, twin, range(5, 10))
+    make_steps(ours, optimizer, range(5, 10))
     assert_same([p.detach() for p in twins], [p.detach() for p in ours])
     assert_same(twin.state_dict()["state"], optimizer.state_dict()["state"])
 
@@ -213,11 +213,11 @@ def test_ours_continues_in_bitsandbytes(name, paged):
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_bitsandbytes_continues_in_ours(name, paged):
-    """We take what it returns and step; from what we return it goes on with the bits of one that never left."""
+    """We take what it returns and step; from what we return it continues with the same bits."""
     name = paged + name
     options = options_of(name.removeprefix("Paged"))
     ours, theirs, optimizer, peer = pair(name, lr=3e-3, **options)
-    go_on(theirs, peer, range(5))
+    make_steps(theirs, peer, range(5))
     optimizer.load_state_dict(through_a_file(peer.state_dict()))
     for param, other in zip(ours, theirs, strict=True):
         state, taken = peer.state[other], optimizer.state[param]
@@ -231,8 +231,8 @@ def test_bitsandbytes_continues_in_ours(name, paged):
     twin.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
     for param, other in zip(twins, theirs, strict=True):
         param.data.copy_(other.data)
-    go_on(ours, optimizer, [5])  # in place, which is not the peer's place
-    go_on(theirs, peer, range(5, 10)), go_on(twins, twin, range(5, 10))
+    make_steps(ours, optimizer, [5])  # in place, which is not the peer's place
+    make_steps(theirs, peer, range(5, 10)), make_steps(twins, twin, range(5, 10))
     assert_same([p.detach() for p in twins], [p.detach() for p in theirs])
 
 
