@@ -18,7 +18,7 @@ from torch import Tensor
 from .blocks import ceil_div
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
 from .inputs import checked_bias, checked_input, checked_lora
-from .ops import refuse_forward_mode, refuse_second_derivative
+from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
 from .weight import QuantizedWeight, op_arguments
 
 _ops = torch.ops.qlora_native
@@ -340,6 +340,24 @@ refuse_second_derivative("linear_cross_entropy", "linear_cross_entropy")
 _HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = 0, 2, 13, 14, 15
 
 
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Returns a gradient that was computed with the loss. What it depends on is gone, so its derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        """Return a view of `gradient`. The other tensor requires gradients, so that the result does."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        """Raise an error.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(second_derivative_error("linear_cross_entropy"))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The op with its gradients.
 
@@ -380,6 +398,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, ctx.wanted, row_gradients)[2:]
         else:
             gradients = [gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors]
+            if torch.is_grad_enabled():  # create_graph=True
+                marker = dloss.detach().requires_grad_()
+                gradients = [_DifferentiatedOnce.apply(gradient, marker) for gradient in gradients]
         for place, gradient in zip((_HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B), gradients, strict=True):
             if ctx.needs_input_grad[2 + place]:
                 results[2 + place] = gradient

@@ -238,13 +238,16 @@ def differentiable(
     return call
 
 
+def second_derivative_error(function: str) -> str:
+    """The message of an error where `qlora_native.functional.<function>` is differentiated twice."""
+    return f"qlora_native.{function}: expected to be differentiated once, got a second derivative"
+
+
 def refuse_second_derivative(op: str, function: str) -> None:
     """Let the derivative of `op`, which is that of `qlora_native.functional.<function>`, be an error."""
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
-        raise NotImplementedError(
-            f"qlora_native.{function}: expected to be differentiated once, got a second derivative"
-        )
+        raise NotImplementedError(second_derivative_error(function))
 
     differentiable(op, function, lambda *_: None, refuse)
 
