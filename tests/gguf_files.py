@@ -12,13 +12,8 @@ def make(architecture, dtype=torch.float32, **changes):
     """A random model of two layers, with biases and norms that are not 0 and 1."""
     torch.manual_seed(0)
     options = {
-        "vocab_size": models.VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        **{"vocab_size": models.VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
         # transformers reads GGUF's head_dim for llama alone; 128 is what it takes for Qwen3.
         **({"head_dim": 128} if architecture.startswith("Qwen3") else {}),
         **changes,
@@ -50,7 +45,6 @@ def read(path):
 
 
 def fields(path):
-    """{key: value} of its metadata."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 

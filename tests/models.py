@@ -1,16 +1,33 @@
-"""Small language models from configs, whose names, biases and layers differ: Llama, GPT-NeoX, T5, GPT-2, Falcon."""
+"""Small language models whose names, biases and layers differ: Llama, GPT-NeoX, T5, GPT-2, Falcon; and their files."""
 
+import json
+import warnings
+
+import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from peak import peaks
+from safetensors.torch import load_file, save_file
 
 from qlora_native.nn import Linear4bit
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
+# Small models, which threads slow down, and what transformers and PEFT say of their own interfaces, files and merges.
+MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`", "ignore:Adapter 'default'", "ignore:merg", "ignore:Already merged"),
+]
 VOCABULARY = 128
 ENDS = {"bos_token_id": 0, "eos_token_id": 1}
 MODEL = {"gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration"}
 AUTO = dict.fromkeys(("t5", "bart"), transformers.AutoModelForSeq2SeqLM)
+
+
+def bitsandbytes():
+    """The package, without the warnings of its import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("bitsandbytes")
 
 
 def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
@@ -38,13 +55,69 @@ def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
 
 
 def load(folder, family="llama", **options):
-    """The checkpoint of a family's model in `folder`."""
     return AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
+
+
+def tokenizer(texts, size=300):
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, size, special_tokens=["<s>", "</s>"])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def loading_peaks(folder, shard, *expressions):
+    """Peak memory of loading the checkpoint `bf16` in a folder, and `nf4`, which is made of it, beside the models."""
+    prepare = f"""
+import transformers
+from qlora_native.integrations.transformers import BitsAndBytesConfig
+def load(name, double_quant=True):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        {str(folder)!r} + "/" + name, dtype=torch.bfloat16, quantization_config=config
+    )
+load("bf16").save_pretrained({str(folder / "nf4")!r}, max_shard_size={shard})  # and code, threads, caches
+"""
+    return peaks(prepare, *expressions)
+
+
+def save_adapter(folder, out, family="llama", **changes):
+    """Save a PEFT adapter with random values over the checkpoint in `folder`; the model with it."""
+    import peft
+
+    torch.manual_seed(1)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **changes}
+    model = peft.get_peft_model(load(folder, family, dtype=torch.float32), peft.LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:  # modules_to_save, biases
+            parameter.data *= 1.5
+    model.save_pretrained(out)
+    return model
 
 
 def tensors_of(folder):
     """{name: tensor} of the files of a checkpoint."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_bits(one, other):
+    """Of {name: tensor}; of tables too, whose NaN equals no NaN."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
+        a, b = (t.contiguous().flatten().view(torch.uint8) for t in (tensor, other[name]))
+        assert torch.equal(a, b), name
+
+
+def edit_tensors(path, changes):
+    """Replace or add tensors of a file, and drop those that are None."""
+    state = {**load_file(path), **changes}
+    save_file({name: t.contiguous() for name, t in state.items() if t is not None}, path, metadata={"format": "pt"})
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def ids(rows=2, length=9, seed=1):

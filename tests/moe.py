@@ -8,36 +8,20 @@ from qlora_native.nn import Experts4bit
 
 E, HIDDEN, INNER = 4, 64, 32
 COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
+    **{"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "max_position_embeddings": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+    **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1},
 }
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 GROUPED = {"n_routed_experts": E, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
 INNERS = {"intermediate_size": 96, "moe_intermediate_size": INNER}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+QWEN3_NEXT = {"shared_expert_intermediate_size": INNER, "layer_types": ["linear_attention", "full_attention"]}
+LLAMA4 = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, "attention_chunk_size": 16}
 FAMILIES = {
     "qwen3-moe": ("Qwen3Moe", {**INNERS, "num_experts": E, "head_dim": 16, "norm_topk_prob": True}),
-    "qwen3-next": (
-        "Qwen3Next",
-        {
-            **INNERS,
-            "num_experts": E,
-            "shared_expert_intermediate_size": INNER,
-            "head_dim": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-    ),
+    "qwen3-next": ("Qwen3Next", {**INNERS, **LINEAR, **QWEN3_NEXT, "num_experts": E, "head_dim": 16}),
     "mixtral": ("Mixtral", {"intermediate_size": INNER, "num_local_experts": E}),
     "olmoe": ("Olmoe", {"intermediate_size": INNER, "num_experts": E}),
     "deepseek-v3": ("DeepseekV3", {**INNERS, **GROUPED, **LATENT, "num_key_value_heads": 4}),
@@ -45,21 +29,12 @@ FAMILIES = {
     "gpt-oss": ("GptOss", {"intermediate_size": INNER, "num_local_experts": E, "head_dim": 16, "sliding_window": 8}),
     "llama4": (
         "Llama4",
-        {
-            "intermediate_size": INNER,
-            "intermediate_size_mlp": 96,
-            "num_local_experts": E,
-            "head_dim": 16,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 1,
-            "attention_chunk_size": 16,
-        },
+        {**LLAMA4, "intermediate_size": INNER, "num_local_experts": E, "head_dim": 16, "num_experts_per_tok": 1},
     ),
 }
 
 
 def make(family, dtype=torch.float32, **changes):
-    """A model with random weights."""
     torch.manual_seed(0)
     name, options = FAMILIES[family]
     suffix = "Text" if family == "llama4" else ""

@@ -29,16 +29,9 @@ OF_TASK = {"task_ids": torch.zeros(2, dtype=torch.long)}
 def base_model() -> nn.Module:
     """A Llama of one layer, quantized, whose linear layers have biases."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=models.VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        mlp_bias=True,
-    )
+    sizes = {"vocab_size": models.VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, attention_bias=True, mlp_bias=True)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,46 +42,28 @@ def base_model() -> nn.Module:
 
 @dataclass
 class Row:
-    """How an adapter is made.
+    """How an adapter is made."""
 
-    Attributes:
-        config: its configuration, from a folder that it may use.
-        types: PEFT's names of the methods that the row shows.
-        inputs: further arguments of the forward pass.
-        prepare: called with the model before it gets the adapter.
-        finish: called with the PEFT model, after that.
-        optimizer: what trains it.
-        make: instead of get_peft_model with `config`: the PEFT model of a model and a folder, and of what was saved.
-    """
-
-    config: Callable[[Path], PeftConfig]
-    types: tuple[str, ...] = ()
-    inputs: dict[str, Any] = field(default_factory=dict)
-    prepare: Callable[[nn.Module], None] = lambda model: None
-    finish: Callable[[nn.Module], None] = lambda model: None
+    config: Callable[[Path], PeftConfig]  # from a folder that it may use
+    types: tuple[str, ...] = ()  # PEFT's names of the methods that the row shows
+    inputs: dict[str, Any] = field(default_factory=dict)  # further arguments of the forward pass
+    prepare: Callable[[nn.Module], None] = lambda model: None  # of the model before it gets the adapter
+    finish: Callable[[nn.Module], None] = lambda model: None  # of the PEFT model
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: torch.optim.SGD(model.parameters(), 0.1)
-    make: Callable[[nn.Module, Path], nn.Module] | None = None
+    make: Callable[[nn.Module, Path], nn.Module] | None = None  # instead of get_peft_model with `config`
 
 
 def tuner(name: str, type_name: str, **options: Any) -> Row:
-    """A row of a tuner that targets linear layers."""
     options = {"target_modules": TARGETS, "task_type": TASK, **options}
     return Row(lambda _: getattr(peft, name)(**copy.deepcopy(options)), (type_name,))
 
 
 def lora(**options: Any) -> Row:
-    """A row of LoRA."""
     return tuner("LoraConfig", "LORA", **{"r": 4, "lora_alpha": 8, **options})
 
 
 def prompt(name: str, type_name: str, **options: Any) -> Row:
-    """A row of a method that adds to the input."""
     return Row(lambda _: getattr(peft, name)(task_type=TASK, **copy.deepcopy(options)), (type_name,))
-
-
-def changed(row: Row, **changes: Any) -> Row:
-    """The row with other fields."""
-    return replace(row, **changes)
 
 
 def _experts(folder: Path) -> dict[str, str]:
@@ -117,18 +92,15 @@ def _lora_fa(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _x_lora(folder: Path) -> PeftConfig:
-    """X-LoRA mixes adapters from files."""
     sizes = {"hidden_size": WIDTH, "xlora_depth": 1, "xlora_size": 8, "xlora_dropout_p": 0.0}
     return peft.XLoraConfig(task_type=TASK, adapters=_experts(folder), **sizes)
 
 
 def _no_cache(model: nn.Module) -> None:
-    """X-LoRA runs without a cache only."""
     model.config.use_cache = False
 
 
 def _activations(model: nn.Module) -> None:
-    """EVA starts from what layers are given."""
     peft.initialize_lora_eva_weights(model, [models.inputs()] * 4, show_progress_bar=False)
 
 
@@ -136,42 +108,24 @@ ROWS: dict[str, Row] = {
     "LoRA": lora(),
     'LoRA, `init_lora_weights="gaussian"`': lora(init_lora_weights="gaussian"),
     'LoRA, `"orthogonal"`': lora(init_lora_weights="orthogonal"),
-    "EVA": Row(
-        lambda _: peft.LoraConfig(
-            r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), task_type=TASK
-        ),
-        ("LORA",),
-        finish=_activations,
-    ),
+    "EVA": replace(lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)), finish=_activations),
     "MiCA": lora(init_lora_weights="mica"),
     "PiSSA": lora(init_lora_weights="pissa"),
     'PiSSA, `"pissa_niter_4"`': lora(init_lora_weights="pissa_niter_4"),
     "OLoRA": lora(init_lora_weights="olora"),
-    "CorDA": Row(
-        lambda _: peft.LoraConfig(
-            r=4, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig(), task_type=TASK
-        ),
-        ("LORA",),
-    ),
-    "LoRA-GA": Row(
-        lambda _: peft.LoraConfig(
-            r=4, target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(), task_type=TASK
-        ),
-        ("LORA",),
-    ),
+    "CorDA": lora(init_lora_weights="corda", corda_config=CordaConfig()),
+    "LoRA-GA": lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
     "LoftQ": lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
     "rsLoRA": lora(use_rslora=True),
     "DoRA": lora(use_dora=True),
-    "LoRA+": changed(lora(), optimizer=_lora_plus),
-    "LoRA-FA": changed(lora(), optimizer=_lora_fa),
+    "LoRA+": replace(lora(), optimizer=_lora_plus),
+    "LoRA-FA": replace(lora(), optimizer=_lora_fa),
     "LoRA, `lora_bias=True`": lora(lora_bias=True),
     "aLoRA": lora(alora_invocation_tokens=[int(models.ids()[0, 4])]),
-    "BD-LoRA": lora(
-        use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["up_proj"], nblocks=2)
-    ),
+    "BD-LoRA": lora(use_bdlora=BdLoraConfig(["q_proj"], ["up_proj"], nblocks=2)),
     "VeLoRA": lora(velora_config=VeloraConfig()),
     "MonteCLoRA": lora(monteclora_config=MontecloraConfig()),
-    "Arrow": changed(lora(arrow_config=peft.ArrowConfig()), make=_arrow),
+    "Arrow": replace(lora(arrow_config=peft.ArrowConfig()), make=_arrow),
     "QALoRA": lora(use_qalora=True),
     "KaSA": lora(kasa_config=KasaConfig()),
     "LoRA, `target_parameters`": lora(target_modules=[], target_parameters=["q_proj.weight"]),
@@ -198,7 +152,7 @@ ROWS: dict[str, Row] = {
     "OFT": tuner("OFTConfig", "OFT", oft_block_size=8),
     "OSF": tuner("OSFConfig", "OSF", effective_rank=8),
     "PEANuT": tuner("PeanutConfig", "PEANUT", r=4),
-    "Poly": changed(tuner("PolyConfig", "POLY", r=4, n_tasks=2, n_skills=2), inputs=OF_TASK),
+    "Poly": replace(tuner("PolyConfig", "POLY", r=4, n_tasks=2, n_skills=2), inputs=OF_TASK),
     "PSOFT": tuner("PsoftConfig", "PSOFT", r=4),
     "PVeRA": tuner("PveraConfig", "PVERA", r=8),
     "RandLoRA": tuner("RandLoraConfig", "RANDLORA", r=4),
@@ -216,7 +170,7 @@ ROWS: dict[str, Row] = {
         "TrainableTokensConfig", "TRAINABLE_TOKENS", target_modules=None, token_indices=models.ids()[0, :2].tolist()
     ),
     "prompt tuning": prompt("PromptTuningConfig", "PROMPT_TUNING", num_virtual_tokens=4),
-    "multitask prompt tuning": changed(
+    "multitask prompt tuning": replace(
         prompt("MultitaskPromptTuningConfig", "MULTITASK_PROMPT_TUNING", num_virtual_tokens=4, num_tasks=2),
         inputs=OF_TASK,
     ),

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import os
 
 import pytest
@@ -24,11 +23,7 @@ from qlora_native.integrations.fuse import fuse_loss  # noqa: E402
 from qlora_native.integrations.fuse._loss import DeferredLogits  # noqa: E402
 from qlora_native.integrations.peft import register  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo"),
-]
+pytestmark = [*models.MARKS, pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")]
 PROCESSES = 2
 RATE = 1000.0  # so that a step is no small change
 CASES = {  # name: (scales double-quantized, FSDP2's parameter dtype, or None for DDP)
@@ -49,7 +44,6 @@ def marked(case, *family):
 
 
 def make(family, double_quant):
-    """The same in every process."""
     model = qn.nn.quantize_model(models.make(family), double_quant=double_quant, progress=False)
     torch.manual_seed(1)
     return peft.get_peft_model(model, register(config(family)))
@@ -107,21 +101,11 @@ def fused_step(model, rows, case=None):
 
 def trained(family, output, processes):
     """The adapter after three steps of transformers' Trainer; a batch is what all processes together take."""
-    model = make(family, double_quant=True)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=len(ids()) // processes,
-        max_steps=3,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        ddp_backend="gloo" if processes > 1 else None,
-        disable_tqdm=True,
-    )
-    data = [{"input_ids": row, "labels": row} for row in ids()]
+    model, data = make(family, double_quant=True), [{"input_ids": row, "labels": row} for row in ids()]
+    options = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    options |= {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    options |= {"output_dir": str(output), "per_device_train_batch_size": len(data) // processes}
+    arguments = transformers.TrainingArguments(ddp_backend="gloo" if processes > 1 else None, **options)
     transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
     return peft.get_peft_model_state_dict(model)
 
@@ -176,7 +160,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("case", "family"), [marked(*run) for run in RUNS])
 def test_two_processes_compute_what_one_does(case, family, folder):
     double_quant, dtype = CASES[case]
-    # 2^-9 a rounding; PEFT's own way, as a unit's hooks want its forward called; the sum over rows in another order
+    # 2^-9 a rounding; PEFT's own forward, as a unit's hooks want it called; rows added in another order
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 if case == "fsdp2-adapters" else 1e-6
     case = f"{case}-{family}"
     model = make(family, double_quant)
@@ -196,10 +180,6 @@ def test_two_processes_compute_what_one_does(case, family, folder):
     for name, gradient in expected.items():
         key = name.replace(".default", "")
         assert_close(saved[key] - before[key], -RATE * gradient.float(), 10 * tolerance)
-    options = [json.loads((folder / name / "adapter_config.json").read_text()) for name in (case, "before")]
-    for saved in options:
-        saved["target_modules"] = set(saved["target_modules"])  # in the order of a set
-    assert options[0] == options[1]
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in FUSED])

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    bnb = pytest.importorskip("bitsandbytes")
 
 import models  # noqa: E402
+
+bnb = models.bitsandbytes()
 import moe  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from lora import assert_close  # noqa: E402
@@ -36,9 +34,8 @@ from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`", "ignore:`gradient_checkpointing"
-)
+pytestmark = [*models.MARKS, pytest.mark.usefixtures("eager")]
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "bitsandbytes.md"
 LINEARS = 14
@@ -52,19 +49,20 @@ def blocks(language, page=PAGE):
     return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
 
 
+def run_python(page, **found):
+    """What the Python blocks of a page have defined, run from the first to the last in one program."""
+    found |= {"__name__": "docs"}
+    for line, text in blocks("python", page):
+        exec(compile("\n" * (line - 1) + text, page, "exec"), found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a reader has: a model with its tokenizer, texts, pairs, a program that uses bitsandbytes, the examples."""
-    from tokenizers import ByteLevelBPETokenizer
-
+    """What a reader has: a model, data, a program that uses bitsandbytes, the examples."""
     folder = tmp_path_factory.mktemp("docs")
     texts = [f"{pair['prompt']} {pair['response']}" for pair in PAIRS]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, models.VOCABULARY, special_tokens=["<s>", "</s>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    assert len(tokenizer) >= 256  # the bytes: a vocabulary of models.VOCABULARY would be too small
+    tokenizer = models.tokenizer(texts)
     model = models.make("llama", torch.bfloat16, width=64, inner=128)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder / "my-model", max_shard_size="100KB")
@@ -80,16 +78,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(folder):
-    """What the Python blocks have defined, run from the first to the last in one program."""
-    found = {"__name__": "docs"}
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.chdir(folder)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        for line, text in blocks("python"):
-            exec(compile("\n" * (line - 1) + text, PAGE, "exec"), found)
-    return found
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        return run_python(PAGE)
 
 
 def test_python_on_the_page_of_bitsandbytes_runs(folder, names):
@@ -105,19 +98,16 @@ def test_python_on_the_page_of_bitsandbytes_runs(folder, names):
 
 
 def test_python_in_the_readme_runs(folder, tmp_path, monkeypatch):
-    ((_, text),) = blocks("python", ROOT / "README.md")
+    (tmp_path / "path/or").mkdir(parents=True)
+    (tmp_path / "path/or/hub-id").symlink_to(folder / "my-model")
     monkeypatch.chdir(tmp_path)
-    found = {"__name__": "readme"}
-    with torch.compiler.set_stance("force_eager"):
-        exec(text.replace("path/or/hub-id", str(folder / "my-model")), found)
+    found = run_python(ROOT / "README.md")
     assert sum(isinstance(module, LoraLinear4bit) for module in found["model"].modules()) == LINEARS
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_python_on_the_page_of_formats_runs():
-    found = {}
-    for line, text in blocks("python", ROOT / "docs" / "formats.md"):
-        exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "formats.md", "exec"), found)
+    found = run_python(ROOT / "docs" / "formats.md")
     assert found["y"].shape == (4, 256)
     assert found["expert"].format == "mxfp4"
     assert found["layer"].format == "nvfp4"
@@ -126,19 +116,16 @@ def test_python_on_the_page_of_formats_runs():
 def test_python_on_the_page_of_experts_runs(tmp_path, monkeypatch):
     moe.make("qwen3-moe", torch.bfloat16).save_pretrained(tmp_path / "my-mixture")
     monkeypatch.chdir(tmp_path)
-    found = {"__name__": "docs"}
-    for line, text in blocks("python", ROOT / "docs" / "experts.md"):
-        exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "experts.md", "exec"), found)
+    found = run_python(ROOT / "docs" / "experts.md")
     assert len(moe.experts_of(found["model"])) == len(moe.experts_of(found["again"])) == 4
     assert found["report"].quantized > 0
     assert len(moe.experts_of(found["merged"])) == 4
 
 
 def test_python_on_the_page_of_pefts_methods_runs():
-    found = {"model": models.make("llama", torch.bfloat16)}
-    ((line, text),) = blocks("python", ROOT / "docs" / "peft.md")
-    exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "peft.md", "exec"), found)
+    found = run_python(ROOT / "docs" / "peft.md", model=models.make("llama", torch.bfloat16))
     assert len(models.layers_of(found["merged"])) == LINEARS
+    assert type(found["merged"].hf_quantizer).__name__ == "Quantizer"
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
@@ -147,7 +134,6 @@ def test_commands_of_the_page_run(folder, names, text):
 
 
 def test_commands_of_the_page_on_serving_run(folder, names):
-    """One after the other: they read what those before have written."""
     pytest.importorskip("gguf")
     texts = [text for _, text in blocks("bash", ROOT / "docs" / "serving.md")]
     assert len(texts) == 3
@@ -156,12 +142,8 @@ def test_commands_of_the_page_on_serving_run(folder, names):
 
 
 def run_commands(folder, text):
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": path}
     shown = subprocess.run(["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     for out in re.findall(r"--out (\S+)", text):
@@ -186,14 +168,16 @@ def stock_config(**changes):
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **changes)
 
 
+def lora(**changes):
+    return peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes)
+
+
 def load(folder, quantization=None, dtype=torch.bfloat16):
     options = {} if quantization is None else {"quantization_config": quantization}
-    with torch.compiler.set_stance("force_eager"):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return models.load(folder, dtype=dtype, **options)
 
 
 def both(folder, **changes):
-    """A model of bitsandbytes' layers and one of ours."""
     return load(folder, stock_config(**changes)), load(folder, config(**changes))
 
 
@@ -246,8 +230,7 @@ def test_product_has_another_dtype(checkpoint, monkeypatch):
         )
     for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
         seen.clear()
-        with torch.compiler.set_stance("force_eager"):
-            assert model.train()(models.ids()).logits.dtype == torch.bfloat16
+        assert model.train()(models.ids()).logits.dtype == torch.bfloat16
         assert set(seen) == {expected} and len(seen) == LINEARS
 
 
@@ -259,17 +242,12 @@ def test_dtype_beside_a_quantized_file_acts(checkpoint, tmp_path):
 
 
 def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    options = transformers.MixtralConfig(
-        vocab_size=models.VOCABULARY, num_hidden_layers=1, num_local_experts=2, **small
-    )
-    transformers.MixtralForCausalLM(options).to(torch.bfloat16).save_pretrained(tmp_path)
+    moe.make("mixtral", torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path)
     theirs, ours = both(tmp_path)
     experts = {name: p for name, p in theirs.named_parameters() if ".experts." in name}
     assert experts and {p.dtype for p in experts.values()} == {torch.bfloat16}
     assert {p.dim() for p in experts.values()} == {3}
-    found = {name: m for name, m in ours.named_modules() if isinstance(m, qn.nn.Experts4bit)}
-    assert found.keys() == experts.keys()
+    assert moe.experts_of(ours).keys() == experts.keys()
     assert not any(p.dim() == 3 and p.is_floating_point() for p in ours.parameters())
 
 
@@ -295,22 +273,20 @@ def test_preparation_casts_there_alone(checkpoint):
 def test_parameters_are_counted_as_the_page_says(checkpoint):
     elements = sum(parameter.numel() for parameter in models.make("llama", width=128, inner=192).parameters())
     linears = sum(m.in_features * m.out_features for m in models.layers_of(load(checkpoint, config())).values())
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for model, counted in zip(both(checkpoint), (elements, elements - linears // 2), strict=True):
-        trainable, everything = peft.get_peft_model(model, lora).get_nb_trainable_parameters()
+        trainable, everything = peft.get_peft_model(model, lora()).get_nb_trainable_parameters()
         assert everything - trainable == pytest.approx(counted, rel=0.02)  # scales are parameters too
 
 
 def test_trl_rounds_the_adapter_there_alone(checkpoint, folder, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "my-model")
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for model, expected in zip(both(checkpoint), (torch.bfloat16, torch.float32), strict=True):
         trainer = trl.SFTTrainer(
             model=model,
             args=trl.SFTConfig(str(tmp_path), report_to=[], use_cpu=True),
             train_dataset=datasets.Dataset.from_dict({"text": ["What is 1 plus 1?"]}),
             processing_class=tokenizer,
-            peft_config=lora,
+            peft_config=lora(),
         )
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {expected}
 
@@ -322,17 +298,14 @@ def test_model_says_of_itself_what_the_page_says(checkpoint):
     assert theirs.is_quantized and ours.is_quantized
 
 
-@pytest.mark.filterwarnings("ignore:.*erge")
-def test_weight_comes_back_from_merging_here_alone(checkpoint):
-    for model, comes_back in zip(both(checkpoint), (False, True), strict=True):
-        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-        adapted = peft.get_peft_model(model, lora)
+def test_unmerging_restores_the_weight_here_alone(checkpoint):
+    for model, same in zip(both(checkpoint), (False, True), strict=True):
+        adapted = peft.get_peft_model(model, lora(init_lora_weights=False))
         before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
-        with torch.compiler.set_stance("force_eager"):
-            adapted.merge_adapter()
-            adapted.unmerge_adapter()
+        adapted.merge_adapter()
+        adapted.unmerge_adapter()
         after = adapted.state_dict()
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == comes_back
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == same
 
 
 def test_ia3_is_merged_here_alone(checkpoint):
@@ -344,68 +317,59 @@ def test_ia3_is_merged_here_alone(checkpoint):
 
 
 def test_loftq_begins_nearer_to_the_weight(checkpoint):
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    errors = initialize_loftq(peft.get_peft_model(load(checkpoint, config()), lora), checkpoint)
+    errors = initialize_loftq(peft.get_peft_model(load(checkpoint, config()), lora()), checkpoint)
     assert len(errors) == 2 and all(after < before for before, after in errors.values())
-    lora.init_lora_weights = "loftq"
+    loftq = lora()
+    loftq.init_lora_weights = "loftq"
     with pytest.raises(NotImplementedError, match="initialize_loftq"):
-        peft.get_peft_model(load(checkpoint, config()), lora)
+        peft.get_peft_model(load(checkpoint, config()), loftq)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
-@needs_fsdp_of_bytes
-def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypatch):
+@pytest.fixture
+def group(monkeypatch):
+    """A process group of this process alone."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@needs_fsdp_of_bytes
+def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, group, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate sets it, for transformers to see
     theirs, ours, other = (model.requires_grad_(False) for model in (*both(checkpoint), load(checkpoint, config())))
     expected = models.logits(ours)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        try:
-            dist.broadcast(torch.zeros(1, dtype=torch.bfloat16), 0)
-        except RuntimeError as error:  # as of Debian's, torch 2.14
-            pytest.skip(f"gloo sends no bf16: {error}")
-        prepared_by_accelerate(theirs, cpu_ram_efficient_loading=True)
-        sharded = prepared_by_accelerate(ours, cpu_ram_efficient_loading=False)
-        assert_close(models.logits(sharded).float(), expected.float(), 1e-2)
-        with pytest.raises(AttributeError, match="device_mesh"):
-            prepared_by_accelerate(other, cpu_ram_efficient_loading=True)
-    finally:
-        dist.destroy_process_group()
+        dist.broadcast(torch.zeros(1, dtype=torch.bfloat16), 0)
+    except RuntimeError as error:  # as of Debian's, torch 2.14
+        pytest.skip(f"gloo sends no bf16: {error}")
+    prepared_by_accelerate(theirs, cpu_ram_efficient_loading=True)
+    sharded = prepared_by_accelerate(ours, cpu_ram_efficient_loading=False)
+    assert_close(models.logits(sharded).float(), expected.float(), 1e-2)
+    with pytest.raises(AttributeError, match="device_mesh"):
+        prepared_by_accelerate(other, cpu_ram_efficient_loading=True)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
-def test_fsdp1_refuses_bytes(checkpoint, monkeypatch):
+@needs_gloo
+def test_fsdp1_refuses_bytes(checkpoint, group):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="Cannot flatten integer dtype|Must flatten tensors with"):
-            FullyShardedDataParallel(load(checkpoint, config()), device_id=torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    with pytest.raises(ValueError, match="Cannot flatten integer dtype|Must flatten tensors with"):
+        FullyShardedDataParallel(load(checkpoint, config()), device_id=torch.device("cpu"))
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
-def test_optimizer_of_dtensors_is_here_alone(monkeypatch):
+@needs_gloo
+def test_optimizer_of_dtensors_is_here_alone(group):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        whole = torch.ones(64, 64)
-        param = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
-        param.grad = distribute_tensor(whole, param.device_mesh, [Shard(0)])
-        with (
-            torch.compiler.set_stance("force_eager"),
-            pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"),
-        ):
-            bnb.optim.AdamW8bit([param]).step()
-        qn.optim.AdamW8bit([param], lr=0.5).step()
-        assert (param.to_local() < 0.6).all()
-    finally:
-        dist.destroy_process_group()
+    whole = torch.ones(64, 64)
+    param = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+    param.grad = distribute_tensor(whole, param.device_mesh, [Shard(0)])
+    with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        bnb.optim.AdamW8bit([param]).step()
+    qn.optim.AdamW8bit([param], lr=0.5).step()
+    assert (param.to_local() < 0.6).all()
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512_BF16 alone")
@@ -413,36 +377,28 @@ def test_evaluation_changes_the_weight_there_alone(checkpoint):
     for model, changes in zip(both(checkpoint), (True, False), strict=True):
         layer, x = first(model), torch.randn(4, 128).bfloat16()
         codes = layer.weight.clone()
-        with torch.compiler.set_stance("force_eager"):
-            trained, evaluated = layer.train()(x), layer.eval()(x)
+        trained, evaluated = layer.train()(x), layer.eval()(x)
         assert torch.equal(layer.weight, codes) == (not changes)
         assert torch.equal(trained, evaluated) or changes
 
 
 def test_row_of_broken_blocks_is_decoded_with_its_own_scales_here():
     weight = torch.randn(64, 96) * torch.logspace(-3, 0, 64)[:, None]
-    for quantized, right in ((qn.quantize(weight, double_quant=False), True), (None, not _avx512())):
-        with torch.compiler.set_stance("force_eager"):
-            if quantized is None:
-                decoded = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(weight, quant_type="nf4"))
-            else:
-                decoded = quantized.dequantize()
-        assert ((decoded - weight).norm() < 0.15 * weight.norm()) == right
-
-
-def _avx512():
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+    ours = qn.quantize(weight, double_quant=False).dequantize()
+    theirs = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(weight, quant_type="nf4"))
+    assert (ours - weight).norm() < 0.15 * weight.norm()
+    avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    assert ((theirs - weight).norm() < 0.15 * weight.norm()) != avx512
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_codes_agree_and_scales_are_within_a_level(format):
     weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
-    with torch.compiler.set_stance("force_eager"):
-        codes, state = bnb.functional.quantize_4bit(weight, quant_type=format, compress_statistics=True)
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type=format, compress_statistics=True)
     q = qn.quantize(weight, format)
     assert (q.codes.view(-1) != codes.view(-1)).float().mean() < 1e-3
     distance = (q.absmax.int() - state.absmax.int()).abs()
-    assert distance.max() == 1
+    assert distance.max() == 1 and (distance > 0).float().mean() < 0.03
     scales = qn.quantize(weight, format, double_quant=False).absmax
     nested = q.nested_absmax.repeat_interleave(256)
     ours, theirs = (
@@ -454,8 +410,7 @@ def test_codes_agree_and_scales_are_within_a_level(format):
 def test_zero_of_fp4_has_the_code_of_bitsandbytes():
     weight = torch.zeros(1, 64)
     weight[0, 0], weight[0, 1] = 1.0, 1e-4
-    with torch.compiler.set_stance("force_eager"):
-        codes, _ = bnb.functional.quantize_4bit(weight, quant_type="fp4")
+    codes, _ = bnb.functional.quantize_4bit(weight, quant_type="fp4")
     q = qn.quantize(weight, "fp4", double_quant=False)
     assert codes[0].item() & 15 == q.codes[0, 0].item() & 15 == 8
     assert q.dequantize()[0, 1] == 0
@@ -467,7 +422,6 @@ def test_step_with_a_nan_is_made_there_alone():
         param.grad = torch.full_like(param, 1e-2)
         param.grad[1, 2] = float("nan")
         made = optimizer([param], lr=1e-2)
-        with torch.compiler.set_stance("force_eager"):
-            made.step()
+        made.step()
         assert torch.equal(param.data, torch.ones(64, 64)) == skipped
     assert made.stats()["skipped_steps"] == 1

@@ -8,22 +8,70 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync._cffi_bindings", exc_type=ImportError)
 
-import llama_cpp_api as llama_cpp  # noqa: E402
 import models  # noqa: E402
 from gguf_files import make, make_all  # noqa: E402
-from test_export import ROPES  # noqa: E402
-from test_export_adapter import PATTERNS, adapter_of  # noqa: E402
+from llama_cpp_py_sync import _cffi_bindings as bindings  # noqa: E402
+from test_export import PATTERNS  # noqa: E402
 from test_export_tokenizer import BYTE_LEVEL, SENTENCEPIECE, TEXTS, characters_bpe, save  # noqa: E402
 
 from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 TOKENS = models.ids(1, 12)
+ROPES = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {"factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     return make_all(tmp_path_factory)
+
+
+class LlamaCpp:
+    """A GGUF file of a model, with adapters; keys and values are kept in fp32."""
+
+    def __init__(self, path, adapters=()):
+        self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
+        self._silent = self.ffi.callback("ggml_log_callback", lambda level, text, data: None)
+        self.lib.llama_log_set(self._silent, self.ffi.NULL)
+        self.lib.llama_backend_init()
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        assert self.model != self.ffi.NULL, "llama.cpp does not load the model"
+        options = self.lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = 64
+        options.n_threads = options.n_threads_batch = 1
+        options.type_k = options.type_v = 0  # GGML_TYPE_F32
+        options.flash_attn_type = 0  # none
+        self.context = self.lib.llama_init_from_model(self.model, options)
+        self._adapters = [self.lib.llama_adapter_lora_init(self.model, str(path).encode()) for path in adapters]
+        assert self.ffi.NULL not in self._adapters, "llama.cpp does not load the adapter"
+        self.lib.llama_set_adapters_lora(self.context, self._adapters, len(adapters), [1.0] * len(adapters))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+    def logits(self, tokens):
+        """fp32 [tokens, vocabulary]."""
+        rows, vocabulary = [], self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+        for token in tokens:
+            batch = self.lib.llama_batch_get_one(self.ffi.new("llama_token[1]", [token]), 1)
+            assert self.lib.llama_decode(self.context, batch) == 0
+            rows.append(self.ffi.unpack(self.lib.llama_get_logits_ith(self.context, -1), vocabulary))
+        return torch.tensor(rows)
+
+    def tokenize(self, text, special=False):
+        """Token ids; `special`: with those that are added to a text, and those that stand in it."""
+        data, vocabulary = text.encode(), self.lib.llama_model_get_vocab(self.model)
+        tokens = self.ffi.new("llama_token[1000]")
+        count = self.lib.llama_tokenize(vocabulary, data, len(data), tokens, 1000, special, special)
+        return self.ffi.unpack(tokens, count)
 
 
 def assert_close(actual, expected):
@@ -41,7 +89,7 @@ def test_model_and_adapter_give_the_same_logits(bases, name, tmp_path):
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if name == "Qwen2ForCausalLM":
         modules += ["embed_tokens", "lm_head"]
-    model = adapter_of(bases[name], tmp_path / "adapter", target_modules=modules, use_rslora=True, **PATTERNS)
+    model = models.save_adapter(bases[name], tmp_path / "adapter", target_modules=modules, use_rslora=True, **PATTERNS)
     export_model(bases[name], tmp_path / "m.gguf", "f32", progress=False)
     export_adapter(bases[name], tmp_path / "adapter", tmp_path / "a.gguf")
     adapted = logits(model)
@@ -49,7 +97,7 @@ def test_model_and_adapter_give_the_same_logits(bases, name, tmp_path):
         plain = logits(model)
     assert (adapted - plain).norm() > 0.1 * plain.norm()
     for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
-        with llama_cpp.Model(tmp_path / "m.gguf", adapters) as loaded:
+        with LlamaCpp(tmp_path / "m.gguf", adapters) as loaded:
             assert_close(loaded.logits(TOKENS[0].tolist()), expected)
 
 
@@ -58,7 +106,7 @@ def test_scaled_rope_gives_the_same_logits(kind, tmp_path):
     model = make("LlamaForCausalLM", rope_parameters={"rope_type": kind, "rope_theta": 1e4, **ROPES[kind]})
     model.save_pretrained(tmp_path / "model")
     export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
-    with llama_cpp.Model(tmp_path / "m.gguf") as loaded:
+    with LlamaCpp(tmp_path / "m.gguf") as loaded:
         assert_close(loaded.logits(TOKENS[0].tolist()), logits(model))
 
 
@@ -67,7 +115,7 @@ def test_text_is_split_alike(kind, tmp_path):
     tokenizer = BYTE_LEVEL[kind]() if kind in BYTE_LEVEL else characters_bpe(**SENTENCEPIECE[kind])
     expected = save(tokenizer, tmp_path / "model", **({} if kind in BYTE_LEVEL else {"unk_token": "<unk>"}))
     export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
-    with llama_cpp.Model(tmp_path / "m.gguf") as loaded:
+    with LlamaCpp(tmp_path / "m.gguf") as loaded:
         for text in [*TEXTS, "one</s>two[user]three"]:
             if kind == "metaspace" and text.startswith(" "):  # the export says so
                 continue

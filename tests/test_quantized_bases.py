@@ -1,8 +1,4 @@
-"""Guards against bases that other quantizers have written: none is read as if its codes were its weights.
-
-The files have the tensors and the config of each format, as its own tool names them. One is refused by the method that
-config.json names; without that, by the tensors.
-"""
+"""Guards against bases that other quantizers have written: none is read as if its codes were its weights."""
 
 import json
 import shutil
@@ -26,20 +22,13 @@ E4M3 = torch.float8_e4m3fn
 
 
 def fp8_in_blocks(weight):
-    """transformers' and DeepSeek's: one factor for 128 x 128 weights."""
     scale = weight.float().abs().max() / 448
     return {"weight": (weight.float() / scale).to(E4M3), "weight_scale_inv": scale.reshape(1, 1)}
 
 
 def fp8_in_rows(weight):
-    """compressed-tensors' float-quantized: one factor for a row."""
     scale = weight.float().abs().amax(1, keepdim=True) / 448
     return {"weight": (weight.float() / scale).to(E4M3), "weight_scale": scale.bfloat16()}
-
-
-def fp8_of_modelopt(weight):
-    scale = weight.float().abs().max() / 448
-    return {"weight": (weight.float() / scale).to(E4M3), "weight_scale": scale, "input_scale": torch.tensor(1.0)}
 
 
 def nvfp4_of_modelopt(weight):
@@ -50,16 +39,9 @@ def nvfp4_of_modelopt(weight):
 
 
 def llm_int8(weight):
-    """bitsandbytes' LLM.int8: the largest absolute value of a row."""
     largest = weight.float().abs().amax(1)
     codes = (weight.float() * 127 / largest[:, None]).round().to(torch.int8)
     return {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-
-
-def int8_in_rows(weight):
-    """compressed-tensors' int-quantized."""
-    scale = weight.float().abs().amax(1, keepdim=True) / 127
-    return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale.bfloat16()}
 
 
 def int4_in_groups(weight):
@@ -76,66 +58,22 @@ def gptq(weight):
     return {"qweight": words, "qzeros": zeros, "scales": scales, "g_idx": torch.zeros(K, dtype=torch.int32)}
 
 
-def awq(weight):
-    N, K = weight.shape
-    words = torch.randint(-(2**31), 2**31 - 1, (K, N // 8), dtype=torch.int32)
-    return {"qweight": words, "qzeros": torch.zeros(1, N // 8, dtype=torch.int32), "scales": torch.ones(1, N).half()}
-
-
 def scaled_beside_16_bits(weight):
     """A weight of the right dtype that is one after a product with its scale, as compressed-tensors' "frozen" ones."""
     return {"weight": weight * 64, "weight_scale": torch.tensor(1 / 64)}
 
 
-def of_compressed_tensors(format, bits, kind, strategy):
-    weights = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
-
-
 # {format: (tensors of a layer in place of its weight, config, a word of the error by config, and of that by tensors)}
-FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
-NOT_FLOAT = "weight: expected float32, bfloat16 or float16, got "
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+LLM_INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}, "ignore": ["lm_head"]}
+NOT_FLOAT, MISSING = "weight: expected float32, bfloat16 or float16, got ", "expected all tensors of a Llama"
 FORMATS = {
-    "fp8": (fp8_in_blocks, FP8_CONFIG, "'fp8'", NOT_FLOAT + "float8_e4m3fn"),
-    "compressed-tensors-fp8": (
-        fp8_in_rows,
-        of_compressed_tensors("float-quantized", 8, "float", "channel"),
-        "'compressed-tensors'",
-        NOT_FLOAT + "float8_e4m3fn",
-    ),
-    "modelopt-fp8": (
-        fp8_of_modelopt,
-        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-        "'modelopt'",
-        NOT_FLOAT + "float8_e4m3fn",
-    ),
-    "modelopt-nvfp4": (
-        nvfp4_of_modelopt,
-        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
-        "'modelopt'",
-        "expected the shape",
-    ),
-    "llm.int8": (
-        llm_int8,
-        {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
-        "the method 'bitsandbytes', in 8 bits (LLM.int8)",
-        NOT_FLOAT + "int8",
-    ),
-    "compressed-tensors-int8": (
-        int8_in_rows,
-        of_compressed_tensors("int-quantized", 8, "int", "channel"),
-        "'compressed-tensors'",
-        NOT_FLOAT + "int8",
-    ),
-    "compressed-tensors-int4": (
-        int4_in_groups,
-        of_compressed_tensors("pack-quantized", 4, "int", "channel"),
-        "'compressed-tensors'",
-        "expected all tensors of a LlamaForCausalLM, got no",
-    ),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1}, "'gptq'", "expected all tensors of a Llama"),
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}, "'awq'", "expected all tensors of a Llama"),
+    "fp8": (fp8_in_blocks, FP8, "'fp8'", NOT_FLOAT + "float8_e4m3fn"),
+    "modelopt-nvfp4": (nvfp4_of_modelopt, {"quant_method": "modelopt"}, "'modelopt'", "expected the shape"),
+    "llm.int8": (llm_int8, LLM_INT8, "the method 'bitsandbytes', in 8 bits (LLM.int8)", NOT_FLOAT + "int8"),
+    "compressed-tensors-int4": (int4_in_groups, PACKED, "'compressed-tensors'", MISSING),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1}, "'gptq'", MISSING),
     "scaled": (scaled_beside_16_bits, {"quant_method": "quark"}, "'quark'", "weight_scale: expected a tensor that a "),
     "unnamed": (fp8_in_rows, {}, "None", NOT_FLOAT),
 }
@@ -143,7 +81,6 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folders: a model in 16 bits, an adapter of it, and the model in each format."""
     folder = tmp_path_factory.mktemp("made")
     model = models.make("llama", torch.bfloat16)
     model.save_pretrained(folder / "base")
@@ -153,15 +90,10 @@ def made(tmp_path_factory):
         for layer in [key.removesuffix("weight") for key in state if "_proj" in key]:
             state |= {layer + part: tensor for part, tensor in quantized(state.pop(f"{layer}weight")).items()}
         save_file(state, folder / name / "model.safetensors")
-        edit(folder / name, quantization_config=config)
+        models.edit_json(folder / name / "config.json", quantization_config=config)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
     adapted.save_pretrained(folder / "adapter")
     return folder
-
-
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 COMMANDS = {
@@ -184,25 +116,21 @@ def refused(command, base, made, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_base_of_another_quantizer_is_refused_by_its_method(made, format, command, tmp_path):
+def test_base_of_another_quantizer_is_refused_by_its_method_or_a_tensor(made, format, command, tmp_path):
+    _, _, method, tensor = FORMATS[format]
     text = refused(command, made / format, made, tmp_path)
     assert "config.json: quantization_config: expected weights in 16 or 32 bits, or nf4 and fp4 of" in text
-    assert FORMATS[format][2] in text
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("format", FORMATS)
-def test_base_without_its_method_is_refused_by_a_tensor(made, format, command, tmp_path):
+    assert method in text
     base = shutil.copytree(made / format, tmp_path / "base")
-    edit(base, quantization_config=None)
+    models.edit_json(base / "config.json", quantization_config=None)
     text = refused(command, base, made, tmp_path)
-    assert "_proj" in text and FORMATS[format][3] in text, text
+    assert "_proj" in text and tensor in text, text
 
 
 @pytest.mark.parametrize("described", ["fp8", [], 7])
 def test_quantization_config_that_is_no_object_is_named(made, described, tmp_path):
     base = shutil.copytree(made / "base", tmp_path / "base")
-    edit(base, quantization_config=described)
+    models.edit_json(base / "config.json", quantization_config=described)
     assert "quantization_config: expected an object, got" in refused("quantize", base, made, tmp_path)
 
 
@@ -211,11 +139,12 @@ def test_base_in_4_bits_of_bitsandbytes_is_read(made, tmp_path):
     convert(made / "base", tmp_path / "nf4", to="nf4", progress=False)
     convert(tmp_path / "nf4", tmp_path / "first", progress=False)
     config = json.loads((tmp_path / "nf4/config.json").read_text())["quantization_config"]
-    del config["quant_method"]
-    edit(tmp_path / "nf4", quantization_config=config)
+    models.edit_json(
+        tmp_path / "nf4/config.json", quantization_config={k: v for k, v in config.items() if k != "quant_method"}
+    )
     convert(tmp_path / "nf4", tmp_path / "second", progress=False)
-    states = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
-    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -226,9 +155,8 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize("name", [UP, NORM, "model.embed_tokens.weight"])
 def test_dtype_that_no_weight_has_is_named(made, name, dtype, tmp_path):
     base = shutil.copytree(made / "base", tmp_path / "base")
-    state = load_file(base / "model.safetensors")
-    state[name] = state[name].float().to(dtype)
-    save_file(state, base / "model.safetensors")
+    tensor = load_file(base / "model.safetensors")[name].float().to(dtype)
+    models.edit_tensors(base / "model.safetensors", {name: tensor})
     expected = f"{name}: expected float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     for command in ("merge", "quantize", "gguf"):
         assert expected in refused(command, base, made, tmp_path)
@@ -239,7 +167,7 @@ def test_dtype_of_less_than_a_byte_is_named(made, dtype, size, tmp_path):
     base = shutil.copytree(made / "base", tmp_path / "base")
     text = json.dumps({NORM: {"dtype": dtype, "shape": [96], "data_offsets": [0, size]}}).encode()
     (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    edit(base, num_hidden_layers=0, layer_types=[])
+    models.edit_json(base / "config.json", num_hidden_layers=0, layer_types=[])
     assert f"{NORM}: expected" in refused("quantize", base, made, tmp_path)
 
 
@@ -269,7 +197,7 @@ def test_loftq_takes_weights_alone(made, format):
 def test_files_of_another_quantizer_are_not_quantized_while_they_are_read(made, format, described, tmp_path):
     base = shutil.copytree(made / format, tmp_path / "base")
     if not described:
-        edit(base, quantization_config=None)
+        models.edit_json(base / "config.json", quantization_config=None)
     by_tensor = "model.safetensors: model.layers.0.*expected (F32, BF16 or F16|a weight or a bias of a layer)"
     by_method = "quantization_config: expected files in 16 or 32 bits.* got the method"
     with pytest.raises(ValueError, match=f"{by_method}|{by_tensor}" if described else by_tensor):

@@ -1,7 +1,6 @@
 """Guards `replace`: the layers of a live bitsandbytes model become ours; what is shared, and what must not change."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -9,22 +8,16 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    bnb = pytest.importorskip("bitsandbytes")
-
 import models  # noqa: E402
+
+bnb = models.bitsandbytes()
 from lora import LINEARS, TASK, assert_close, families, fused_layers, logits  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.bitsandbytes import quantized_weight, replace  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread", "eager"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit"),
-]
+pytestmark = [*models.MARKS, pytest.mark.usefixtures("eager")]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +32,9 @@ def folders(tmp_path_factory):
 
 def stock(folders, family="llama", dtype=torch.float32, double_quant=True):
     """A model that transformers has loaded into bitsandbytes' layers, in training: in evaluation it repacks weights."""
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    with torch.compiler.set_stance("force_eager"):
-        model = models.load(folders[family], family, dtype=dtype, quantization_config=config)
-    return model.train()
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": dtype}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    return models.load(folders[family], family, dtype=dtype, quantization_config=config).train()
 
 
 def theirs(model):
@@ -92,28 +79,24 @@ def test_codes_stored_in_another_dtype_are_shared(storage):
 
 @families
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=lambda c: next(iter(c), "plain"))
-def test_training_under_peft_goes_on(folders, family, changes, monkeypatch):
-    """Replaced between two steps, with the optimizer that was there: as if bitsandbytes had gone on."""
-
-    def begin():
-        torch.manual_seed(1)
-        task = TASK.get(family, "CAUSAL_LM")
-        config = peft.LoraConfig(task_type=task, r=4, target_modules="all-linear", **changes)
-        model = peft.get_peft_model(stock(folders, family), config)
-        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
-
+def test_training_under_peft_continues(folders, family, changes, monkeypatch):
     def step(model, optimizer):
-        loss = model(**models.inputs()).loss
-        loss.backward()
+        model(**models.inputs()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    (ours, optimizer), (expected, other) = begin(), begin()
-    for model, o in ((ours, optimizer), (expected, other)):
+    def begin():
+        torch.manual_seed(1)
+        options = {"task_type": TASK.get(family, "CAUSAL_LM"), "target_modules": "all-linear", **changes}
+        model = peft.get_peft_model(stock(folders, family), peft.LoraConfig(r=4, **options))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
-        step(model, o)
+                parameter.data.normal_(std=0.02)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+        step(model, optimizer)
+        return model, optimizer
+
+    (ours, optimizer), (expected, other) = begin(), begin()
     adapters = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     wrappers = {name for name, m in ours.named_modules() if isinstance(m, peft.tuners.lora.bnb.Linear4bit)}
     replace(ours)
@@ -121,8 +104,8 @@ def test_training_under_peft_goes_on(folders, family, changes, monkeypatch):
     after = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert after.keys() == adapters.keys() and all(after[name] is p for name, p in adapters.items())
     assert fused_layers(ours, monkeypatch) == len(wrappers)
-    for model, o in ((ours, optimizer), (expected, other)):
-        step(model, o)
+    step(ours, optimizer)
+    step(expected, other)
     assert_close(logits(ours), logits(expected), 1e-4)
     for name, parameter in expected.named_parameters():
         if parameter.requires_grad:
@@ -134,10 +117,7 @@ def test_replaced_model_is_saved_as_before_and_gets_our_adapters(folders, tmp_pa
     model.save_pretrained(tmp_path / "before")
     replace(model)
     model.save_pretrained(tmp_path / "after")
-    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
-    assert written.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    models.assert_same_bits(*(models.tensors_of(tmp_path / name) for name in ("before", "after")))
     assert model.num_parameters() > 0 and not model.is_loaded_in_4bit
     model = peft.prepare_model_for_kbit_training(model)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))

@@ -14,12 +14,6 @@ CONFIG = ROOT / "docs/site/mkdocs.yml"
 MODULES = re.findall(r"- api/(.+)\.md", CONFIG.read_text())
 
 
-def test_index_lists_every_page_of_docs():
-    index = (ROOT / "docs/README.md").read_text()
-    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", index))
-    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-
-
 def test_site_is_built_without_a_warning(tmp_path):
     """A warning is a broken link, a page without a place in the navigation, or a docstring with an unknown argument."""
     pytest.importorskip("mkdocs")

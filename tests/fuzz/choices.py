@@ -36,7 +36,7 @@ class Choices:
         return values[self.below(len(values))]
 
     def one_in(self, count: int) -> bool:
-        """Whether a chance of 1 / count has come. False where bytes are used up, unless the count is 1."""
+        """True with a probability of 1 / count; False where bytes are used up, unless the count is 1."""
         return self.below(count) == count - 1
 
     def value(self, depth: int = 2) -> Any:
@@ -59,11 +59,8 @@ class Choices:
                 return text
         for _ in range(1 + self.below(2)):
             at = self.below(len(text) + 1)
-            text = (
-                text[:at]
-                + self.of(('"', "{", "}", "[", "]", ",", ":", "-", "9", "e", "\\", "\0", "é", ""))
-                + text[at + 1 :]
-            )
+            changed = self.of(('"', "{", "}", "[", "]", ",", ":", "-", "9", "e", "\\", "\0", "é", ""))
+            text = text[:at] + changed + text[at + 1 :]
         return text
 
     def edited(self, value: Any) -> Any:
@@ -92,9 +89,8 @@ class Choices:
         if kind == 3:
             return torch.zeros([self.below(5) for _ in range(self.below(4))], dtype=self.of(DTYPES))
         if kind == 4:  # another layout of as many elements
-            return (
-                torch.stack((like, like), -1)[..., 0] if self.one_in(2) else like.t() if like.dim() == 2 else like[None]
-            )
+            other = like.t() if like.dim() == 2 else like[None]
+            return torch.stack((like, like), -1)[..., 0] if self.one_in(2) else other
         if kind == 5:  # one element everywhere
             return like.reshape(-1)[0].expand(like.shape) if like.numel() else like
         if kind == 6:
@@ -114,9 +110,8 @@ class Choices:
         if kind == 9:
             changed = like.clone(memory_format=torch.contiguous_format)
             if changed.is_floating_point() and changed.numel():
-                changed.view(-1)[self.below(changed.numel())] = self.of(
-                    (float("nan"), float("inf"), -1e38, 1e-45, -0.0)
-                )
+                value = self.of((float("nan"), float("inf"), -1e38, 1e-45, -0.0))
+                changed.view(-1)[self.below(changed.numel())] = value
             return changed
         if kind == 10:
             return torch.tensor(self.of((0, -1, 2**33, 2**62)), dtype=torch.int64)
