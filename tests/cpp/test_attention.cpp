@@ -80,7 +80,7 @@ struct Problem {
         dq(type, s.batch * s.queries, s.heads * s.head_dim, 1),
         dk(type, s.batch * s.keys, s.key_heads * s.head_dim, 3),
         dv(type, s.batch * s.keys, s.key_heads * s.head_dim),
-        lse(static_cast<std::size_t>(s.batch * s.heads * s.queries)) {
+        lse(s.batch * s.heads * s.queries) {
     Random random(static_cast<std::uint64_t>(s.queries + s.keys));
     q.fill(random, 1.0f), k.fill(random, 1.0f), v.fill(random, 1.0f), dout.fill(random, 1.0f);
   }
@@ -136,7 +136,7 @@ struct Sum {
 class Expected {
  public:
   explicit Expected(const Problem& problem) : p_(problem), s_(problem.shape) {
-    gradients_k_.resize(static_cast<std::size_t>(s_.batch * s_.keys * s_.key_heads * s_.head_dim));
+    gradients_k_.resize(s_.batch * s_.keys * s_.key_heads * s_.head_dim);
     gradients_v_ = gradients_k_;
     for (std::int64_t b = 0; b < s_.batch; ++b)
       for (std::int64_t h = 0; h < s_.heads; ++h)
@@ -176,8 +176,7 @@ class Expected {
     const std::int64_t row = b * s_.queries + i, col = h * s_.head_dim;
     const std::int64_t key_col = h / (s_.heads / s_.key_heads) * s_.head_dim;
     std::int64_t begin = 0, end = s_.keys;
-    if (s_.ranges != Ranges::all)
-      begin = p_.ranges[static_cast<std::size_t>(2 * row)], end = p_.ranges[static_cast<std::size_t>(2 * row + 1)];
+    if (s_.ranges != Ranges::all) begin = p_.ranges[2 * row], end = p_.ranges[2 * row + 1];
     // This is the error of a sum of n products of rounded numbers, relative to the norms.
     const auto of_sum = [&](std::int64_t n) {
       return sum_roundoff(p_.dtype) * kSumFactor * std::sqrt(static_cast<double>(n));
@@ -201,7 +200,7 @@ class Expected {
     double sum = 0.0;
     for (const double score : scores) sum += std::exp(score - largest);
     const double lse = begin < end ? largest + std::log(sum) : -INFINITY;
-    const float given = p_.lse[static_cast<std::size_t>((b * s_.heads + h) * s_.queries + i)];
+    const float given = p_.lse[(b * s_.heads + h) * s_.queries + i];
     if (begin < end)
       see("lse", given, {lse, error_of_score + kUnits * kUnit * (1.0 + size)}, 1.0);
     else
@@ -210,11 +209,11 @@ class Expected {
     const double delta = dot(p_.out, row, col, p_.dout, row, col);
     const double error_of_delta = kUnit * kSumFactor * std::sqrt(static_cast<double>(s_.head_dim)) *
                                   norm(p_.out, row, col) * norm(p_.dout, row, col);
-    std::vector<Sum> out(static_cast<std::size_t>(s_.head_dim)), dq = out;
+    std::vector<Sum> out(s_.head_dim), dq = out;
     for (std::int64_t key = begin; key < end; ++key) {
       const std::int64_t k_row = b * s_.keys + key;
-      const double exact = std::exp(scores[static_cast<std::size_t>(key - begin)] - lse);
-      const double p = std::exp(scores[static_cast<std::size_t>(key - begin)] - double{given});  // what backward has
+      const double exact = std::exp(scores[key - begin] - lse);
+      const double p = std::exp(scores[key - begin] - double{given});  // what backward has
       const double dp = dot(p_.dout, row, col, p_.v, k_row, key_col), ds = p * (dp - delta);
       const double error_of_ds =
           (std::fabs(ds) * (u + of_p) +
@@ -235,8 +234,8 @@ class Expected {
       }
     }
     for (std::int64_t d = 0; d < s_.head_dim; ++d) {
-      see("out", p_.out.at(row, col + d), out[static_cast<std::size_t>(d)], 1.0);
-      see("dq", p_.dq.at(row, col + d), dq[static_cast<std::size_t>(d)], double{s_.scale});
+      see("out", p_.out.at(row, col + d), out[d], 1.0);
+      see("dq", p_.dq.at(row, col + d), dq[d], double{s_.scale});
     }
   }
 
@@ -247,7 +246,7 @@ class Expected {
   std::string what_;
 };
 
-void results_and_gradients_are_those_of_float64() {
+TEST(results_and_gradients_are_those_of_float64) {
   for (const DType dtype : kDTypes)
     for (const Shape& shape : kShapes) {
       Problem problem(shape, dtype);
@@ -264,7 +263,7 @@ void results_and_gradients_are_those_of_float64() {
 }
 
 // Few heads and many threads take other tasks than many heads and few threads.
-void bits_are_the_same_for_any_number_of_threads() {
+TEST(bits_are_the_same_for_any_number_of_threads) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     std::vector<std::vector<char>> expected;
     for (const int threads : {1, 2, 3, 3, 16}) {
@@ -280,7 +279,7 @@ void bits_are_the_same_for_any_number_of_threads() {
   use_pool(2);
 }
 
-void query_that_is_not_finite_spoils_its_own_row() {
+TEST(query_that_is_not_finite_spoils_its_own_row) {
   for (const DType dtype : kDTypes)
     for (const float value : {NAN, INFINITY}) {
       Problem problem({1, 1, 1, 70, 70, 20, Ranges::causal, 0.2f}, dtype);
@@ -293,7 +292,7 @@ void query_that_is_not_finite_spoils_its_own_row() {
 }
 
 // A thread keeps the memory of a call for its next one, in which a block may have fewer queries.
-void nothing_of_an_earlier_call_comes_into_sums() {
+TEST(nothing_of_an_earlier_call_comes_into_sums) {
   use_pool(1);
   for (const DType dtype : kDTypes) {
     Problem before({1, 1, 1, 64, 64, 20, Ranges::all, 0.2f}, dtype),
@@ -310,7 +309,7 @@ void nothing_of_an_earlier_call_comes_into_sums() {
   use_pool(2);
 }
 
-void all_sequences_may_share_the_ranges_of_the_first() {
+TEST(all_sequences_may_share_the_ranges_of_the_first) {
   Problem each({2, 2, 1, 40, 40, 16, Ranges::causal, 0.25f}, DType::f32), shared = each;
   each.run();
   qn::AttentionArgs args = shared.forward();
@@ -319,7 +318,7 @@ void all_sequences_may_share_the_ranges_of_the_first() {
   EXPECT(each.out.bytes() == shared.out.bytes());
 }
 
-void rotation_and_its_gradient_are_those_of_float64() {
+TEST(rotation_and_its_gradient_are_those_of_float64) {
   for (const DType dtype : kDTypes)
     for (const std::int64_t half : {1, 7, 16, 40})
       for (const bool shared : {false, true})
@@ -355,68 +354,10 @@ void rotation_and_its_gradient_are_those_of_float64() {
         }
 }
 
-void bad_input_is_named_in_the_error() {
-  Problem problem({2, 4, 2, 6, 7, 8, Ranges::causal, 0.5f}, DType::f32);
-  const std::vector<char> before = problem.out.bytes();
-  using F = qn::AttentionArgs;
-  const auto forward = [&](auto edit) { return change(problem.forward(), qn::attention, edit); };
-  expect_refused("dtype", forward([](F& args) { args.in.dtype = static_cast<DType>(9); }));
-  expect_refused("batch", forward([](F& args) { args.in.batch = -1; }));
-  expect_refused("head_dim", forward([](F& args) { args.in.head_dim = 0; }));
-  expect_refused("q.heads", forward([](F& args) { args.in.q.heads = 0; }));
-  expect_refused("q.rows", forward([](F& args) { args.in.q.rows = -1; }));
-  expect_refused("q.data", forward([](F& args) { args.in.q.data = nullptr; }));
-  expect_refused("q.row_stride", forward([](F& args) { args.in.q.row_stride = 7; }));
-  expect_refused("k.heads", forward([](F& args) { args.in.k.heads = 3; }));
-  expect_refused("v", forward([](F& args) { args.in.v.rows = 6; }));
-  expect_refused("v", forward([](F& args) { args.in.v.heads = 4; }));
-  expect_refused("scale", forward([](F& args) { args.in.scale = 0.0f; }));
-  expect_refused("scale", forward([](F& args) { args.in.scale = NAN; }));
-  expect_refused("out", forward([](F& args) { args.out.heads = 2; }));
-  expect_refused("lse", forward([](F& args) { args.lse = nullptr; }));
-  for (const std::int32_t bad : {-1, 8}) {
-    Problem other = problem;
-    other.ranges[static_cast<std::size_t>(2 * (6 + 3) + (bad > 0))] = bad;  // of query 3 of the second sequence
-    expect_refused("key_ranges", [&] { qn::attention(other.forward()); });
-  }
-  using B = qn::AttentionBackwardArgs;
-  const auto backward = [&](auto edit) { return change(problem.backward(), qn::attention_backward, edit); };
-  expect_refused("k.rows", backward([](B& args) { args.in.k.rows = -1; }));
-  expect_refused("out.data", backward([](B& args) { args.out.data = nullptr; }));
-  expect_refused("lse", backward([](B& args) { args.lse = nullptr; }));
-  expect_refused("dout", backward([](B& args) { args.dout.rows = 5; }));
-  expect_refused("dq.row_stride", backward([](B& args) { args.dq.row_stride = 1; }));
-  expect_refused("dk", backward([](B& args) { args.dk.heads = 4; }));
-  expect_refused("dv.data", backward([](B& args) { args.dv.data = nullptr; }));
-  const qn::RotaryArgs turned{.dtype = DType::f32,
-                              .batch = 2,
-                              .head_dim = 8,
-                              .x = problem.read(problem.q),
-                              .cos = problem.k.data(),
-                              .sin = problem.k.data(),
-                              .y = problem.write(problem.out)};
-  using R = qn::RotaryArgs;
-  const auto rotary = [&](auto edit) { return change(turned, qn::rotary, edit); };
-  expect_refused("head_dim", rotary([](R& args) { args.head_dim = 7; }));
-  expect_refused("x.rows", rotary([](R& args) { args.x.rows = -1; }));
-  expect_refused("x.data", rotary([](R& args) { args.x.data = nullptr; }));
-  expect_refused("cos", rotary([](R& args) { args.cos = nullptr; }));
-  expect_refused("sin", rotary([](R& args) { args.sin = nullptr; }));
-  expect_refused("y", rotary([](R& args) { args.y.heads = 1; }));
-  EXPECT(problem.out.bytes() == before);
-}
-
 }  // namespace
 
 int main() {
   if (!isa_is_here()) return kSkipped;
   use_pool(2);
-  results_and_gradients_are_those_of_float64();
-  bits_are_the_same_for_any_number_of_threads();
-  query_that_is_not_finite_spoils_its_own_row();
-  nothing_of_an_earlier_call_comes_into_sums();
-  all_sequences_may_share_the_ranges_of_the_first();
-  rotation_and_its_gradient_are_those_of_float64();
-  bad_input_is_named_in_the_error();
-  return report();
+  return run_tests();
 }

@@ -8,7 +8,7 @@ namespace {
 
 const CudaMachine::Gpu kHopper{"NVIDIA H100", 9, 0}, kTuring{"Tesla T4", 7, 5}, kThor{"NVIDIA Thor", 11, 0};
 
-void usable_gpu_has_no_reason() {
+TEST(usable_gpu_has_no_reason) {
   EXPECT(unavailable_reason({.runtime_version = 13000, .driver_version = 13000, .error = "", .gpus = {kHopper}}) == "");
   // One usable GPU is enough. The driver may be newer than the runtime ...
   EXPECT(unavailable_reason(
@@ -17,7 +17,7 @@ void usable_gpu_has_no_reason() {
   EXPECT(unavailable_reason({.runtime_version = 12080, .driver_version = 12000, .error = "", .gpus = {kHopper}}) == "");
 }
 
-void missing_driver_and_old_driver_are_told_apart() {
+TEST(missing_driver_and_old_driver_are_told_apart) {
   EXPECT(unavailable_reason({.runtime_version = 13000,
                              .driver_version = 0,
                              .error = "CUDA driver version is insufficient for CUDA runtime version",
@@ -32,7 +32,7 @@ void missing_driver_and_old_driver_are_told_apart() {
          "the one installed is of CUDA 12.4; update the driver, or build qlora_native with an nvcc of CUDA 12");
 }
 
-void other_causes_are_named() {
+TEST(other_causes_are_named) {
   EXPECT(unavailable_reason(
              {.runtime_version = 13000, .driver_version = 13000, .error = "system not yet initialized", .gpus = {}}) ==
          "no CUDA device can be used here: system not yet initialized");
@@ -43,7 +43,7 @@ void other_causes_are_named() {
          "capability 7.5)");
 }
 
-void launch_without_code_says_how_to_build_it() {
+TEST(launch_without_code_says_how_to_build_it) {
   EXPECT(no_code_for(kThor) ==
          "this build has no code for NVIDIA Thor (compute capability 11.0); build qlora_native with CUDAARCHS=110");
   EXPECT(no_code_for(kTuring) ==
@@ -55,9 +55,5 @@ void launch_without_code_says_how_to_build_it() {
 
 int main() {
   using namespace qlora_native;
-  usable_gpu_has_no_reason();
-  missing_driver_and_old_driver_are_told_apart();
-  other_causes_are_named();
-  launch_without_code_says_how_to_build_it();
-  return report();
+  return run_tests();
 }

@@ -100,10 +100,10 @@ void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype,
     const Tensor out = run(from, cols, true, low_rank, call);
     EXPECT(run(from, cols, false, low_rank, call).bytes() == out.bytes());
     const std::int64_t inner = from.cols();
-    std::vector<double> narrow(static_cast<std::size_t>(s.rank)), absolute(narrow.size());
+    std::vector<double> narrow(s.rank), absolute(narrow.size());
     for (std::int64_t m = 0; m < s.M; m += std::max<std::int64_t>(s.M / 20, 1)) {
       for (std::int64_t r = 0; r < s.rank; ++r) {
-        double &sum = narrow[static_cast<std::size_t>(r)] = 0.0, &terms = absolute[static_cast<std::size_t>(r)] = 0.0;
+        double &sum = narrow[r] = 0.0, &terms = absolute[r] = 0.0;
         for (std::int64_t k = 0; k < inner; ++k) {
           const double term = static_cast<double>(from.at(m, k)) * (forward ? a.at(r, k) : 0.5 * b.at(k, r));
           sum += term;
@@ -116,8 +116,8 @@ void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype,
           sum += static_cast<double>(from.at(m, k)) * (forward ? w.at(j, k) : w.at(k, j));
         for (std::int64_t r = 0; r < s.rank; ++r) {
           const double factor = forward ? 0.5 * b.at(j, r) : a.at(r, j);
-          sum += narrow[static_cast<std::size_t>(r)] * factor;
-          of_adapter += absolute[static_cast<std::size_t>(r)] * std::abs(factor);
+          sum += narrow[r] * factor;
+          of_adapter += absolute[r] * std::abs(factor);
         }
         const double error = std::abs(out.at(m, j) - sum);
         EXPECT(error <= tolerance(dtype, sum, of_adapter));
@@ -135,7 +135,7 @@ void fail_to_add(const qn::DenseGemmArgs& args, const qn::Stream& stream) {
   dense_gemm(args, stream);
 }
 
-void failed_product_is_an_error_and_the_next_call_is_right() {
+TEST(failed_product_is_an_error_and_the_next_call_is_right) {
   Random random(1);
   const Tensor weight = Tensor(DType::f32, 9, 70).fill(random, 0.1f);
   const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
@@ -178,6 +178,5 @@ int main() {
                        rows = qn::cpu::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
     result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, {rows + rows / 3, 9, 10, rank});
   }
-  failed_product_is_an_error_and_the_next_call_is_right();
-  return report();
+  return run_tests();
 }

@@ -78,7 +78,7 @@ Managed<int> rounds() {
   return out;
 }
 
-void missing_barrier_is_found_by_the_schedule() {
+TEST(missing_barrier_is_found_by_the_schedule) {
   Managed<float> expected(128);
   for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
   EXPECT(all_equal(results_of_schedules<Managed<float>>(reversed<true>), expected));
@@ -102,7 +102,7 @@ __global__ void missed_barrier_kernel(int) {
 }
 const int kMissedBarrierLine = __LINE__ - 2;
 
-void barriers_that_not_all_reach_end_the_process() {
+TEST(barriers_that_not_all_reach_end_the_process) {
   const std::string two = death_message([] { launch<two_barriers_kernel>({1, 64}, {}, 0); });
   EXPECT(contains(two, "different barriers: " + here(kTwoBarriersLine - 2)) && contains(two, here(kTwoBarriersLine)));
   const std::string missed = death_message([] { launch<missed_barrier_kernel>({1, 64}, {}, 0); });
@@ -127,7 +127,7 @@ __global__ void lanes_part_kernel(int* out) {
 }
 const int kLanesPartLine = __LINE__ - 3;
 
-void lanes_meet() {
+TEST(lanes_meet) {
   const auto run = [] {
     Managed<int> out(64);
     launch<lanes_sum_kernel>({1, 64}, {}, out.data());
@@ -174,7 +174,7 @@ Managed<float> ring() {
   return out;
 }
 
-void missing_wait_is_found() {
+TEST(missing_wait_is_found) {
   Managed<float> expected(32);
   for (int i = 0; i < 128; ++i) expected[(i + 31) % 32] += static_cast<float>(i * i % 97);
   EXPECT(all_equal(results_of_schedules<Managed<float>>(ring<1>), expected));
@@ -190,7 +190,7 @@ __global__ void partial_copy_kernel(const float* in, float* out) {
 
 __global__ void misaligned_copy_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() + 1, in); }
 
-void copies_fill_with_zeros_and_must_be_aligned() {
+TEST(copies_fill_with_zeros_and_must_be_aligned) {
   const Managed<float> in = {1, 2, 3, 4};
   Managed<float> out(4);
   launch<partial_copy_kernel>({1, 32, 16}, {}, in.data(), out.data());
@@ -309,17 +309,17 @@ bool is_caught() {
   return 2 * caught > kConcurrent.size();
 }
 
-void sums_pass_from_block_to_block_under_each_schedule() {
+TEST(sums_pass_from_block_to_block_under_each_schedule) {
   EXPECT(all_equal(results_of_schedules<Managed<float>>(added_sums<Mistake::none>), expected_added_sums()));
 }
-void flag_raised_before_its_sums_is_caught() { EXPECT(is_caught<Mistake::flag_before_sums>()); }
-void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_release>()); }
-void flag_without_barrier_before_it_is_caught() { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
-void sums_read_before_their_flag_are_caught() { EXPECT(is_caught<Mistake::sums_before_flag>()); }
-void sums_read_without_a_barrier_are_caught() { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
-void flag_that_stays_raised_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
+TEST(flag_raised_before_its_sums_is_caught) { EXPECT(is_caught<Mistake::flag_before_sums>()); }
+TEST(flag_without_release_is_caught) { EXPECT(is_caught<Mistake::flag_without_release>()); }
+TEST(flag_without_barrier_before_it_is_caught) { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
+TEST(sums_read_before_their_flag_are_caught) { EXPECT(is_caught<Mistake::sums_before_flag>()); }
+TEST(sums_read_without_a_barrier_are_caught) { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
+TEST(flag_that_stays_raised_is_caught) { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
 
-void seed_is_one_interleaving() {
+TEST(seed_is_one_interleaving) {
   const auto run = [] { return added_sums<Mistake::flag_before_sums>(); };
   const auto results = results_of_schedules<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
   EXPECT(results[0] == results[1]);
@@ -340,7 +340,7 @@ __global__ void store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
   seen[2 * n + t] = load_vector<std::uint32_t, 1>(memory + (t ^ 1)).at[0];
 }
 
-void block_sees_its_own_stores() {
+TEST(block_sees_its_own_stores) {
   const auto run = [] {
     Managed<std::uint32_t> memory(64);
     Managed<std::uint32_t> seen(3 * 64);
@@ -356,7 +356,7 @@ void block_sees_its_own_stores() {
   EXPECT(all_equal(results_of_schedules<Managed<std::uint32_t>>(run), expected));
 }
 
-void workspace_begins_as_nan_or_as_raised_flags() {
+TEST(workspace_begins_as_nan_or_as_raised_flags) {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
   int nan = 0, flags = 0;
   for (int i = 0; i < 100; ++i) {
@@ -384,7 +384,7 @@ __global__ void copies_kernel(const std::uint32_t* in, std::uint32_t* out) {
 }
 __global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 
-void shared_memory_is_laid_out_as_named() {
+TEST(shared_memory_is_laid_out_as_named) {
   const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
   Managed<std::uint32_t> out(8);
   launch<copies_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
@@ -405,7 +405,7 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
       load_shared<std::uint32_t>(SharedAddress(table + lane).row_of_byte(word, lane % 4));
 }
 
-void rows_of_a_table_have_the_addresses_that_are_read() {
+TEST(rows_of_a_table_have_the_addresses_that_are_read) {
   constexpr int kBlocks = 2;  // their shared memory begins at different addresses
   Managed<std::uint32_t> out(kBlocks * kWarp);
   launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
@@ -421,13 +421,13 @@ __global__ void offset_kernel(std::uint32_t* bytes_to_rows) {
       static_cast<std::uint32_t>(dynamic_smem_for_rows<std::byte>() - dynamic_smem<std::byte>());
 }
 
-void shared_memory_begins_at_either_of_two_addresses() {
+TEST(shared_memory_begins_at_either_of_two_addresses) {
   Managed<std::uint32_t> bytes_to_rows(2);
   launch<offset_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
   EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);
 }
 
-void emulated_device_has_the_shared_memory_of_the_environment() {
+TEST(emulated_device_has_the_shared_memory_of_the_environment) {
   EXPECT(emulator::max_smem_bytes() == 227 * 1024);
   setenv("QLN_EMULATED_SMEM", "101376", 1);
   EXPECT(emulator::max_smem_bytes() == 99 * 1024);
@@ -436,7 +436,7 @@ void emulated_device_has_the_shared_memory_of_the_environment() {
   unsetenv("QLN_EMULATED_SMEM");
 }
 
-void blocks_wait_for_each_other() {
+TEST(blocks_wait_for_each_other) {
   const auto run = [] {
     Managed<std::uint32_t> ticket(1), next(1);
     Managed<float> sum(1);
@@ -451,7 +451,7 @@ void blocks_wait_for_each_other() {
   EXPECT(contains(words, "waits for another block"));
 }
 
-void wait_for_a_block_that_has_not_begun_is_caught() {
+TEST(wait_for_a_block_that_has_not_begun_is_caught) {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
   Managed<std::uint32_t> ticket(1), next(1);
   Managed<float> sum(1);
@@ -462,7 +462,7 @@ void wait_for_a_block_that_has_not_begun_is_caught() {
   unsetenv("QLN_SCHEDULE");
 }
 
-void host_threads_run_grids_at_once() {
+TEST(host_threads_run_grids_at_once) {
   std::vector<Managed<int>> results(4);
   std::vector<std::thread> threads;
   for (auto& result : results) threads.emplace_back([&result] { result = rounds<true>(); });
@@ -545,13 +545,13 @@ void first_of_a_pair_is_in_the_low_half() {
 
 __global__ void beyond_the_end_kernel(float* out, int index) { *out = dynamic_smem<float>()[index]; }
 
-void shared_memory_begins_as_nan() {
+TEST(shared_memory_begins_as_nan) {
   Managed<float> out(1);
   launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 31);
   EXPECT(std::isnan(out[0]));
 }
 
-void shared_memory_has_the_requested_size() {
+TEST(shared_memory_has_the_requested_size) {
 #ifdef __SANITIZE_ADDRESS__
   Managed<float> out(1);
   const std::string words =
@@ -574,7 +574,7 @@ __global__ void twice_kernel(const Twice args) {
   args.to[t] = 2.0f * args.from[t];
 }
 
-void memory_of_the_host_is_caught_in_the_arguments_of_a_kernel() {
+TEST(memory_of_the_host_is_caught_in_the_arguments_of_a_kernel) {
   std::vector<float> host(kWarp);
   Managed<float> both(kWarp);
   const auto words = [](const Twice& args) {
@@ -589,7 +589,7 @@ void memory_of_the_host_is_caught_in_the_arguments_of_a_kernel() {
   EXPECT(contains(death_message([&] { fill_bytes(host.data(), 0, 4, {}); }), "fill_bytes: argument 1"));
 }
 
-void memory_of_the_device_is_reached_by_kernels_alone() {
+TEST(memory_of_the_device_is_reached_by_kernels_alone) {
   const Managed<float> in(kWarp, 3.0f);
   Managed<float> out(kWarp);
   std::byte* const memory = emulator::allocate_on_device(kWarp * sizeof(float), "planted");
@@ -626,7 +626,7 @@ __global__ void scaled_kernel(const Scaled args, bool spoils_x) {
   }
 }
 
-void tensors_of_a_call_are_on_the_device_while_it_runs() {
+TEST(tensors_of_a_call_are_on_the_device_while_it_runs) {
   // x is columns 1 ... 3 of 5 rows of 10 elements, y is columns 5 ... 7 of the same rows.
   std::vector<float> host(50, 1.0f);
   const Scaled args = {.x = {host.data() + 1, DType::f32, 5, 3, 10}, .y = {host.data() + 5, DType::f32, 5, 3, 10}};
@@ -649,7 +649,7 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
   EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));
 }
 
-void unknown_schedule_is_named_in_the_message() {
+TEST(unknown_schedule_is_named_in_the_message) {
   setenv("QLN_SCHEDULE", "sideways", 1);
   EXPECT(contains(death_message([] { rounds<true>(); }),
                   "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
@@ -657,42 +657,14 @@ void unknown_schedule_is_named_in_the_message() {
 }
 
 int run_all() {
-  missing_barrier_is_found_by_the_schedule();
-  barriers_that_not_all_reach_end_the_process();
-  lanes_meet();
-  missing_wait_is_found();
-  copies_fill_with_zeros_and_must_be_aligned();
-  blocks_wait_for_each_other();
-  wait_for_a_block_that_has_not_begun_is_caught();
-  sums_pass_from_block_to_block_under_each_schedule();
-  flag_raised_before_its_sums_is_caught();
-  flag_without_release_is_caught();
-  flag_without_barrier_before_it_is_caught();
-  sums_read_before_their_flag_are_caught();
-  sums_read_without_a_barrier_are_caught();
-  flag_that_stays_raised_is_caught();
-  seed_is_one_interleaving();
-  block_sees_its_own_stores();
-  workspace_begins_as_nan_or_as_raised_flags();
-  host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
-  shared_memory_is_laid_out_as_named();
-  rows_of_a_table_have_the_addresses_that_are_read();
-  shared_memory_begins_at_either_of_two_addresses();
-  emulated_device_has_the_shared_memory_of_the_environment();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
-  shared_memory_begins_as_nan();
-  shared_memory_has_the_requested_size();
-  memory_of_the_host_is_caught_in_the_arguments_of_a_kernel();
-  memory_of_the_device_is_reached_by_kernels_alone();
-  tensors_of_a_call_are_on_the_device_while_it_runs();
-  unknown_schedule_is_named_in_the_message();
-  return report();
+  return run_tests();
 }
 
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return qlora_native::cuda_emulated::run_all(); }
+int main() { return run_tests(); }

@@ -101,7 +101,7 @@ std::string message_of_sums(int blocks, int cluster) {
   });
 }
 
-void blocks_add_what_their_cluster_has_stored() {
+TEST(blocks_add_what_their_cluster_has_stored) {
   for (const int cluster : {2, 4, 8}) {
     under_each_schedule([&] { EXPECT(message_of_sums<Mistake::none>(24, cluster).empty()); });  // more than run at once
   }
@@ -125,7 +125,7 @@ bool is_found_in_sums(std::initializer_list<const char*> messages) {
   return is_found([] { return message_of_sums<kMistake>(8, 4); }, messages);
 }
 
-void mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule() {
+TEST(mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule) {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kEnded = "stores into a block of its cluster that has";
   EXPECT(is_found_in_sums<Mistake::no_barrier_before_stores>(
       {"no barrier of the cluster has completed since it was published", "was not initialized", kEnded}));
@@ -249,11 +249,11 @@ bool is_found_in_pairs(std::initializer_list<const char*> messages) {
   return is_found(message_of_pairs<kMistake>, messages);
 }
 
-void both_blocks_of_a_pair_receive_tiles_under_each_schedule() {
+TEST(both_blocks_of_a_pair_receive_tiles_under_each_schedule) {
   under_each_schedule([] { EXPECT(message_of_pairs<PairMistake::none>().empty()); });
 }
 
-void mistakes_between_pairs_are_found_under_each_schedule() {
+TEST(mistakes_between_pairs_are_found_under_each_schedule) {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kTooMany = "more arrivals in a phase";
   constexpr const char *kOverwritten = "where another tile is still in flight", *kWrong = "wrong";
   EXPECT(is_found_in_pairs<PairMistake::peer_is_not_waited_for>({kOverwritten, kTooMany, kDeadlock, kWrong}));
@@ -278,7 +278,7 @@ void mistakes_between_pairs_are_found_under_each_schedule() {
 
 __global__ void alone_kernel() { sync_cluster(); }
 
-void launches_have_whole_clusters() {
+TEST(launches_have_whole_clusters) {
   EXPECT(contains(message_of_sums<Mistake::none>(6, 4), "6 blocks in clusters of 4"));
   EXPECT(contains(message_of_sums<Mistake::none>(32, 16), "32 blocks in clusters of 16"));
   EXPECT(contains(message_of_sums<Mistake::none>(4, 0), "4 blocks in clusters of 0"));
@@ -294,7 +294,7 @@ __global__ void order_kernel(std::uint32_t* ticket, int* order, std::uint32_t* b
   sync_cluster();
 }
 
-void blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses() {
+TEST(blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses) {
   std::set<std::vector<int>> orders;
   under_each_schedule([&] {
     Managed<std::uint32_t> ticket(1), begin(8);
@@ -307,17 +307,7 @@ void blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses() {
   EXPECT(orders.size() >= 6);
 }
 
-int run_all() {
-  blocks_add_what_their_cluster_has_stored();
-  mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule();
-  both_blocks_of_a_pair_receive_tiles_under_each_schedule();
-  mistakes_between_pairs_are_found_under_each_schedule();
-  launches_have_whole_clusters();
-  blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses();
-  return report();
-}
-
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return qlora_native::cuda_emulated::run_all(); }
+int main() { return run_tests(); }

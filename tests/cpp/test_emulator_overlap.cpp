@@ -60,13 +60,13 @@ const Managed<int> kDoubledPlusOne = [] {
   return expected;
 }();
 
-void kernel_that_waits_reads_what_the_previous_one_has_written() {
+TEST(kernel_that_waits_reads_what_the_previous_one_has_written) {
   EXPECT(right_schedules(doubled_plus_one<Mistake::none>, kDoubledPlusOne) == kAll);
 }
-void read_before_the_wait_is_caught() {
+TEST(read_before_the_wait_is_caught) {
   EXPECT(right_schedules(doubled_plus_one<Mistake::reads_before_the_wait>, kDoubledPlusOne) < kAll);
 }
-void write_before_the_wait_is_caught() {
+TEST(write_before_the_wait_is_caught) {
   EXPECT(right_schedules(doubled_plus_one<Mistake::writes_before_the_wait>, kDoubledPlusOne) < kAll);
 }
 
@@ -96,13 +96,13 @@ bool is_right_in_all_of_many_calls() {
   return right == kCalls * kAll;
 }
 
-void kernel_between_two_others_overlaps_either() {
+TEST(kernel_between_two_others_overlaps_either) {
   EXPECT((is_right_in_all_of_many_calls<Mistake::none, Mistake::none>()));
   EXPECT((!is_right_in_all_of_many_calls<Mistake::reads_before_the_wait, Mistake::none>()));
   EXPECT((!is_right_in_all_of_many_calls<Mistake::none, Mistake::reads_before_the_wait>()));
 }
 
-void launched_kernel_runs_before_anything_else_in_its_stream() {
+TEST(launched_kernel_runs_before_anything_else_in_its_stream) {
   Managed<int> in(kCount, 1), doubled(kCount);
   Managed<int> filled(1);
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
@@ -113,7 +113,7 @@ void launched_kernel_runs_before_anything_else_in_its_stream() {
   EXPECT(doubled == Managed<int>(kCount, 8));
 }
 
-void memory_released_between_two_kernels_that_overlap_is_caught() {
+TEST(memory_released_between_two_kernels_that_overlap_is_caught) {
   Managed<int> in(kCount, 1), out(kCount);
   const std::string words = death_message([&] {
     const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
@@ -144,26 +144,14 @@ std::vector<int> sum_of_last_block() {
 }
 const std::vector<int> kSumOfOneBlock = {kCount * (kCount - 1) / 2, 1};
 
-void last_block_to_arrive_sees_what_all_have_stored() {
+TEST(last_block_to_arrive_sees_what_all_have_stored) {
   EXPECT(right_schedules(sum_of_last_block<false>, kSumOfOneBlock) == kAll);
 }
-void block_that_does_not_wait_for_the_last_is_caught() {
+TEST(block_that_does_not_wait_for_the_last_is_caught) {
   EXPECT(right_schedules(sum_of_last_block<true>, kSumOfOneBlock) < kAll);
-}
-
-int run_all() {
-  kernel_that_waits_reads_what_the_previous_one_has_written();
-  read_before_the_wait_is_caught();
-  write_before_the_wait_is_caught();
-  kernel_between_two_others_overlaps_either();
-  launched_kernel_runs_before_anything_else_in_its_stream();
-  memory_released_between_two_kernels_that_overlap_is_caught();
-  last_block_to_arrive_sees_what_all_have_stored();
-  block_that_does_not_wait_for_the_last_is_caught();
-  return report();
 }
 
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return qlora_native::cuda_emulated::run_all(); }
+int main() { return run_tests(); }

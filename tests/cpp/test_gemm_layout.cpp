@@ -256,5 +256,5 @@ int main() {
   check_thin<16>();
   check_thin<32>();
   check_thin<64>();
-  return report();
+  return run_tests();
 }

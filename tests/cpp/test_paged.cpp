@@ -134,7 +134,7 @@ std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedSta
 
 // ---- layout ----
 
-void arrays_are_disjoint() {
+TEST(arrays_are_disjoint) {
   for (const std::size_t segment_bytes :
        {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
     EmulatedDriver::Options driver;
@@ -165,7 +165,7 @@ void arrays_are_disjoint() {
 }
 
 // The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
-void each_algorithm_has_its_own_arrays() {
+TEST(each_algorithm_has_its_own_arrays) {
   for (const qn::Algorithm algorithm : kAlgorithms) {
     for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
       EmulatedDriver::Options driver;
@@ -214,13 +214,13 @@ void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
   }
 }
 
-void paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory() {
+TEST(paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory) {
   for (const qn::Algorithm algorithm : kAlgorithms) expect_same_bits_after_paged_steps(algorithm);
 }
 
 // The arena holds only one moment, and adamw finds the other elsewhere: then nothing is fetched, and the result is
 // right.
-void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
+TEST(state_partly_outside_of_an_arena_is_updated_where_it_lies) {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
   const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.segment_bytes = 8192});
@@ -235,7 +235,7 @@ void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
   EXPECT(!called);
 }
 
-void graph_takes_no_memory() {
+TEST(graph_takes_no_memory) {
   for (const bool pinned : {false, true}) {
     std::vector<std::string> calls;
     EmulatedDriver::Options driver;
@@ -289,7 +289,7 @@ void expect_calls(const std::vector<std::string>& found, const std::vector<std::
 }
 
 // There are two segments, a and b, of two parameters each. Events are named in the order in which they are created.
-void managed_memory_is_prefetched_in_order() {
+TEST(managed_memory_is_prefetched_in_order) {
   const qn::PagedOptions options{.segment_bytes = 20'000};
   const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
                                                                   {"stream 1", "out"},
@@ -326,7 +326,7 @@ void managed_memory_is_prefetched_in_order() {
 }
 
 // There are four segments a, b, c, d of one parameter each, and three slots x, y, z.
-void ring_copies_in_order() {
+TEST(ring_copies_in_order) {
   std::vector<std::pair<std::string, std::string>> names = {
       {"stream 0", "in"},    {"stream 1", "out"},       {"event 0", "x back"},     {"event 1", "y back"},
       {"event 2", "z back"}, {"event 3", "step began"}, {"event 4", "step ended"}, {"event 5", "evicted"}};
@@ -390,7 +390,7 @@ void ring_copies_in_order() {
 
 // ---- eviction and statistics ----
 
-void at_most_three_segments_are_on_the_device() {
+TEST(at_most_three_segments_are_on_the_device) {
   EmulatedDriver::Options driver{.free_bytes = 0};
   const std::vector<qn::PagedState> states(12, {4096});
   const auto arena = make_arena(states, driver, {.segment_bytes = 8192});
@@ -409,7 +409,7 @@ void at_most_three_segments_are_on_the_device() {
   }
 }
 
-void statistics_count_what_happened() {
+TEST(statistics_count_what_happened) {
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options driver{.eager = eager};
     const auto arena = make_arena(kMixed, driver, {.segment_bytes = 10'000});
@@ -430,7 +430,7 @@ void statistics_count_what_happened() {
   }
 }
 
-void bad_input_is_named_in_the_error() {
+TEST(bad_input_is_named_in_the_error) {
   const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t segment_bytes) {
     try {
       const qn::PagedArena arena(states, qn::Stream{}, {.segment_bytes = segment_bytes});
@@ -447,16 +447,4 @@ void bad_input_is_named_in_the_error() {
 
 }  // namespace
 
-int main() {
-  arrays_are_disjoint();
-  each_algorithm_has_its_own_arrays();
-  paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory();
-  state_partly_outside_of_an_arena_is_updated_where_it_lies();
-  graph_takes_no_memory();
-  managed_memory_is_prefetched_in_order();
-  ring_copies_in_order();
-  at_most_three_segments_are_on_the_device();
-  statistics_count_what_happened();
-  bad_input_is_named_in_the_error();
-  return report();
-}
+int main() { return run_tests(); }

@@ -41,7 +41,7 @@ std::vector<std::string> calls_of(std::int64_t count) {
   return calls;
 }
 
-void next_panel_is_prepared_once_its_place_is_free_and_before_its_use() {
+TEST(next_panel_is_prepared_once_its_place_is_free_and_before_its_use) {
   using Calls = std::vector<std::string>;
   EXPECT(calls_of(0).empty());
   EXPECT((calls_of(1) == Calls{"caller: prepare 0", "caller: use 0"}));
@@ -54,7 +54,7 @@ void next_panel_is_prepared_once_its_place_is_free_and_before_its_use() {
 }
 
 // Work in the side stream runs as late as possible, or at once.
-void everything_is_there_before_it_is_used() {
+TEST(everything_is_there_before_it_is_used) {
   constexpr auto kKind = qn::Driver::Memory::pinned;  // so that the test may read it
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options options{.eager = eager};
@@ -87,7 +87,7 @@ void everything_is_there_before_it_is_used() {
   }
 }
 
-void each_stream_has_one_of_its_own_beside_it() {
+TEST(each_stream_has_one_of_its_own_beside_it) {
   int first = 0, second = 0;
   const auto beside = [](void* stream) { return &qn::SideStream::of({.handle = stream}); };
   EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
@@ -121,7 +121,7 @@ struct Layer {
     qn::dequantize({.weight = weight.view(), .out = w.data()});
   }
   std::vector<float> floats(std::int64_t count) {
-    std::vector<float> values(static_cast<std::size_t>(count));
+    std::vector<float> values(count);
     for (float& value : values) value = draw(seed);
     return values;
   }
@@ -179,10 +179,10 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
     for (std::int64_t k = 0; k < inner; ++k) {
       const float value = at(args.x, i, k);
       if (k >= weight_inner && k < weight_inner + rank) {
-        call.multiplied[static_cast<std::size_t>((row0 + i) * rank + k - weight_inner)] = value;
+        call.multiplied[(row0 + i) * rank + k - weight_inner] = value;
         continue;
       }
-      const float expected = k < weight_inner ? source[static_cast<std::size_t>((row0 + i) * weight_inner + k)] : 0.0f;
+      const float expected = k < weight_inner ? source[(row0 + i) * weight_inner + k] : 0.0f;
       wrong += !same_bits(value, expected);
     }
   }
@@ -207,7 +207,7 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   for (std::int64_t i = 0; i < args.out.rows; ++i) {
     for (std::int64_t j = 0; j < args.out.cols; ++j) {
       const std::int64_t place = i * args.out.stride + j;
-      ++call.times[static_cast<std::size_t>(offset + place)];
+      ++call.times[offset + place];
       if (!call.multiplies) continue;
       double sum = args.bias == nullptr ? 0.0 : static_cast<const float*>(args.bias)[j];
       for (std::int64_t k = 0; k < inner; ++k) sum += double{at(args.x, i, k)} * right(k, j);
@@ -230,9 +230,9 @@ void release(const qn::DeviceMemory& memory, const qn::Stream&) {
 void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0f) {
   const std::int64_t cols = backward ? layer.K : layer.N;
   call = {.layer = &layer, .backward = backward, .multiplies = multiplies};
-  call.out.resize(static_cast<std::size_t>(layer.M * cols));
+  call.out.resize(layer.M * cols);
   call.times.resize(call.out.size());
-  call.low_rank.resize(static_cast<std::size_t>(layer.M * layer.rank));
+  call.low_rank.resize(layer.M * layer.rank);
   call.multiplied.resize(call.low_rank.size());
   const qn::Matrix out = matrix_of(call.out, layer.M, cols);
   const qn::Matrix low_rank = layer.rank > 0 ? matrix_of(call.low_rank, layer.M, layer.rank) : qn::Matrix{};
@@ -256,7 +256,7 @@ void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0
 
 // ---- products ----
 
-void product_by_panels_is_the_product() {
+TEST(product_by_panels_is_the_product) {
   for (const std::int64_t rank : {0, 5}) {
     const Layer layer(801, 57, 131, rank);
     for (const bool backward : {false, true}) {
@@ -278,7 +278,7 @@ void product_by_panels_is_the_product() {
 }
 
 // The shapes have many panels, or rows that are copied in two parts.
-void each_panel_has_the_bits_of_dequantize() {
+TEST(each_panel_has_the_bits_of_dequantize) {
   struct Case {
     std::int64_t M, N, K, rank;
     const char* format;
@@ -306,7 +306,7 @@ void each_panel_has_the_bits_of_dequantize() {
   }
 }
 
-void gradient_with_dropout_takes_another_kernel() {
+TEST(gradient_with_dropout_takes_another_kernel) {
   const Layer layer(800, 64, 64, 4);
   run(layer, /*backward=*/true, true, 0.25f);
   EXPECT(call.products == 0);  // in a dense product the mask would apply to dY . W too
@@ -314,7 +314,7 @@ void gradient_with_dropout_takes_another_kernel() {
   EXPECT(call.products == 1);
 }
 
-void failed_product_gives_its_memory_back() {
+TEST(failed_product_gives_its_memory_back) {
   const Layer layer(769, 300, 16'384, 0);
   qn::set_dense_gemm([](const qn::DenseGemmArgs&, const qn::Stream&) { throw qn::Unavailable("no product"); });
   try {
@@ -328,7 +328,7 @@ void failed_product_gives_its_memory_back() {
 }
 
 // All kernels get their memory from the application. It begins as NaN, as the emulator's own memory does.
-void memory_of_a_call_comes_from_the_host_program() {
+TEST(memory_of_a_call_comes_from_the_host_program) {
   const Layer layer(70, 64, 300, 4);
   run(layer, false, true);
   const std::vector<float> with_hook = call.out;
@@ -342,15 +342,7 @@ void memory_of_a_call_comes_from_the_host_program() {
 }  // namespace
 
 int main() {
-  next_panel_is_prepared_once_its_place_is_free_and_before_its_use();
-  everything_is_there_before_it_is_used();
-  each_stream_has_one_of_its_own_beside_it();
   qn::set_dense_gemm(dense_gemm);
   qn::set_device_memory(allocate, release);
-  product_by_panels_is_the_product();
-  each_panel_has_the_bits_of_dequantize();
-  gradient_with_dropout_takes_another_kernel();
-  failed_product_gives_its_memory_back();
-  memory_of_a_call_comes_from_the_host_program();
-  return report();
+  return run_tests();
 }

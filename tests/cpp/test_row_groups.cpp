@@ -68,7 +68,7 @@ void expect_each_row_in_one_tile(const Groups& groups, std::int64_t rows) {
   EXPECT(found.back().tile.is_empty() && found.back().count == tiles);
 }
 
-void each_row_is_in_one_tile() {
+TEST(each_row_is_in_one_tile) {
   Random random;
   for (const int count : {1, 2, 7, 31, 32, 33, 64, 150}) {
     for (const std::int64_t rows : {0, 1, 8, 9, 64, 200, 1000}) {
@@ -98,7 +98,7 @@ const std::vector<std::vector<std::int64_t>> kAnyOffsets = {
     {kLeast, kMost, 7, 7, 7}, {5, 5, 5, 5, 5}};
 constexpr std::int64_t kRowsOfAny = 100;
 
-void tile_is_within_the_rows_whatever_the_offsets_say() {
+TEST(tile_is_within_the_rows_whatever_the_offsets_say) {
   for (const auto& values : kAnyOffsets) {
     const Managed<std::int64_t> offsets(values.begin(), values.end());
     for (const bool has_leading_group : {false, true}) {
@@ -116,7 +116,7 @@ void tile_is_within_the_rows_whatever_the_offsets_say() {
 
 // The host does not check the offsets, as on a GPU. The emulator ends the process if a kernel leaves its memory, or
 // writes a tensor that the call only reads.
-void kernels_keep_to_the_operands_whatever_the_offsets_say() {
+TEST(kernels_keep_to_the_operands_whatever_the_offsets_say) {
   constexpr std::int64_t M = kRowsOfAny, N = 72, K = 128, kRank = 8, kGroups = 4;
   std::vector<std::uint8_t> codes(kGroups * N * K / 2, 0x77);
   const std::vector<float> absmax(kGroups * N * K / 64, 1.0f);
@@ -173,8 +173,5 @@ void kernels_keep_to_the_operands_whatever_the_offsets_say() {
 
 int main() {
   using namespace qlora_native::cuda_emulated;
-  each_row_is_in_one_tile();
-  tile_is_within_the_rows_whatever_the_offsets_say();
-  kernels_keep_to_the_operands_whatever_the_offsets_say();
-  return report();
+  return run_tests();
 }
