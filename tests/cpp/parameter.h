@@ -97,10 +97,10 @@ struct Parameter {
 struct Optimizer {
   Parameter parameters[2] = {Parameter(300), Parameter(70, DType::f32, DType::f32, false)};
   qn::Optimizer8bitTensor tensors[2] = {parameters[0].view(), parameters[1].view()};
-  qn::Optimizer8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
+  qn::Optimizer8bitGroup groups[1] = {{.lr = 0.01, .weight_decay = 0.1}};
   std::int64_t skipped = 0;
 
   qn::Optimizer8bitArgs args() {
-    return {.tensors = tensors, .count = 2, .groups = &group, .group_count = 1, .skipped = &skipped};
+    return {.tensors = tensors, .count = 2, .groups = groups, .group_count = 1, .skipped = &skipped};
   }
 };

@@ -91,12 +91,11 @@ TEST(quantization_names_a_bad_argument) {
 
   const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
   Tensor out(DType::f32, 5, 63);
-  expect_refused(
-      qn::DequantizeArgs{.weight = quantized.view(), .out = out.data()}, qn::dequantize,
-      {BAD(weight.N, 0), BAD(weight.N, kHuge), BAD(weight.K, 0), BAD(weight.bits, 3), BAD(weight.blocksize, 48),
-       BAD(weight.blocksize, 8192), BAD(weight.codes, nullptr), BAD(weight.absmax, nullptr), BAD(weight.code, nullptr),
-       BAD(weight.nested_blocksize, 0), BAD(weight.nested_code, nullptr), BAD(weight.offset, nullptr),
-       BAD(out, nullptr), BAD(weight.offset, nullptr)});
+  expect_refused(qn::DequantizeArgs{.weight = quantized.view(), .out = out.data()}, qn::dequantize,
+                 {BAD(weight.N, 0), BAD(weight.N, kHuge), BAD(weight.K, 0), BAD(weight.bits, 3),
+                  BAD(weight.blocksize, 48), BAD(weight.blocksize, 8192), BAD(weight.codes, nullptr),
+                  BAD(weight.absmax, nullptr), BAD(weight.code, nullptr), BAD(weight.nested_blocksize, 0),
+                  BAD(weight.nested_code, nullptr), BAD(weight.offset, nullptr), BAD(out, nullptr)});
   const std::int64_t beyond[] = {0, 4096};
   expect_refused(qn::DequantizeArgs{quantized.view(), DType::f32, beyond, 2, out.data()}, qn::dequantize,
                  {BAD_FOR("rows", row_count, 2), BAD(row_count, -1)});
@@ -112,7 +111,7 @@ TEST(product_names_a_bad_argument) {
                   BAD(x.dtype, kNoDType), BAD_FOR("y", y.rows, 4), BAD(y.dtype, DType::f16), BAD_FOR("u", u.cols, 3),
                   BAD(lora.a, nullptr), BAD(lora.b, nullptr), BAD(lora.rank, -1), BAD(lora.dtype, kNoDType),
                   BAD(lora.scaling, NAN), BAD(lora.dropout, 1.0f), BAD(lora.dropout, -0.1f), BAD(groups.count, -1),
-                  BAD(groups.count, -1), BAD_FOR("groups.offsets", groups.count, 2)});
+                  BAD_FOR("groups.offsets", groups.count, 2)});
   const auto expect_groups_refused = [&](const char* argument, std::int64_t weights, std::int64_t adapters,
                                          std::vector<std::int64_t> offsets) {
     qn::LinearForwardArgs args = layer.forward_args();
@@ -167,25 +166,25 @@ TEST(optimizer_names_a_bad_argument) {
                                       BAD_FOR("tensors", call.tensors, nullptr),
                                       BAD_FOR("groups", call.groups, nullptr),
                                       BAD_FOR("skipped", call.skipped, nullptr),
-                                      BAD_FOR("groups[0].lr", group.lr, -1e-3),
-                                      BAD_FOR("groups[0].lr", group.lr, NAN),
-                                      BAD_FOR("groups[0].lr", group.device_lr, &negative_lr),
-                                      BAD_FOR("groups[0].beta1", group.beta1, 1.0),
-                                      BAD_FOR("groups[0].beta2", group.beta2, -0.1),
-                                      BAD_FOR("groups[0].beta3", group.beta3, 1.0),
-                                      BAD_FOR("groups[0].eps", group.eps, INFINITY),
-                                      BAD_FOR("groups[0].weight_decay", group.weight_decay, -1.0),
-                                      BAD_FOR("groups[0].alpha", group.alpha, -1.0),
-                                      BAD_FOR("groups[0].t_alpha", group.t_alpha, NAN),
-                                      BAD_FOR("groups[0].t_beta3", group.t_beta3, -1.0),
-                                      BAD_FOR("tensors[1].group", tensors[1].group, 1),
-                                      BAD_FOR("tensors[1].grad", tensors[1].grad, nullptr),
-                                      BAD_FOR("tensors[1].state3", tensors[1].state3, nullptr),
-                                      BAD_FOR("tensors[0].absmax2", tensors[0].absmax2, nullptr),
-                                      BAD_FOR("tensors[0].absmax3", tensors[0].absmax3, nullptr),
-                                      BAD_FOR("tensors[0].elements", tensors[0].elements, -1),
-                                      BAD_FOR("tensors[0].step", tensors[0].step, &negative_step),
-                                      BAD_FOR("groups[0].beta1", group, logarithm_of_0)};
+                                      BAD(groups[0].lr, -1e-3),
+                                      BAD(groups[0].lr, NAN),
+                                      BAD_FOR("groups[0].lr", groups[0].device_lr, &negative_lr),
+                                      BAD(groups[0].beta1, 1.0),
+                                      BAD(groups[0].beta2, -0.1),
+                                      BAD(groups[0].beta3, 1.0),
+                                      BAD(groups[0].eps, INFINITY),
+                                      BAD(groups[0].weight_decay, -1.0),
+                                      BAD(groups[0].alpha, -1.0),
+                                      BAD(groups[0].t_alpha, NAN),
+                                      BAD(groups[0].t_beta3, -1.0),
+                                      BAD(tensors[1].group, 1),
+                                      BAD(tensors[1].grad, nullptr),
+                                      BAD(tensors[1].state3, nullptr),
+                                      BAD(tensors[0].absmax2, nullptr),
+                                      BAD(tensors[0].absmax3, nullptr),
+                                      BAD(tensors[0].elements, -1),
+                                      BAD(tensors[0].step, &negative_step),
+                                      BAD_FOR("groups[0].beta1", groups[0], logarithm_of_0)};
   for (const Bad<Call>& bad : all) {
     Call call;
     const Parameter before = call.parameters[0];

@@ -233,20 +233,20 @@ TEST(adamw_steps_or_skips_as_a_whole) {
   // A learning rate in memory replaces the one in the group. It is read anew in each step.
   Optimizer given, read;
   float lr = 0.02f;
-  given.group.lr = double{lr};
-  read.group.device_lr = &lr;
+  given.groups[0].lr = double{lr};
+  read.groups[0].device_lr = &lr;
   for (int i = 0; i < 2; ++i) {
     qn::optimizer_8bit_step(given.args());
     qn::optimizer_8bit_step(read.args());
     EXPECT(given.parameters[0] == read.parameters[0] && given.parameters[1] == read.parameters[1]);
-    given.group.lr = double{lr = 0.003f};
+    given.groups[0].lr = double{lr = 0.003f};
   }
 }
 
 TEST(fields_that_an_algorithm_lacks_are_not_read) {
   Optimizer lion;
   const Tensor before = lion.parameters[1].param;
-  lion.group = {.lr = 0.01, .weight_decay = 0.0, .beta3 = 7.0, .alpha = -1.0};
+  lion.groups[0] = {.lr = 0.01, .weight_decay = 0.0, .beta3 = 7.0, .alpha = -1.0};
   for (qn::Optimizer8bitTensor& tensor : lion.tensors) tensor.state2 = tensor.absmax2 = nullptr;
   qn::Optimizer8bitArgs args = lion.args();
   args.algorithm = qn::Algorithm::lion;

@@ -37,55 +37,38 @@ std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string
 
 // ---- barriers ----
 
-// out[t] = in[last - t], through shared memory.
-template <bool kBarrier>
-__global__ void reverse_kernel(const float* in, float* out) {
-  float* shared = dynamic_smem<float>();
-  const int t = thread_index(), last = block_threads() - 1;
-  shared[t] = in[t];
-  if constexpr (kBarrier) sync_threads();
-  out[t] = shared[last - t];
-}
-
-template <bool kBarrier>
-Managed<float> reversed() {
-  Managed<float> in(128), out(128);
-  for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
-  launch<reverse_kernel<kBarrier>>({1, 128, 128 * sizeof(float)}, {}, in.data(), out.data());
-  for (float& value : out) value = std::isnan(value) ? -1.0f : value;  // so that results can be compared
-  return out;
-}
-
-// Two rounds with one buffer: without the second barrier a thread may write for the next round before others have read.
-template <bool kBarrier>
+// Rounds with one buffer: without the first barrier a thread may read before the others have written, and without the
+// second one write for the next round before the others have read.
+enum class Barriers { both, first, second };
+template <Barriers kBarriers>
 __global__ void rounds_kernel(int* out) {
   int* shared = dynamic_smem<int>();
   const int t = thread_index(), n = block_threads();
   int sum = 0;
   for (int round = 0; round < 3; ++round) {
     shared[t] = t + round * 1000;
-    sync_threads();
+    if constexpr (kBarriers != Barriers::second) sync_threads();
     sum = sum * 3 + shared[(t + 37) % n];
-    if constexpr (kBarrier) sync_threads();
+    if constexpr (kBarriers != Barriers::first) sync_threads();
   }
   out[t] = sum;
 }
 
-template <bool kBarrier>
+template <Barriers kBarriers>
 Managed<int> rounds() {
   Managed<int> out(96);
-  launch<rounds_kernel<kBarrier>>({1, 96, 96 * sizeof(int)}, {}, out.data());
+  launch<rounds_kernel<kBarriers>>({1, 96, 96 * sizeof(int)}, {}, out.data());
   return out;
 }
 
 TEST(missing_barrier_is_found_by_the_schedule) {
-  Managed<float> expected(128);
-  for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
-  EXPECT(all_equal(results_of_schedules<Managed<float>>(reversed<true>), expected));
-  EXPECT(!all_equal(results_of_schedules<Managed<float>>(reversed<false>), expected));
-  const Managed<int> right = rounds<true>();
-  EXPECT(all_equal(results_of_schedules<Managed<int>>(rounds<true>), right));
-  EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<false>), right));
+  Managed<int> expected(96);
+  for (int t = 0; t < 96; ++t) {
+    for (int round = 0; round < 3; ++round) expected[t] = expected[t] * 3 + (t + 37) % 96 + round * 1000;
+  }
+  EXPECT(all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::both>), expected));
+  EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::first>), expected));
+  EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::second>), expected));
 }
 
 __global__ void two_barriers_kernel(int) {
@@ -144,8 +127,8 @@ TEST(lanes_meet) {
 
 // ---- asynchronous copies ----
 
-// A sum over in[4][32] through a ring of two buffers; kLeft groups may still be in flight when a buffer is read.
-template <int kLeft>
+// A sum over in[4][32] through a ring of two buffers; kInFlight groups may still be in flight when a buffer is read.
+template <int kInFlight>
 __global__ void ring_kernel(const float* in, float* out) {
   float* ring = dynamic_smem<float>();
   const int t = thread_index();
@@ -157,7 +140,7 @@ __global__ void ring_kernel(const float* in, float* out) {
   float sum = 0.0f;
   for (int step = 0; step < 4; ++step) {
     fetch(step + 1);
-    cp_async_wait<kLeft>();
+    cp_async_wait<kInFlight>();
     sync_threads();
     sum += ring[step % 2 * 32 + (t + 1) % 32];
     sync_threads();
@@ -165,11 +148,11 @@ __global__ void ring_kernel(const float* in, float* out) {
   out[t] = sum;
 }
 
-template <int kLeft>
+template <int kInFlight>
 Managed<float> ring() {
   Managed<float> in(128), out(32);
   for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i * i % 97);
-  launch<ring_kernel<kLeft>>({1, 32, 64 * sizeof(float)}, {}, in.data(), out.data());
+  launch<ring_kernel<kInFlight>>({1, 32, 64 * sizeof(float)}, {}, in.data(), out.data());
   for (float& value : out) value = std::isnan(value) ? -1.0f : value;
   return out;
 }
@@ -220,17 +203,17 @@ __global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* next, floa
 // a flag, and the last one adds all of them in order. Each Mistake is a planted one.
 enum class Mistake {
   none,
-  flag_before_sums,        // the flag is raised before the sums are stored
+  flag_before_stores,      // the flag is raised before the sums are stored
   flag_without_release,    // the flag is written by an ordinary store
   flag_without_barrier,    // no barrier between the stores of all threads and the flag
-  sums_before_flag,        // the sums are read before the wait for the flag
-  sums_without_barrier,    // no barrier between the thread that waits and the other threads
+  loads_before_flag,       // the sums are read before the wait for the flag
+  loads_without_barrier,   // no barrier between the thread that waits and the other threads
   flags_that_stay_raised,  // the flags are not reset between two launches
 };
-constexpr int kBlocks = 4, kPartialSums = 64 * 4;  // the blocks, and the partial sums of each: four in a thread
+constexpr int kBlocks = 4, kElements = 64 * 4;  // the blocks, and the partial sums of each: four in a thread
 
 template <Mistake kMistake>
-__global__ void partial_sums_kernel(const float* in, float* sums, std::uint32_t* flags, float* out) {
+__global__ void partial_sums_kernel(const float* in, float* partial_sums, std::uint32_t* flags, float* out) {
   const int t = thread_index();
   const std::int64_t block = block_index();
   if (block < kBlocks - 1) {
@@ -242,23 +225,23 @@ __global__ void partial_sums_kernel(const float* in, float* sums, std::uint32_t*
         signal(flags + block, 1);
       }
     };
-    if constexpr (kMistake == Mistake::flag_before_sums) raise();
-    for (int i = 4 * t; i < kPartialSums; i += 4 * block_threads()) {
-      store_vector<float, 4>(sums + block * kPartialSums + i, load_vector<float, 4>(in + block * kPartialSums + i));
+    if constexpr (kMistake == Mistake::flag_before_stores) raise();
+    for (int i = 4 * t; i < kElements; i += 4 * block_threads()) {
+      store_vector<float, 4>(partial_sums + block * kElements + i, load_vector<float, 4>(in + block * kElements + i));
     }
     if constexpr (kMistake != Mistake::flag_without_barrier) sync_threads();
-    if constexpr (kMistake != Mistake::flag_before_sums) raise();
+    if constexpr (kMistake != Mistake::flag_before_stores) raise();
     return;
   }
-  auto total = load_vector<float, 4>(in + block * kPartialSums + 4 * t);
+  auto total = load_vector<float, 4>(in + block * kElements + 4 * t);
   for (int other = 0; other < kBlocks - 1; ++other) {
     const auto wait = [&] {
       if (t == 0) wait_for(flags + other, 1);
-      if constexpr (kMistake != Mistake::sums_without_barrier) sync_threads();
+      if constexpr (kMistake != Mistake::loads_without_barrier) sync_threads();
     };
-    if constexpr (kMistake != Mistake::sums_before_flag) wait();
-    const auto partial = load_vector<float, 4>(sums + other * kPartialSums + 4 * t);
-    if constexpr (kMistake == Mistake::sums_before_flag) wait();
+    if constexpr (kMistake != Mistake::loads_before_flag) wait();
+    const auto partial = load_vector<float, 4>(partial_sums + other * kElements + 4 * t);
+    if constexpr (kMistake == Mistake::loads_before_flag) wait();
     for (int i = 0; i < 4; ++i) total.at[i] += partial.at[i];
   }
   store_vector<float, 4>(out + 4 * t, total);
@@ -266,61 +249,54 @@ __global__ void partial_sums_kernel(const float* in, float* sums, std::uint32_t*
 
 // Two launches use the same memory; the second has other numbers.
 template <Mistake kMistake>
-Managed<float> added_sums() {
-  Managed<float> in(kBlocks * kPartialSums), sums(kBlocks * kPartialSums);
+Managed<float> totals() {
+  Managed<float> in(kBlocks * kElements), partial_sums(kBlocks * kElements);
   Managed<std::uint32_t> flags(kBlocks);
   Managed<float> results;
-  fill_bytes(sums.data(), 0xFF, sums.size() * sizeof(float), {});
+  fill_bytes(partial_sums.data(), 0xFF, partial_sums.size() * sizeof(float), {});
   for (int round = 0; round < 2; ++round) {
-    Managed<float> out(kPartialSums);
-    for (int i = 0; i < kBlocks * kPartialSums; ++i) in[i] = static_cast<float>(i % 101 + 1000 * round);
+    Managed<float> out(kElements);
+    for (int i = 0; i < kBlocks * kElements; ++i) in[i] = static_cast<float>(i % 101 + 1000 * round);
     if (round == 0 || kMistake != Mistake::flags_that_stay_raised)
       fill_bytes(flags.data(), 0, flags.size() * sizeof(flags[0]), {});
-    launch<partial_sums_kernel<kMistake>>({kBlocks, 64}, {}, in.data(), sums.data(), flags.data(), out.data());
+    launch<partial_sums_kernel<kMistake>>({kBlocks, 64}, {}, in.data(), partial_sums.data(), flags.data(), out.data());
     results.insert(results.end(), out.begin(), out.end());
   }
   for (float& value : results) value = std::isnan(value) ? -1.0f : value;
   return results;
 }
 
-Managed<float> expected_added_sums() {
-  Managed<float> expected;
-  for (int round = 0; round < 2; ++round) {
-    for (int i = 0; i < kPartialSums; ++i) {
-      float sum = 0.0f;
-      for (int block = 0; block < kBlocks; ++block) {
-        sum += static_cast<float>((block * kPartialSums + i) % 101 + 1000 * round);
-      }
-      expected.push_back(sum);
+Managed<float> expected_totals() {
+  Managed<float> expected(2 * kElements);
+  for (int i = 0; i < 2 * kElements; ++i) {
+    const int round = i / kElements;
+    for (int block = 0; block < kBlocks; ++block) {
+      expected[i] += static_cast<float>((block * kElements + i % kElements) % 101 + 1000 * round);
     }
   }
   return expected;
 }
 
-// Whether most seeds find the mistake. With some seeds a block may be late enough by chance; but a seed always gives
-// the same result.
+// Whether more than half of the seeds find the mistake. With some seeds a block may be late enough by chance; but a
+// seed always gives the same result.
 template <Mistake kMistake>
 bool is_caught() {
-  const Managed<float> expected = expected_added_sums();
-  std::size_t caught = 0;
-  for (const auto& results : results_of_schedules<Managed<float>>(added_sums<kMistake>, kConcurrent)) {
-    caught += results != expected;
-  }
-  return 2 * caught > kConcurrent.size();
+  const auto results = results_of_schedules<Managed<float>>(totals<kMistake>, kConcurrent);
+  return 2 * std::count(results.begin(), results.end(), expected_totals()) < std::ssize(results);
 }
 
-TEST(sums_pass_from_block_to_block_under_each_schedule) {
-  EXPECT(all_equal(results_of_schedules<Managed<float>>(added_sums<Mistake::none>), expected_added_sums()));
+TEST(partial_sums_pass_from_block_to_block_under_each_schedule) {
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(totals<Mistake::none>), expected_totals()));
+  EXPECT(is_caught<Mistake::flag_before_stores>());
+  EXPECT(is_caught<Mistake::flag_without_release>());
+  EXPECT(is_caught<Mistake::flag_without_barrier>());
+  EXPECT(is_caught<Mistake::loads_before_flag>());
+  EXPECT(is_caught<Mistake::loads_without_barrier>());
+  EXPECT(is_caught<Mistake::flags_that_stay_raised>());
 }
-TEST(flag_raised_before_its_sums_is_caught) { EXPECT(is_caught<Mistake::flag_before_sums>()); }
-TEST(flag_without_release_is_caught) { EXPECT(is_caught<Mistake::flag_without_release>()); }
-TEST(flag_without_barrier_before_it_is_caught) { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
-TEST(sums_read_before_their_flag_are_caught) { EXPECT(is_caught<Mistake::sums_before_flag>()); }
-TEST(sums_read_without_a_barrier_are_caught) { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
-TEST(flag_that_stays_raised_is_caught) { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
 
 TEST(seed_is_one_interleaving) {
-  const auto run = [] { return added_sums<Mistake::flag_before_sums>(); };
+  const auto run = [] { return totals<Mistake::flag_before_stores>(); };
   const auto results = results_of_schedules<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
   EXPECT(results[0] == results[1]);
   EXPECT(results[0] != results[2]);
@@ -396,9 +372,13 @@ TEST(shared_memory_is_laid_out_as_named) {
 // Fills a table of 256 rows of 256 bytes, which begins at kRowsBegin. Lane i reads its word of the row that byte i % 4
 // of `word` names.
 constexpr std::size_t kTableBytes = 256 * kRowBytes;
-__global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
+__global__ void rows_kernel(std::uint32_t word, std::uint32_t* out, std::uint32_t* bytes_to_rows) {
   auto* const table = dynamic_smem_for_rows<std::uint32_t>();
   const int lane = thread_index();
+  if (lane == 0) {
+    bytes_to_rows[block_index()] =
+        static_cast<std::uint32_t>(reinterpret_cast<std::byte*>(table) - dynamic_smem<std::byte>());
+  }
   for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
   sync_warp();
   out[block_index() * kWarp + lane] =
@@ -406,25 +386,14 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
 }
 
 TEST(rows_of_a_table_have_the_addresses_that_are_read) {
-  constexpr int kBlocks = 2;  // their shared memory begins at different addresses
-  Managed<std::uint32_t> out(kBlocks * kWarp);
-  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
+  constexpr int kBlocks = 2;
+  Managed<std::uint32_t> out(kBlocks * kWarp), bytes_to_rows(kBlocks);
+  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data(), bytes_to_rows.data());
   const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
   for (int i = 0; i < kBlocks * kWarp; ++i) {
     EXPECT(out[i] == static_cast<std::uint32_t>(rows[i % 4] * kWarp + i % kWarp));
   }
-}
-
-__global__ void offset_kernel(std::uint32_t* bytes_to_rows) {
-  if (thread_index() > 0) return;
-  bytes_to_rows[block_index()] =
-      static_cast<std::uint32_t>(dynamic_smem_for_rows<std::byte>() - dynamic_smem<std::byte>());
-}
-
-TEST(shared_memory_begins_at_either_of_two_addresses) {
-  Managed<std::uint32_t> bytes_to_rows(2);
-  launch<offset_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
-  EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);
+  EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);  // shared memory begins at either address
 }
 
 TEST(emulated_device_has_the_shared_memory_of_the_environment) {
@@ -465,9 +434,9 @@ TEST(wait_for_a_block_that_has_not_begun_is_caught) {
 TEST(host_threads_run_grids_at_once) {
   std::vector<Managed<int>> results(4);
   std::vector<std::thread> threads;
-  for (auto& result : results) threads.emplace_back([&result] { result = rounds<true>(); });
+  for (auto& result : results) threads.emplace_back([&result] { result = rounds<Barriers::both>(); });
   for (std::thread& thread : threads) thread.join();
-  EXPECT(all_equal(results, rounds<true>()));
+  EXPECT(all_equal(results, rounds<Barriers::both>()));
 }
 
 // ---- tensor cores ----
@@ -482,8 +451,8 @@ __global__ void tile_kernel(const T* a, const T* b, float* c) {
   sync_warp();
   std::uint32_t fa[4], fb[4];
   float fc[4] = {};
-  // The four matrices of a: rows 0-7 and 8-15 of the left half, then of the right half. The four matrices of b: its
-  // left half and its right half, twice.
+  // The four matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15. The four matrices of b: columns
+  // 0-7 and 8-15, twice.
   ldmatrix_x4(fa, shared + (lane % 16) * 16 + (lane / 16) * 8);
   ldmatrix_x4(fb, shared + 256 + (lane % 8) * 16 + (lane / 8 % 2) * 8);
   const std::uint32_t b2[2] = {fb[0], fb[1]};
@@ -500,7 +469,7 @@ __global__ void transpose_kernel(const Bf16* in, Bf16* out) {
 }
 
 template <class T>
-void tensor_core_gives_the_product() {
+void expect_product_of_tensor_core() {
   Managed<T> a(256), b(128);
   Managed<float> c(128);
   for (int i = 0; i < 256; ++i) a[i] = from_f32<T>(static_cast<float>(i * 7 % 31 - 15));
@@ -519,41 +488,20 @@ void tensor_core_gives_the_product() {
   for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
 }
 
-// Lane i packs bytes i and i+1 of its word, in the order in which a pair lies in shared memory.
-template <class T>
-__global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
-  float* shared = dynamic_smem<float>();
-  const std::uint32_t lane = static_cast<std::uint32_t>(thread_index());
-  shared[lane] = static_cast<float>(byte_of(word, lane % 4)) - 100.5f;
-  sync_warp();
-  if (lane % 2 != 0) return;
-  const auto pair = load_shared<Vector<float, 2>>(SharedAddress(shared).at(lane * sizeof(float)));
-  packed[lane / 2] = pack_pair<T>(pair.at[0], pair.at[1]);
-}
-
-template <class T>
-void first_of_a_pair_is_in_the_low_half() {
-  Managed<std::uint32_t> packed(kWarp / 2);
-  launch<pack_kernel<T>>({1, kWarp, kWarp * sizeof(float)}, {}, 0xFF800A01u, packed.data());
-  for (int i = 0; i < kWarp / 2; ++i) {
-    const float first = i % 2 == 0 ? 0x01 - 100.5f : 0x80 - 100.5f, second = i % 2 == 0 ? 0x0A - 100.5f : 0xFF - 100.5f;
-    EXPECT((packed[i] & 0xFFFF) == from_f32<T>(first).bits && packed[i] >> 16 == from_f32<T>(second).bits);
-  }
+TEST(tensor_core_gives_the_product) {
+  expect_product_of_tensor_core<Bf16>();
+  expect_product_of_tensor_core<F16>();
 }
 
 // ---- memory ----
 
 __global__ void beyond_the_end_kernel(float* out, int index) { *out = dynamic_smem<float>()[index]; }
 
-TEST(shared_memory_begins_as_nan) {
+TEST(shared_memory_begins_as_nan_and_has_the_requested_size) {
   Managed<float> out(1);
   launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 31);
   EXPECT(std::isnan(out[0]));
-}
-
-TEST(shared_memory_has_the_requested_size) {
 #ifdef __SANITIZE_ADDRESS__
-  Managed<float> out(1);
   const std::string words =
       death_message([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 32); });
   EXPECT(contains(words, "heap-buffer-overflow") && contains(words, "beyond_the_end_kernel"));
@@ -651,17 +599,9 @@ TEST(tensors_of_a_call_are_on_the_device_while_it_runs) {
 
 TEST(unknown_schedule_is_named_in_the_message) {
   setenv("QLN_SCHEDULE", "sideways", 1);
-  EXPECT(contains(death_message([] { rounds<true>(); }),
+  EXPECT(contains(death_message([] { rounds<Barriers::both>(); }),
                   "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
   unsetenv("QLN_SCHEDULE");
-}
-
-int run_all() {
-  tensor_core_gives_the_product<Bf16>();
-  tensor_core_gives_the_product<F16>();
-  first_of_a_pair_is_in_the_low_half<Bf16>();
-  first_of_a_pair_is_in_the_low_half<F16>();
-  return run_tests();
 }
 
 }  // namespace
