@@ -169,6 +169,7 @@ class Layer {
       check_gradients(c.offsets[g], c.offsets[g + 1], g);
   }
 
+  static constexpr float kScaling = 1.7f;
   Case c;
   Quantized weight;
   Tensor x, dy, bias, a, b;
@@ -177,7 +178,6 @@ class Layer {
   const std::uint64_t* device_seed = nullptr;
 
  private:
-  static constexpr float kScaling = 1.7f;
   using Values = std::vector<double>;
 
   static Values transposed(const Values& m, std::int64_t rows, std::int64_t cols) {
