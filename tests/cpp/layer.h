@@ -176,6 +176,7 @@ class Layer {
   Tensor y, u, dx, v, da, db;
   std::uint64_t seed = 0x123456789ABCDEF;
   const std::uint64_t* device_seed = nullptr;
+  bool rounds_adapter_part = false;  // whether s*B is rounded for V, and a part of Y or dX before W's is added
 
  private:
   using Values = std::vector<double>;
@@ -214,8 +215,8 @@ class Layer {
 
     Sums y_sums(M, N), dx_sums(M, K);
     y_sums.add_product(x_rows, transposed(w, N, K), K);
-    if (c.bias)
-      for (std::int64_t i = 0; i < M * N; ++i) y_sums.value[i] += bias.at(weight_index, i % N);
+    Sums y_part(M, N);
+    for (std::int64_t i = 0; i < M * N && c.bias; ++i) y_part.value[i] += bias.at(weight_index, i % N);
     dx_sums.add_product(dy_rows, w, N);
     if (R > 0) {
       // The adapter as the products use it: A, B and s*B are rounded to the dtype of x.
@@ -227,18 +228,20 @@ class Layer {
         scaled_b.push_back(rounded(c.dtype, kScaling * static_cast<float>(value)));
       }
       const Values u_rows = rows_of(u, begin, end), v_rows = rows_of(v, begin, end);
-      Sums u_sums(M, R), v_sums(M, R), low_rank(M, K);
+      Sums u_sums(M, R), v_sums(M, R), dx_part(M, K);
       u_sums.add_product(product(x_rows, mask), transposed(a_rows, R, K), K);
       u_sums.scale(keep);
       expect_close("u", u_rows, u_sums, c.dtype, c.dtype);
-      v_sums.add_product(dy_rows, b_rows, N);
-      v_sums.scale(s * keep);
+      v_sums.add_product(dy_rows, rounds_adapter_part ? scaled_b : b_rows, N);
+      v_sums.scale(rounds_adapter_part ? keep : s * keep);
       expect_close("v", v_rows, v_sums, c.dtype, c.dtype);
-      y_sums.add_product(u_rows, transposed(scaled_b, N, R), R);
-      low_rank.add_product(v_rows, a_rows, R);
-      low_rank.value = product(low_rank.value, mask);
-      dx_sums.add(low_rank);
+      y_part.add_product(u_rows, transposed(scaled_b, N, R), R);
+      dx_part.add_product(v_rows, a_rows, R);
+      dx_part.value = product(dx_part.value, mask);
+      if (rounds_adapter_part) y_part.add_rounding(c.dtype), dx_part.add_rounding(c.dtype);
+      dx_sums.add(dx_part);
     }
+    y_sums.add(y_part);
     expect_close("y", rows_of(y, begin, end), y_sums, c.dtype, c.dtype);
     expect_close("dx", rows_of(dx, begin, end), dx_sums, c.dtype, c.dtype);
   }
@@ -276,6 +279,11 @@ class Layer {
     void scale(double factor) {
       for (double& each : value) each *= factor;
       for (double& each : norms) each *= std::fabs(factor);
+    }
+    // The sums are rounded to the dtype in between.
+    void add_rounding(DType dtype) {
+      for (std::size_t i = 0; i < value.size(); ++i)
+        norms[i] += unit_roundoff(dtype) / (kSumFactor * sum_roundoff(dtype)) * std::fabs(value[i]);
     }
     void add(const Sums& other) {
       for (std::size_t i = 0; i < value.size(); ++i) {

@@ -205,48 +205,36 @@ struct SmallBlocks {
   int blocksize;
 };
 constexpr SmallBlocks kSmallBlocks[] = {{"nf4", 32}, {"mxfp4", 32}, {"nvfp4", 16}};
-constexpr std::int64_t kRows[] = {0, 1, 7, 8, 9, 16, 17, 33, 129};
-constexpr std::int64_t kRanks[] = {0, 1, 16, 70};
 
 // Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
 // the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, and more rows of X than one
 // strip packs.
+using Sizes = std::initializer_list<std::array<std::int64_t, 3>>;
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DType dtype : kDTypes) {
-    for (const std::int64_t M : kRows)
+    for (const std::int64_t M : {0, 1, 7, 8, 9, 16, 17, 33, 129})
       for (const Shape shape : kShapes)
         all.push_back({.M = M, .N = shape.N, .K = shape.K, .dtype = dtype, .bias = shape.K % 2 == 1, .gap = M % 3});
-    for (const std::int64_t rank : kRanks)
+    for (const std::int64_t rank : {0, 1, 16, 70})
       for (const float dropout : {0.0f, 0.3f})
         for (const DType lora_dtype : {DType::f32, dtype})
-          for (const auto& [M, N, K] :
-               {std::array<std::int64_t, 3>{0, 5, 9}, {1, 80, 96}, {3, 20, 96}, {9, 3, 65}, {33, 40, 200}})
-            all.push_back({.M = M,
-                           .N = N,
-                           .K = K,
-                           .dtype = dtype,
-                           .bias = M == 9,
-                           .rank = rank,
-                           .dropout = dropout,
-                           .lora_dtype = lora_dtype,
-                           .gap = M == 33 ? 5 : 0});
-    for (const auto& [M, N, K] : {std::array<std::int64_t, 3>{2, 64, 1024},
-                                  {4, 66, 1025},
-                                  {8, 70, 1088},
-                                  {17, 70, 1088},
-                                  {33, 66, 1100},
-                                  {129, 136, 128},
-                                  {257, 130, 96}})
-      for (const char* format : {"nf4", "int8"})
-        all.push_back({.M = M,
-                       .N = N,
-                       .K = K,
-                       .dtype = dtype,
-                       .format = format,
-                       .bias = true,
-                       .rank = format == std::string("nf4") ? 16 : 0,
-                       .dropout = 0.125f});
+          for (const auto& [M, N, K] : Sizes{{0, 5, 9}, {1, 80, 96}, {3, 20, 96}, {9, 3, 65}, {33, 40, 200}}) {
+            Case c{M, N, K, dtype};
+            c.bias = M == 9, c.rank = rank, c.dropout = dropout, c.lora_dtype = lora_dtype, c.gap = M == 33 ? 5 : 0;
+            all.push_back(c);
+          }
+    for (const auto& [M, N, K] : Sizes{{2, 64, 1024},
+                                       {4, 66, 1025},
+                                       {8, 70, 1088},
+                                       {17, 70, 1088},
+                                       {33, 66, 1100},
+                                       {129, 136, 128},
+                                       {257, 130, 96}}) {
+      all.push_back({.M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.125f});
+      all.push_back({.M = M, .N = N, .K = K, .dtype = dtype, .format = "int8", .bias = true});
+    }
     // More panels, at a small M, than go into one total.
     all.push_back({.M = 8, .N = 1700, .K = 70, .dtype = dtype});
   }
@@ -257,26 +245,15 @@ std::vector<Case> cases() {
   for (const char* format : kFormats)
     for (const int blocksize : kBlocksizes)
       for (const bool double_quant : {false, true})
-        for (const auto& [M, N, K] :
-             {std::array<std::int64_t, 3>{1, 34, 190}, {9, 37, 333}, {17, 20, 256}, {3, 10, 320}})
-          all.push_back({.M = M,
-                         .N = N,
-                         .K = K,
-                         .dtype = kDTypes[i++ % 3],
-                         .format = format,
-                         .blocksize = blocksize,
-                         .double_quant = double_quant});
-  for (const SmallBlocks& small : kSmallBlocks)
+        for (const auto& [M, N, K] : Sizes{{1, 34, 190}, {9, 37, 333}, {17, 20, 256}, {3, 10, 320}})
+          all.push_back({M, N, K, kDTypes[i++ % 3], format, blocksize, double_quant});
+  for (const auto& [format, blocksize] : kSmallBlocks)
     for (const DType dtype : {DType::f32, DType::bf16})
       for (const std::int64_t M : {1, 3, 8, 9, 48, 300})
-        for (const auto& [N, K] : {Shape{70, 320}, Shape{19, 1088}, Shape{37, 333}, Shape{20, 200}})
-          all.push_back({.M = M,
-                         .N = N,
-                         .K = K,
-                         .dtype = dtype,
-                         .format = small.format,
-                         .blocksize = small.blocksize,
-                         .rank = M % 2 * 4});
+        for (const auto& [N, K] : {Shape{70, 320}, Shape{19, 1088}, Shape{37, 333}, Shape{20, 200}}) {
+          all.push_back({M, N, K, dtype, format, blocksize});
+          all.back().rank = M % 2 * 4;
+        }
   return all;
 }
 
@@ -299,20 +276,12 @@ std::vector<Case> grouped_cases() {
           for (const std::int64_t rank : {0, 5, 70}) {
             if (rank == 70 && shape.K != 192) continue;
             const std::size_t i = all.size();
-            all.push_back({.M = groups.M,
-                           .N = shape.N,
-                           .K = shape.K,
-                           .dtype = dtype,
-                           .format = i % 5 == 0 ? "int8" : "nf4",
-                           .double_quant = i % 3 != 0,
-                           .bias = i % 2 == 0,
-                           .rank = rank,
-                           .dropout = i % 4 == 1 ? 0.3f : 0.0f,
-                           .lora_dtype = i % 2 == 0 ? dtype : DType::f32,
-                           .gap = static_cast<std::int64_t>(i % 3),
-                           .offsets = groups.offsets,
-                           .group_weights = group_weights && groups.offsets.size() > 2,
-                           .shared_adapter = i % 7 == 3});
+            Case c{groups.M, shape.N, shape.K, dtype, i % 5 == 0 ? "int8" : "nf4"};
+            c.double_quant = i % 3 != 0, c.bias = i % 2 == 0, c.gap = static_cast<std::int64_t>(i % 3);
+            c.rank = rank, c.dropout = i % 4 == 1 ? 0.3f : 0.0f, c.lora_dtype = i % 2 == 0 ? dtype : DType::f32;
+            c.offsets = groups.offsets, c.group_weights = group_weights && groups.offsets.size() > 2;
+            c.shared_adapter = i % 7 == 3;
+            all.push_back(c);
           }
   // More groups than a warp searches at once.
   std::vector<std::int64_t> ends;
@@ -336,18 +305,11 @@ std::vector<Case> grouped_cases() {
         for (const std::int64_t rank : {0, 16, 70}) {
           if ((group_weights && groups.offsets[0] > 0) || (groups.M > 1000 && (rank != 16 || !group_weights))) continue;
           const std::size_t i = all.size();
-          all.push_back({.M = groups.M,
-                         .N = N,
-                         .K = K,
-                         .dtype = dtype,
-                         .bias = true,
-                         .rank = rank,
-                         .dropout = i % 2 == 0 ? 0.3f : 0.0f,
-                         .lora_dtype = i % 3 == 0 ? dtype : DType::f32,
-                         .gap = i % 4 == 0 ? 8 : 0,
-                         .offsets = groups.offsets,
-                         .group_weights = group_weights,
-                         .shared_adapter = i % 5 == 4});
+          Case c{groups.M, N, K, dtype};
+          c.bias = true, c.rank = rank, c.dropout = i % 2 == 0 ? 0.3f : 0.0f, c.gap = i % 4 == 0 ? 8 : 0;
+          c.lora_dtype = i % 3 == 0 ? dtype : DType::f32;
+          c.offsets = groups.offsets, c.group_weights = group_weights, c.shared_adapter = i % 5 == 4;
+          all.push_back(c);
         }
   return all;
 }
@@ -468,29 +430,22 @@ void expect_same_bits_for_any_number_of_threads(const Case& each) {
 }
 
 TEST(bits_are_the_same_in_every_run_and_for_any_number_of_threads) {
-  for (const DType dtype : kDTypes)
-    for (const auto& [M, N, K] :
-         {std::array<std::int64_t, 3>{1, 320, 512}, {4, 100, 513}, {16, 129, 1100}, {64, 70, 320}, {130, 48, 200}}) {
-      const Case each{
-          .M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f, .lora_dtype = dtype};
-      expect_same_bits_for_any_number_of_threads(each);
+  for (const DType dtype : kDTypes) {
+    for (const auto& [M, N, K] : Sizes{{1, 320, 512}, {4, 100, 513}, {16, 129, 1100}, {64, 70, 320}, {130, 48, 200}}) {
+      Case c{.M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f};
+      c.lora_dtype = dtype;
+      expect_same_bits_for_any_number_of_threads(c);
     }
-  for (const DType dtype : kDTypes)
-    for (const bool group_weights : {true, false})
-      expect_same_bits_for_any_number_of_threads({.M = 140,
-                                                  .N = 100,
-                                                  .K = 320,
-                                                  .dtype = dtype,
-                                                  .bias = true,
-                                                  .rank = 16,
-                                                  .dropout = 0.25f,
-                                                  .offsets = {0, 3, 12, 80, 140},
-                                                  .group_weights = group_weights});
-  for (const SmallBlocks& small : kSmallBlocks)
+    for (const bool group_weights : {true, false}) {
+      Case c{.M = 140, .N = 100, .K = 320, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f};
+      c.offsets = {0, 3, 12, 80, 140}, c.group_weights = group_weights;
+      expect_same_bits_for_any_number_of_threads(c);
+    }
+  }
+  for (const auto& [format, blocksize] : kSmallBlocks)
     for (const DType dtype : {DType::f32, DType::bf16})
       for (const std::int64_t M : {1, 9, 130})
-        expect_same_bits_for_any_number_of_threads(
-            {.M = M, .N = 140, .K = 1088, .dtype = dtype, .format = small.format, .blocksize = small.blocksize});
+        expect_same_bits_for_any_number_of_threads({M, 140, 1088, dtype, format, blocksize});
 }
 
 // ---- the optimizer ----

@@ -302,36 +302,6 @@ TEST(seed_is_one_interleaving) {
   EXPECT(results[0] != results[2]);
 }
 
-// Threads store the two words of a piece of memory. Each sees its own store at once; the block sees all of them after a
-// barrier.
-__global__ void store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
-  const int t = thread_index(), n = block_threads();
-  store_vector<std::uint32_t, 1>(memory + t, {{static_cast<std::uint32_t>(t)}});
-  seen[t] = load_vector<std::uint32_t, 1>(memory + t).at[0];
-  sync_threads();
-  seen[n + t] = load_vector<std::uint32_t, 1>(memory + (t + 1) % n).at[0];
-  sync_threads();
-  store_vector<std::uint32_t, 1>(memory + t, {{static_cast<std::uint32_t>(100 + t)}});
-  sync_warp();
-  seen[2 * n + t] = load_vector<std::uint32_t, 1>(memory + (t ^ 1)).at[0];
-}
-
-TEST(block_sees_its_own_stores) {
-  const auto run = [] {
-    Managed<std::uint32_t> memory(64);
-    Managed<std::uint32_t> seen(3 * 64);
-    launch<store_kernel>({1, 64}, {}, memory.data(), seen.data());
-    seen.insert(seen.end(), memory.begin(), memory.end());
-    return seen;
-  };
-  Managed<std::uint32_t> expected;
-  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(t);
-  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back((t + 1) % 64);
-  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + (t ^ 1));
-  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + t);
-  EXPECT(all_equal(results_of_schedules<Managed<std::uint32_t>>(run), expected));
-}
-
 TEST(workspace_begins_as_nan_or_as_raised_flags) {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
   int nan = 0, flags = 0;
@@ -345,27 +315,9 @@ TEST(workspace_begins_as_nan_or_as_raised_flags) {
   unsetenv("QLN_SCHEDULE");
 }
 
-// Copies the first 16 bytes of `in` behind the second 16 bytes, which count as missing and become zeros. Then the
-// kernel changes one word.
-__global__ void copies_kernel(const std::uint32_t* in, std::uint32_t* out) {
-  const SharedAddress first = SharedAddress(dynamic_smem<std::uint32_t>()).at(32);
-  cp_async_or_zeros(first.xor_swizzled(16), in, 4);
-  cp_async_or_zeros(first, in + 4, 0);
-  cp_async_commit();
-  cp_async_wait<0>();
-  store_shared(first,
-               load_shared<std::uint32_t>(first.xor_swizzled(16).at(8)) + load_shared<std::uint8_t>(first.at(16 + 5)));
-  store_vector<std::uint32_t, 4>(out, load_shared<Vector<std::uint32_t, 4>>(first));
-  store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.xor_swizzled(16)));
-}
 __global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 
-TEST(shared_memory_is_laid_out_as_named) {
-  const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
-  Managed<std::uint32_t> out(8);
-  launch<copies_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
-  const std::uint32_t expected[8] = {3 + 2, 0, 0, 0, 1, 0x200, 3, 4};
-  for (int i = 0; i < 8; ++i) EXPECT(out[i] == expected[i]);
+TEST(misaligned_load_is_caught) {
   EXPECT(contains(death_message([] { launch<misaligned_load_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
@@ -437,60 +389,6 @@ TEST(host_threads_run_grids_at_once) {
   for (auto& result : results) threads.emplace_back([&result] { result = rounds<Barriers::both>(); });
   for (std::thread& thread : threads) thread.join();
   EXPECT(all_equal(results, rounds<Barriers::both>()));
-}
-
-// ---- tensor cores ----
-
-// c[16,8] = a[16,16] . b[8,16]^T from shared memory, with rows of 16 elements. ldmatrix loads a and b.
-template <class T>
-__global__ void tile_kernel(const T* a, const T* b, float* c) {
-  T* shared = dynamic_smem<T>();
-  const int lane = thread_index();
-  for (int i = lane; i < 256; i += 32) shared[i] = a[i];
-  for (int i = lane; i < 128; i += 32) shared[256 + i] = b[i];
-  sync_warp();
-  std::uint32_t fa[4], fb[4];
-  float fc[4] = {};
-  // The four matrices of a: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15. The four matrices of b: columns
-  // 0-7 and 8-15, twice.
-  ldmatrix_x4(fa, shared + (lane % 16) * 16 + (lane / 16) * 8);
-  ldmatrix_x4(fb, shared + 256 + (lane % 8) * 16 + (lane / 8 % 2) * 8);
-  const std::uint32_t b2[2] = {fb[0], fb[1]};
-  mma_16x8x16<T>(fc, fa, b2);
-  for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = fc[i];
-}
-
-// out[8,8] = in[8,8]^T.
-__global__ void transpose_kernel(const Bf16* in, Bf16* out) {
-  const int lane = thread_index();
-  std::uint32_t r[4];
-  ldmatrix_x4_transposed(r, in + lane % 8 * 8);
-  for (int j = 0; j < 2; ++j) out[lane / 4 * 8 + lane % 4 * 2 + j].bits = static_cast<std::uint16_t>(r[0] >> (16 * j));
-}
-
-template <class T>
-void expect_product_of_tensor_core() {
-  Managed<T> a(256), b(128);
-  Managed<float> c(128);
-  for (int i = 0; i < 256; ++i) a[i] = from_f32<T>(static_cast<float>(i * 7 % 31 - 15));
-  for (int i = 0; i < 128; ++i) b[i] = from_f32<T>(static_cast<float>(i * 5 % 29 - 14));
-  launch<tile_kernel<T>>({1, 32, 384 * sizeof(T)}, {}, a.data(), b.data(), c.data());
-  for (int m = 0; m < 16; ++m) {
-    for (int n = 0; n < 8; ++n) {
-      float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += to_f32(a[m * 16 + k]) * to_f32(b[n * 16 + k]);
-      EXPECT(c[m * 8 + n] == sum);
-    }
-  }
-  Managed<Bf16> in(64), out(64);
-  for (int i = 0; i < 64; ++i) in[i].bits = static_cast<std::uint16_t>(i);
-  launch<transpose_kernel>({1, 32}, {}, in.data(), out.data());
-  for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
-}
-
-TEST(tensor_core_gives_the_product) {
-  expect_product_of_tensor_core<Bf16>();
-  expect_product_of_tensor_core<F16>();
 }
 
 // ---- memory ----

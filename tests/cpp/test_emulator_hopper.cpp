@@ -210,43 +210,6 @@ TEST(mistakes_are_found) {
 
 // ---- tiles ----
 
-// Loads rows 2 ... 9 and columns 32 ... 95 of a matrix of 6 x 80 bytes; elements beyond the matrix become zeros.
-__global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out) {
-  auto* const tile = dynamic_smem<std::uint8_t>();
-  auto* const barrier = reinterpret_cast<std::uint64_t*>(tile + 8 * 64);
-  if (thread_index() == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-    mbarrier_arrive_expect(barrier, 8 * 64);
-    tma_load_tile(tile, map, 2, 32, barrier);
-  }
-  sync_threads();
-  mbarrier_wait(barrier, 0);
-  for (int i = thread_index(); i < 8 * 64; i += kWarp) out[i] = tile[i];
-}
-
-TEST(tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled) {
-  Managed<std::uint8_t> matrix(6 * 80), out(8 * 64);
-  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
-  TileSource source = {.name = "codes",
-                       .data = matrix.data(),
-                       .element_bytes = 1,
-                       .rows = 6,
-                       .cols = 80,
-                       .stride_bytes = 80,
-                       .box_rows = 8,
-                       .box_cols = 64,
-                       .swizzle = Swizzle::bytes_64};
-  launch<tile_kernel>({1, kWarp, 8 * 64 + 8}, {}, TensorMap(source), out.data());
-  for (int row = 0; row < 8; ++row) {
-    for (int col = 0; col < 64; ++col) {
-      const int expected = row + 2 < 6 && col + 32 < 80 ? matrix[(row + 2) * 80 + col + 32] : 0;
-      const int place = row * 64 + (col ^ row / 2 % 4 * 16);  // bits 7 and 8 of an address are row / 2
-      EXPECT(out[place] == expected);
-    }
-  }
-}
-
 TEST(operand_that_a_driver_refuses_is_named) {
   const Operands<Bf16> operands;
   const auto message_of = [&](const std::function<void(TileSource&)>& change) -> std::string {
