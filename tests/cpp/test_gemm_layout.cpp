@@ -65,6 +65,22 @@ bool rows_meet(const unsigned (&rows)[kWarp]) {
   return result;
 }
 
+// Expects that ldmatrix, with the lanes' addresses `place(lane)`, loads `expected(lane, r, j)`, by no bank twice at
+// once.
+template <bool kTransposed, class Place, class Expected>
+void expect_operands(const Memory& memory, const Place& place, const Expected& expected) {
+  unsigned rows[kWarp];
+  for (unsigned lane = 0; lane < kWarp; ++lane) rows[lane] = offset_of(place(lane));
+  EXPECT(!rows_meet(rows));
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned r = 0; r < 4; ++r) {
+      for (unsigned j = 0; j < 2; ++j) {
+        EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected(lane, r, j));
+      }
+    }
+  }
+}
+
 template <class Tile>
 void each_lane_gets_its_part_of_x() {
   using X = XStage<Bf16, Tile>;
@@ -77,21 +93,14 @@ void each_lane_gets_its_part_of_x() {
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
     for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
-        unsigned rows[kWarp];
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(X::operand(place_at(X::first_operand(Lane(warp * kWarp + lane))), k, i));
-        }
-        EXPECT(!rows_meet(rows));
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // a[r] is r % 2 * 8 rows and r / 2 * 8 inner elements further on
-            const unsigned row = owner.template row<Tile>() + kMmaRows * i + r % 2 * 8;
-            for (unsigned j = 0; j < 2; ++j) {
-              const Element expected = {kMmaInner * k + r / 2 * 8 + 2 * owner.t + j, row};
-              EXPECT(loaded<false>(memory, rows, lane, r, j) == expected);
-            }
-          }
-        }
+        expect_operands<false>(
+            memory,
+            [&](unsigned lane) { return X::operand(place_at(X::first_operand(Lane(warp * kWarp + lane))), k, i); },
+            [&](unsigned lane, unsigned r, unsigned j) {  // a[r] is r % 2 * 8 rows and r / 2 * 8 inner elements on
+              const Lane owner(warp * kWarp + lane);
+              return Element{kMmaInner * k + r / 2 * 8 + 2 * owner.t + j,
+                             owner.template row<Tile>() + kMmaRows * i + r % 2 * 8};
+            });
       }
     }
   }
@@ -118,35 +127,34 @@ void weight_is_decoded_to_where_it_is_read() {
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
     for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::first_place(first + i);
-    EXPECT(!meet(eight));  // nor do they if the same bits of all offsets are flipped
+    EXPECT(!meet(eight));  // nor do they if all offsets are xor-swizzled alike
   }
 
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
     for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
       for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
-        unsigned rows[kWarp];
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p));
-        }
-        EXPECT(!rows_meet(rows));
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // b of two fragments; b[r] is r % 2 * 8 inner elements further on
-            // Column g of the mma belongs to the lanes with t = g / 2. Such a lane owns neighbouring columns of the
-            // tile, two of them in each fragment.
-            const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
-            const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
-                                 fragment / Tile::kGroupFragments * Tile::kGroupCols +
-                                 fragment % Tile::kGroupFragments * 2 + owner.g % 2;
-            for (unsigned j = 0; j < 2; ++j) {
-              const Element expected = {kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
-              EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected);
-            }
-          }
-        }
+        expect_operands<kTransposed>(
+            memory,
+            [&](unsigned lane) {
+              return Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p);
+            },
+            [&](unsigned lane, unsigned r, unsigned j) {  // b of two fragments; b[r] is r % 2 * 8 inner elements on
+              // Column g of the mma belongs to the lanes with t = g / 2. Such a lane owns adjacent columns of the
+              // tile, two of them in each fragment.
+              const Lane owner(warp * kWarp + lane);
+              const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
+              const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
+                                   fragment / Tile::kGroupFragments * Tile::kGroupCols +
+                                   fragment % Tile::kGroupFragments * 2 + owner.g % 2;
+              return Element{kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
+            });
       }
     }
   }
+}
+
+bool all_once(const std::vector<int>& counts) {
+  return std::all_of(counts.begin(), counts.end(), [](int count) { return count == 1; });
 }
 
 template <class Tile>
@@ -163,7 +171,7 @@ void each_element_of_the_tile_has_one_lane() {
       }
     }
   }
-  EXPECT(std::all_of(owners.begin(), owners.end(), [](int count) { return count == 1; }));
+  EXPECT(all_once(owners));
 }
 
 template <int kRows, int kCols>
@@ -183,7 +191,7 @@ bool words_meet(const unsigned (&offsets)[kWarp]) {
 }
 
 template <int kRows>
-void check_thin() {
+void check_small_m() {
   using Tile = SmallMTile<kRows>;
   using X = XStage<Bf16, Tile>;
   using Codes = SmallMCodes<Tile>;
@@ -200,7 +208,7 @@ void check_thin() {
   for (unsigned place = 0; place < kRows * X::kVectors; ++place) {
     EXPECT(X::place(place / X::kVectors, X::vector_at(place)) == place);
   }
-  std::vector<int> codes(Tile::kCols * Tile::kStep / 8), sums(kRows * Tile::kCols);
+  std::vector<int> codes(Tile::kCols * Tile::kStep / 8), accumulators(kRows * Tile::kCols);
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
     for (unsigned c = 0; c < Tile::kHalf / kChunk; ++c) {
       for (unsigned i = 0; i < Tile::kColFragments; ++i) {
@@ -230,7 +238,7 @@ void check_thin() {
       for (unsigned part = 0; part < 4; ++part) {
         for (unsigned f = 0; f < Tile::kRowFragments; ++f) {
           const unsigned row = f * kMmaCols + lane.row(part % 2), col = lane.col(lane.half()) + part / 2;
-          ++sums[row * Tile::kCols + col];
+          ++accumulators[row * Tile::kCols + col];
         }
         // Column 2t + j of the mma is the row that the lanes with g = 2t + j have loaded.
         const SmallMLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
@@ -238,23 +246,23 @@ void check_thin() {
       }
     }
   }
-  EXPECT(std::all_of(codes.begin(), codes.end(), [](int count) { return count == 1; }));
-  EXPECT(std::all_of(sums.begin(), sums.end(), [](int count) { return count == 1; }));
+  EXPECT(all_once(codes) && all_once(accumulators));
 }
 
-}  // namespace
-}  // namespace qlora_native::cuda_emulated
-
-int main() {
-  using namespace qlora_native;
-  using cuda_emulated::check, cuda_emulated::check_thin;
+TEST(tiles_of_gemm) {
   check<16, kTileCols>();
   check<64, kTileCols>();
   check<128, kTileCols>();
   check<128, 256>();
   check<256, kTileCols>();
-  check_thin<16>();
-  check_thin<32>();
-  check_thin<64>();
-  return run_tests();
 }
+TEST(tiles_of_small_m) {
+  check_small_m<16>();
+  check_small_m<32>();
+  check_small_m<64>();
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() { return run_tests(); }

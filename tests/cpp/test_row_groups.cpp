@@ -128,7 +128,4 @@ TEST(kernels_stay_within_the_operands_whatever_the_offsets_say) {
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() {
-  using namespace qlora_native::cuda_emulated;
-  return run_tests();
-}
+int main() { return run_tests(); }
