@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "death_message.h"
@@ -63,9 +62,8 @@ Managed<int> rounds() {
 
 TEST(missing_barrier_is_found_by_the_schedule) {
   Managed<int> expected(96);
-  for (int t = 0; t < 96; ++t) {
+  for (int t = 0; t < 96; ++t)
     for (int round = 0; round < 3; ++round) expected[t] = expected[t] * 3 + (t + 37) % 96 + round * 1000;
-  }
   EXPECT(all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::both>), expected));
   EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::first>), expected));
   EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<Barriers::second>), expected));
@@ -348,15 +346,6 @@ TEST(rows_of_a_table_have_the_addresses_that_are_read) {
   EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);  // shared memory begins at either address
 }
 
-TEST(emulated_device_has_the_shared_memory_of_the_environment) {
-  EXPECT(emulator::max_smem_bytes() == 227 * 1024);
-  setenv("QLN_EMULATED_SMEM", "101376", 1);
-  EXPECT(emulator::max_smem_bytes() == 99 * 1024);
-  setenv("QLN_EMULATED_SMEM", "99 KB", 1);
-  EXPECT(contains(death_message([] { emulator::max_smem_bytes(); }), "QLN_EMULATED_SMEM: expected bytes, got 99 KB"));
-  unsetenv("QLN_EMULATED_SMEM");
-}
-
 TEST(blocks_wait_for_each_other) {
   const auto run = [] {
     Managed<std::uint32_t> ticket(1), next(1);
@@ -381,14 +370,6 @@ TEST(wait_for_a_block_that_has_not_begun_is_caught) {
       death_message([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), next.data(), sum.data()); });
   EXPECT(contains(words, "deadlock") && contains(words, "waits for another block"));
   unsetenv("QLN_SCHEDULE");
-}
-
-TEST(host_threads_run_grids_at_once) {
-  std::vector<Managed<int>> results(4);
-  std::vector<std::thread> threads;
-  for (auto& result : results) threads.emplace_back([&result] { result = rounds<Barriers::both>(); });
-  for (std::thread& thread : threads) thread.join();
-  EXPECT(all_equal(results, rounds<Barriers::both>()));
 }
 
 // ---- memory ----
@@ -493,13 +474,6 @@ TEST(tensors_of_a_call_are_on_the_device_while_it_runs) {
     });
   });
   EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));
-}
-
-TEST(unknown_schedule_is_named_in_the_message) {
-  setenv("QLN_SCHEDULE", "sideways", 1);
-  EXPECT(contains(death_message([] { rounds<Barriers::both>(); }),
-                  "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
-  unsetenv("QLN_SCHEDULE");
 }
 
 }  // namespace

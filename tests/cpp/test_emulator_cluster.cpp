@@ -76,9 +76,8 @@ __global__ void sums_kernel(int cluster, float* out) {
   }
   if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.sums, 0);
   Vec4 sum = {};
-  for (int rank = 0; rank < cluster; ++rank) {
+  for (int rank = 0; rank < cluster; ++rank)
     for (int i = 0; i < 4; ++i) sum.at[i] += shared.vectors[rank][thread].at[i];
-  }
   store_vector<float, 4>(out + (block_index() * kThreads + thread) * 4, sum);
 }
 

@@ -86,12 +86,11 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
       mbarrier_wait(&shared.full[stage], kMistake == Mistake::wrong_parity_of_b && step > 0 ? parity ^ 1 : parity);
     }
     std::uint32_t fragments[4][4];
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k)
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * warp + g + i % 2 * 8, inner = step * kStep + 16 * k + 2 * t + i / 2 * 8;
         fragments[k][i] = a[row * kInner + inner].bits | std::uint32_t{a[row * kInner + inner + 1].bits} << 16;
       }
-    }
     if constexpr (kMistake != Mistake::no_fence_of_registers) wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       const int step_bytes = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;

@@ -1,6 +1,7 @@
 // Guards the layout of shared memory in the tensor-core GEMM, for each of its tiles: the threads load and decode every
 // element of a step once, ldmatrix gives each lane the operand of its mma, and no eight lanes use the same bank.
 #include <algorithm>
+#include <map>
 #include <vector>
 
 #include "expect.h"
@@ -17,11 +18,13 @@ alignas(256) std::byte base[1];
 SharedAddress place_at(unsigned bytes) { return SharedAddress(base).at(bytes); }
 unsigned offset_of(const SharedAddress& place) { return static_cast<unsigned>(place.address - base); }
 
-// Whether some of eight 16-byte vectors use the same banks. If none do, they use all of the 32 banks.
-bool meet(const unsigned (&offsets)[8]) {
-  unsigned banks = 0;
-  for (const unsigned offset : offsets) banks |= 1u << offset / 16 % 8;
-  return banks != 0xFF;
+// Whether some of N vectors of 128 / N bytes each, which a warp loads at once, use the same banks. If none do, they use
+// all of the 32 banks.
+template <unsigned N>
+bool meet(const unsigned (&offsets)[N]) {
+  std::uint64_t banks = 0;
+  for (const unsigned offset : offsets) banks |= std::uint64_t{1} << offset / (128 / N) % N;
+  return banks != (std::uint64_t{1} << N) - 1;
 }
 
 struct Element {
@@ -30,29 +33,16 @@ struct Element {
 };
 
 // The contents of shared memory: the element at each offset.
-class Memory {
- public:
-  void put(unsigned offset, const Element& element) {
-    if (at_.size() <= offset / 2) at_.resize(offset / 2 + 1, kNothing);
-    EXPECT(at_[offset / 2] == kNothing);
-    at_[offset / 2] = element;
-    ++count_;
-  }
-  Element get(unsigned offset) const { return offset / 2 < at_.size() ? at_[offset / 2] : kNothing; }
-  std::size_t count() const { return count_; }
-
- private:
-  static constexpr Element kNothing = {~0u, ~0u};
-  std::vector<Element> at_;
-  std::size_t count_ = 0;
-};
+using Memory = std::map<unsigned, Element>;
+void put(Memory& memory, unsigned offset, const Element& element) { EXPECT(memory.emplace(offset, element).second); }
 
 // The j-th of the two elements that ldmatrix loads into register r of a lane, from the four matrices that the lanes'
 // addresses point at.
 template <bool kTransposed>
 Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
   const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;
-  return memory.get(rows[8 * r + (kTransposed ? pair : g)] + 2 * (kTransposed ? g : pair));
+  const auto found = memory.find(rows[8 * r + (kTransposed ? pair : g)] + 2 * (kTransposed ? g : pair));
+  return found == memory.end() ? Element{~0u, ~0u} : found->second;
 }
 
 bool rows_meet(const unsigned (&rows)[kWarp]) {
@@ -72,13 +62,11 @@ void expect_operands(const Memory& memory, const Place& place, const Expected& e
   unsigned rows[kWarp];
   for (unsigned lane = 0; lane < kWarp; ++lane) rows[lane] = offset_of(place(lane));
   EXPECT(!rows_meet(rows));
-  for (unsigned lane = 0; lane < kWarp; ++lane) {
-    for (unsigned r = 0; r < 4; ++r) {
+  for (unsigned lane = 0; lane < kWarp; ++lane)
+    for (unsigned r = 0; r < 4; ++r)
       for (unsigned j = 0; j < 2; ++j) {
         EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected(lane, r, j));
       }
-    }
-  }
 }
 
 template <class Tile>
@@ -88,10 +76,10 @@ void each_lane_gets_its_part_of_x() {
   for (unsigned place = 0; place < Tile::kRows * X::kVectors; ++place) {
     const unsigned row = place / X::kVectors, vector = X::vector_at(place);
     EXPECT(X::place(row, vector) == place);
-    for (unsigned j = 0; j < 8; ++j) memory.put(place * kVectorBytes + 2 * j, {8 * vector + j, row});
+    for (unsigned j = 0; j < 8; ++j) put(memory, place * kVectorBytes + 2 * j, {8 * vector + j, row});
   }
-  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
-    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp)
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k)
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
         expect_operands<false>(
             memory,
@@ -102,15 +90,13 @@ void each_lane_gets_its_part_of_x() {
                              owner.template row<Tile>() + kMmaRows * i + r % 2 * 8};
             });
       }
-    }
-  }
 }
 
 template <class Tile, class Weights>
 void weight_is_decoded_to_where_it_is_read() {
   constexpr bool kTransposed = !Weights::kForward;
   Memory memory;
-  for (unsigned thread = 0; thread < kThreads; ++thread) {
+  for (unsigned thread = 0; thread < kThreads; ++thread)
     for (unsigned v = 0; v < Tile::kThreadChunks * kChunkVectors; ++v) {
       const unsigned offset = offset_of(place_at(Weights::first_place(thread)).xor_swizzled(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
@@ -119,19 +105,18 @@ void weight_is_decoded_to_where_it_is_read() {
         const unsigned byte = Weights::byte_of_chunk(v % kChunkVectors, j / 2);
         const unsigned along = v / kChunkVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
-        memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
+        put(memory, offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }
     }
-  }
-  EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
+  EXPECT(memory.size() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
     for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::first_place(first + i);
     EXPECT(!meet(eight));  // nor do they if all offsets are xor-swizzled alike
   }
 
-  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
-    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp)
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k)
       for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
         expect_operands<kTransposed>(
             memory,
@@ -149,8 +134,6 @@ void weight_is_decoded_to_where_it_is_read() {
               return Element{kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
             });
       }
-    }
-  }
 }
 
 bool all_once(const std::vector<int>& counts) {
@@ -162,14 +145,12 @@ void each_element_of_the_tile_has_one_lane() {
   std::vector<int> owners(Tile::kRows * Tile::kCols);
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     const Lane lane(thread);
-    for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i) {
-      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group) {
+    for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i)
+      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group)
         for (unsigned j = 0; j < Tile::kLaneCols; ++j) {
           const unsigned row = lane.template row<Tile>() + 8 * i;
           ++owners[row * Tile::kCols + lane.template col<Tile>() + group * Tile::kGroupCols + j];
         }
-      }
-    }
   }
   EXPECT(all_once(owners));
 }
@@ -181,13 +162,6 @@ void check() {
   weight_is_decoded_to_where_it_is_read<Tile, DecodedRows<Tile>>();
   weight_is_decoded_to_where_it_is_read<Tile, DecodedColumns<Tile>>();
   each_element_of_the_tile_has_one_lane<Tile>();
-}
-
-// Whether some of the lanes of a warp, which load 4 bytes each at once, use the same bank.
-bool words_meet(const unsigned (&offsets)[kWarp]) {
-  std::uint32_t banks = 0;
-  for (const unsigned offset : offsets) banks |= 1u << offset / 4 % 32;
-  return banks != ~0u;
 }
 
 template <int kRows>
@@ -211,7 +185,7 @@ void check_small_m() {
   std::vector<int> codes(Tile::kCols * Tile::kStep / 8), accumulators(kRows * Tile::kCols);
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
     for (unsigned c = 0; c < Tile::kHalf / kChunk; ++c) {
-      for (unsigned i = 0; i < Tile::kColFragments; ++i) {
+      for (unsigned i = 0; i < Tile::kColFragments; ++i)
         for (unsigned row = 0; row < 2; ++row) {
           unsigned words[kWarp];
           for (unsigned thread = 0; thread < kWarp; ++thread) {
@@ -220,9 +194,8 @@ void check_small_m() {
             words[thread] = Codes::place(lane.col(i) + row, chunk) * kVectorBytes + lane.t * 4;
             ++codes[words[thread] / 4];
           }
-          EXPECT(!words_meet(words));
+          EXPECT(!meet(words));
         }
-      }
       for (unsigned first = 0; first < kWarp; first += 8) {  // the lanes of a quarter of a warp load at once
         unsigned vectors[8];
         for (unsigned k = 0; k < 8; ++k) {

@@ -110,64 +110,54 @@ std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedSta
 
 // ---- layout ----
 
-TEST(arrays_are_disjoint) {
-  for (const std::size_t segment_bytes :
-       {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
-    EmulatedDriver::Options driver;
-    const auto arena = make_arena(kMixed, driver, {.segment_bytes = segment_bytes});
-    std::vector<std::pair<const std::byte*, std::size_t>> arrays;
-    for (std::size_t i = 0; i < kMixed.size(); ++i) {
-      qn::Optimizer8bitTensor t;
-      arena->place(i, t);
-      const auto elements = static_cast<std::size_t>(kMixed[i].elements);
-      const std::size_t bytes = elements * (kMixed[i].in_8_bits ? 1 : 4), scales = (elements + 255) / 256 * 4;
-      EXPECT((t.absmax1 != nullptr) == kMixed[i].in_8_bits);
-      for (void* p : {t.state1, t.state2}) arrays.push_back({static_cast<std::byte*>(p), bytes});
-      if (!kMixed[i].in_8_bits) continue;
-      for (float* p : {t.absmax1, t.absmax2}) arrays.push_back({reinterpret_cast<std::byte*>(p), scales});
-    }
-    const std::byte* end = arena->data();
-    std::size_t bytes = 0;
-    for (const auto& [begin, size] : arrays) {  // in the order of the update
+// The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
+void expect_disjoint_arrays(qn::Algorithm algorithm, std::size_t segment_bytes) {
+  EmulatedDriver::Options driver;
+  const auto arena = make_arena(of(algorithm, kMixed), driver, {.segment_bytes = segment_bytes});
+  const bool has_slow_moment = algorithm == qn::Algorithm::ademamix;
+  const int moments = qn::moments_of(algorithm);
+  const std::byte* end = arena->data();
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < kMixed.size(); ++i) {  // in the order of the update
+    qn::Optimizer8bitTensor t;
+    arena->place(i, t);
+    const bool in_8_bits = kMixed[i].in_8_bits;
+    const auto elements = static_cast<std::size_t>(kMixed[i].elements);
+    const std::size_t state_bytes = elements * (in_8_bits ? 1 : 4), absmax_bytes = (elements + 255) / 256 * 4;
+    const auto expect_array = [&](const void* array, std::size_t size) {
+      const auto* const begin = static_cast<const std::byte*>(array);
       EXPECT(begin >= end && (begin - arena->data()) % 256 == 0);
       EXPECT(std::all_of(begin, begin + size, [](std::byte b) { return b == std::byte{0}; }));
       end = begin + size;
       bytes += size;
+    };
+    for (int k = 0; k < qn::kMaxMoments; ++k) {
+      EXPECT((state_of(t, k) != nullptr) == (k < moments));
+      EXPECT((absmax_of(t, k) != nullptr) == (k < moments && in_8_bits));
     }
-    EXPECT(end <= arena->data() + arena->bytes());
-    EXPECT(arena->stats().bytes_managed >= static_cast<std::int64_t>(bytes));
-    EXPECT(arena->stats().bytes_managed <= static_cast<std::int64_t>(arena->bytes()));
+    expect_array(t.state1, has_slow_moment ? 2 * state_bytes : state_bytes);
+    EXPECT(!has_slow_moment || t.state3 == static_cast<std::byte*>(t.state1) + state_bytes);
+    if (moments > 1) expect_array(t.state2, state_bytes);
+    if (!in_8_bits) continue;
+    expect_array(t.absmax1, has_slow_moment ? 2 * absmax_bytes : absmax_bytes);
+    EXPECT(!has_slow_moment || t.absmax3 == t.absmax1 + absmax_bytes / 4);
+    if (moments > 1) expect_array(t.absmax2, absmax_bytes);
   }
+  EXPECT(end <= arena->data() + arena->bytes());
+  EXPECT(arena->stats().bytes_managed >= static_cast<std::int64_t>(bytes));
+  EXPECT(arena->stats().bytes_managed <= static_cast<std::int64_t>(arena->bytes()));
 }
-
-// The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
-TEST(each_algorithm_has_its_own_arrays) {
-  for (const qn::Algorithm algorithm : kAlgorithms) {
-    for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
-      EmulatedDriver::Options driver;
-      const auto arena = make_arena(of(algorithm, kMixed), driver, {.segment_bytes = segment_bytes});
-      for (std::size_t i = 0; i < kMixed.size(); ++i) {
-        qn::Optimizer8bitTensor t;
-        arena->place(i, t);
-        for (int k = 0; k < qn::kMaxMoments; ++k) {
-          EXPECT((state_of(t, k) != nullptr) == (k < qn::moments_of(algorithm)));
-          EXPECT((absmax_of(t, k) != nullptr) == (k < qn::moments_of(algorithm) && kMixed[i].in_8_bits));
-        }
-        if (algorithm != qn::Algorithm::ademamix) continue;
-        const std::int64_t elements = kMixed[i].elements, bytes = kMixed[i].in_8_bits ? elements : 4 * elements;
-        EXPECT(t.state3 == static_cast<std::byte*>(t.state1) + bytes);
-        EXPECT(!kMixed[i].in_8_bits || t.absmax3 == t.absmax1 + (elements + 255) / 256);
-      }
-    }
-  }
+TEST(arrays_are_disjoint) {
+  for (const qn::Algorithm algorithm : kAlgorithms)
+    for (const int segment_bytes : {1, 2000, 30'000, 1 << 25}) expect_disjoint_arrays(algorithm, segment_bytes);
 }
 
 // ---- the same bits ----
 
 void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
   const std::vector<std::vector<qn::PagedState>> groups = {of(algorithm, kMixed), of(algorithm, {{70'000}, {3000}})};
-  for (const bool pinned : {false, true}) {
-    for (const bool eager : {false, true}) {
+  for (const bool pinned : {false, true})
+    for (const bool eager : {false, true})
       for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
         EmulatedDriver::Options driver{.concurrent = !pinned, .eager = eager, .free_bytes = 0};
         const auto first = make_arena(groups[0], driver, {.segment_bytes = segment_bytes});
@@ -186,8 +176,6 @@ void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
         EXPECT(paged.same_bits(plain));
         EXPECT(half.same_bits(plain));
       }
-    }
-  }
 }
 
 TEST(paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory) {

@@ -129,7 +129,7 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
 
   int wrong = 0;
   const Tensor& source = call.backward ? layer.dy : layer.x;
-  for (std::int64_t i = 0; i < args.x.rows; ++i) {
+  for (std::int64_t i = 0; i < args.x.rows; ++i)
     for (std::int64_t k = 0; k < inner; ++k) {
       const float value = at(args.x, i, k);
       if (k >= weight_inner && k < weight_inner + rank) {
@@ -138,11 +138,10 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
         wrong += !same_bits(value, k < weight_inner ? source.at(row0 + i, k) : 0.0f);
       }
     }
-  }
   const auto panel = [&](std::int64_t k, std::int64_t j) {
     return call.backward ? at(args.w, k, j) : at(args.w, j, k);
   };
-  for (std::int64_t j = 0; j < args.out.cols; ++j) {
+  for (std::int64_t j = 0; j < args.out.cols; ++j)
     for (std::int64_t k = 0; k < inner; ++k) {
       const std::int64_t r = k - weight_inner, col = col0 + j;
       float expected = 0.0f;
@@ -153,10 +152,9 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
       }
       wrong += !same_bits(panel(k, j), expected);
     }
-  }
   EXPECT(wrong == 0);
 
-  for (std::int64_t i = 0; i < args.out.rows; ++i) {
+  for (std::int64_t i = 0; i < args.out.rows; ++i)
     for (std::int64_t j = 0; j < args.out.cols; ++j) {
       const std::int64_t place = i * args.out.stride + j;
       ++call.times[offset + place];
@@ -165,7 +163,6 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
       for (std::int64_t k = 0; k < inner; ++k) sum += double{at(args.x, i, k)} * panel(k, j);
       static_cast<float*>(args.out.data)[place] = static_cast<float>(sum);
     }
-  }
 }
 
 qn::DeviceMemory allocate(std::size_t bytes, const qn::Stream&) {

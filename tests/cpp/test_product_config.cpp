@@ -21,10 +21,10 @@ constexpr int kNumSms[] = {1, 3, 108, 132};
 
 template <class F>
 void for_each_shape(const F& f) {
-  for (const std::int64_t rows : kRows) {
-    for (const std::int64_t cols : kSizes) {
-      for (const std::int64_t inner : kSizes) {
-        for (const int num_sms : kNumSms) {
+  for (const std::int64_t rows : kRows)
+    for (const std::int64_t cols : kSizes)
+      for (const std::int64_t inner : kSizes)
+        for (const int num_sms : kNumSms)
           for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15, 21, 23}) {
             f(ProductShape{.rows = rows,
                            .cols = cols,
@@ -38,10 +38,6 @@ void for_each_shape(const F& f) {
                                          : flags >= 8 ? kHopperSmem
                                                       : kMinSmem});
           }
-        }
-      }
-    }
-  }
 }
 
 template <class Config>
@@ -153,7 +149,7 @@ TEST(tile_for_many_rows_has_the_fewest_empty_rows) {
 TEST(up_to_eight_rows_get_gemv) {
   for_each_shape([](ProductShape shape) {
     if (!supports_gemv(shape)) return;
-    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (const int bits : {4, 8}) {
         shape.dtype = dtype;
         shape.bits = bits;
@@ -162,7 +158,6 @@ TEST(up_to_eight_rows_get_gemv) {
         EXPECT((config.blocks == 0) == (shape.rows == 0));
         EXPECT(config.blocks * kGemvCols < shape.cols + kGemvCols);
       }
-    }
   });
 }
 
@@ -200,9 +195,9 @@ bool is_by_panels(const ProductShape& shape) { return takes<PanelsConfig>(shape)
 TEST(many_rows_get_panels) {
   EXPECT(is_by_panels(many_row_shape(2048, 4096, 4096)));
   EXPECT(is_by_panels(many_row_shape(769, 14336, 1024)) && !is_by_panels(many_row_shape(768, 14336, 1024)));
-  for (const int bits : {4, 8}) {
-    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-      for (const bool backward : {false, true}) {
+  for (const int bits : {4, 8})
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+      for (const bool backward : {false, true})
         for (const std::int64_t rank : {0, 16}) {
           ProductShape shape = many_row_shape(4096, 4000, 1111);
           shape.bits = bits;
@@ -217,9 +212,6 @@ TEST(many_rows_get_panels) {
           shape.has_dense_gemm = false;
           EXPECT(!is_by_panels(shape));
         }
-      }
-    }
-  }
 }
 
 // The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 SMs.
@@ -234,11 +226,11 @@ TEST(panel_is_within_its_memory_and_fills_the_device) {
   EXPECT(!is_by_panels(many_row_shape(100'000, 4096, 140'000)));  // a panel would not have even 128 columns
   // These 13 by 16 tiles take two waves, however the panels are chosen.
   EXPECT(panels_of(many_row_shape(1600, 2048, 4096)).cols == 1024);
-  for (const std::int64_t rows : {769, 8192, 8193, 100'000}) {
-    for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256}) {
-      for (const std::int64_t inner : {1, 100, 4096, 28672, 65536}) {
-        for (const std::int64_t rank : {0, 1, 64}) {
-          for (const DType dtype : {DType::f32, DType::bf16}) {
+  for (const std::int64_t rows : {769, 8192, 8193, 100'000})
+    for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256})
+      for (const std::int64_t inner : {1, 100, 4096, 28672, 65536})
+        for (const std::int64_t rank : {0, 1, 64})
+          for (const DType dtype : {DType::f32, DType::bf16})
             for (const int num_sms : {1, 132}) {
               ProductShape shape = many_row_shape(rows, cols, inner);
               shape.dtype = dtype;
@@ -255,11 +247,6 @@ TEST(panel_is_within_its_memory_and_fills_the_device) {
                   ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
               EXPECT(4 * tiles >= 3 * num_sms);
             }
-          }
-        }
-      }
-    }
-  }
 }
 
 // ---- wgmma, on compute capability 9.0 ----
@@ -381,9 +368,9 @@ TEST(tile_of_wgmma_takes_the_least_time) {
 
 TEST(tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once) {
   for (const int tile : {16, 32, 64, 128, 256}) EXPECT(wgmma_smem_bytes(tile) <= kHopperSmem);
-  for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000}) {
-    for (const std::int64_t cols : kSizes) {
-      for (const std::int64_t inner : {64, 192, 256, 320, 384, 448, 4096, 14336}) {
+  for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000})
+    for (const std::int64_t cols : kSizes)
+      for (const std::int64_t inner : {64, 192, 256, 320, 384, 448, 4096, 14336})
         for (const int num_sms : kNumSms) {
           ProductShape shape = on_hopper(rows, cols, inner);
           shape.num_sms = num_sms;
@@ -412,9 +399,6 @@ TEST(tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once) {
             }
           }
         }
-      }
-    }
-  }
 }
 
 // How many blocks share a tile by wgmma on 132 SMs, of which clusters of 4 and 8 can use 128; 0 is runs.
@@ -523,7 +507,7 @@ TEST(override_names_a_kernel) {
 
 TEST(forced_kernel_is_used_where_it_supports_the_shape) {
   using Kernel = KernelOverride::Kernel;
-  for (const std::int64_t rows : {1, 8, 9, 300, 4096}) {
+  for (const std::int64_t rows : {1, 8, 9, 300, 4096})
     for (const bool backward : {false, true}) {
       ProductShape shape = on_hopper(rows, 4096, 4096, backward);
       shape.has_dense_gemm = true;
@@ -538,7 +522,6 @@ TEST(forced_kernel_is_used_where_it_supports_the_shape) {
       const auto panels = std::get<PanelsConfig>(choose_product(shape, KernelOverride{Kernel::panels}));
       EXPECT(panels.cols > 0 && panels.rows == rows);
     }
-  }
 }
 
 // ---- rows in groups ----
@@ -593,7 +576,7 @@ TEST(kernel_of_groups_with_a_shared_weight_follows_all_rows) {
 }
 
 TEST(groups_get_the_general_kernel_where_vectors_do_not_reach) {
-  for (const bool group_weights : {false, true}) {
+  for (const bool group_weights : {false, true})
     for (const std::int64_t rows : {1, 100, 10'000}) {
       const ProductShape shape = in_groups(rows, 7, group_weights);
       EXPECT(!is_by_panels(shape));
@@ -604,13 +587,12 @@ TEST(groups_get_the_general_kernel_where_vectors_do_not_reach) {
       EXPECT(takes<GeneralConfig>(unaligned) && takes<GeneralConfig>(small_blocks));
       EXPECT(rows == 1 ? takes<GemvConfig>(fp32) : takes<GeneralConfig>(fp32));
     }
-  }
 }
 
 // The launched blocks divide the tiles that they find among themselves.
 TEST(steps_of_as_many_tiles_as_groups_have_are_done_once) {
-  for (const std::int64_t rows : {1, 100, 3000}) {
-    for (const std::int64_t groups : {2, 8, 128}) {
+  for (const std::int64_t rows : {1, 100, 3000})
+    for (const std::int64_t groups : {2, 8, 128})
       for (const bool backward : {false, true}) {
         ProductShape shape = in_groups(rows, groups, true);
         shape.backward = backward;
@@ -624,8 +606,6 @@ TEST(steps_of_as_many_tiles_as_groups_have_are_done_once) {
           expect_each_step_once(found);
         }
       }
-    }
-  }
 }
 
 TEST(row_tiles_are_as_many_as_groups_of_any_sizes_may_have) {
@@ -638,8 +618,8 @@ TEST(row_tiles_are_as_many_as_groups_of_any_sizes_may_have) {
 }
 
 TEST(parts_of_a_long_sum_cover_it) {
-  for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
-    for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
+  for (const std::int64_t tiles : {0, 1, 5, 64, 100000})
+    for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003})
       for (const int num_sms : kNumSms) {
         const LowRankSplit split = low_rank_split(tiles, inner, num_sms);
         EXPECT(split.parts >= 1 && split.parts * split.length >= inner);
@@ -648,8 +628,6 @@ TEST(parts_of_a_long_sum_cover_it) {
         for (const std::int64_t group_inner : {std::int64_t{0}, std::int64_t{1}, inner, 3 * inner})  // inner on average
           EXPECT(split.parts * low_rank_length(group_inner, split.parts) >= group_inner);
       }
-    }
-  }
 }
 
 TEST(steps_are_counted_beyond_an_int) {

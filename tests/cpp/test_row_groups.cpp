@@ -59,13 +59,13 @@ void expect_each_row_in_one_tile(const Groups& groups, std::int64_t rows) {
 
 TEST(each_row_is_in_one_tile) {
   std::mt19937 random(1);
-  for (const int count : {1, 2, 7, 31, 32, 33, 64, 150}) {
+  for (const int count : {1, 2, 7, 31, 32, 33, 64, 150})
     for (const std::int64_t rows : {0, 1, 8, 9, 64, 200, 1000}) {
       Managed<std::int64_t> offsets(static_cast<std::size_t>(count) + 1);
       for (auto& offset : offsets) offset = static_cast<std::int64_t>(random() % (rows + 1));
       offsets.back() = rows;
       std::sort(offsets.begin(), offsets.end());
-      for (const bool has_leading_group : {false, true}) {
+      for (const bool has_leading_group : {false, true})
         for (const int stride : {1, count}) {
           const Groups groups{.count = count / stride,
                               .stride = stride,
@@ -74,9 +74,7 @@ TEST(each_row_is_in_one_tile) {
           expect_each_row_in_one_tile<8>(groups, rows);
           expect_each_row_in_one_tile<64>(groups, rows);
         }
-      }
     }
-  }
 }
 
 constexpr std::int64_t kMin = std::numeric_limits<std::int64_t>::min(), kMax = std::numeric_limits<std::int64_t>::max();

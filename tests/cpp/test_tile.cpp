@@ -60,35 +60,25 @@ TEST(every_element_is_a_row_times_a_column) {
 }
 
 // The first elements of pairs are summed in one chain, which begins with zero, and the second elements in another. Then
-// the two chains are added, and only then C.
+// the two chains are added, and only then C. A step of a chain rounds once.
 TEST(chains_are_summed_apart_and_then_added_to_c) {
+  const float large = 0x1p24f, x = 1.0078125f;  // 1 + 2^-7, whose square has 15 bits
   Operands o;
-  const float large = 0x1p24f;
   o.set_a(0, 0, large, -large);  // in a single chain these would cancel, and all of the later sum would be kept
   o.set_a(0, 1, 1.0f, 1.0f);
+  o.set_a(1, 2, 1.0f, 1.0f);
+  o.set_a(2, 3, 0x1p10f, 0.0f);  // 2^10 + x^2 ends below fp32's last bit
+  o.set_a(2, 4, x, 0.0f);
   o.set_b(0, 0, 1.0f, 1.0f);
   o.set_b(1, 0, 1.0f, 1.0f);
+  o.set_b(2, 1, 1.0f, 1.0f);
+  o.set_b(3, 2, 1.0f, 0.0f);
+  o.set_b(4, 2, x, 0.0f);
+  o.c[Operands::kRow + 1] = large;
   o.multiply();
-  EXPECT(o.at(0, 0) == 1.0f);  // 2^24 + 1 is a tie that goes to 2^24; -2^24 + 1 is exact
-
-  o = {};
-  o.set_a(0, 0, 1.0f, 1.0f);
-  o.set_b(0, 0, 1.0f, 1.0f);
-  o.c[0] = large;
-  o.multiply();
-  EXPECT(o.at(0, 0) == large + 2.0f);  // adding 1 to C twice would be a tie each time
-}
-
-TEST(a_step_of_a_chain_rounds_once_to_nearest_even) {
-  Operands o;
-  const float x = 1.0078125f;    // 1 + 2^-7: its square has 15 bits
-  o.set_a(0, 0, 0x1p10f, 0.0f);  // 2^10 + x^2 ends below fp32's last bit
-  o.set_b(0, 0, 1.0f, 0.0f);
-  o.set_a(0, 1, x, 0.0f);
-  o.set_b(1, 0, x, 0.0f);
-  o.multiply();
-  EXPECT(o.at(0, 0) == std::fma(x, x, 0x1p10f));
-  EXPECT(o.at(0, 0) == static_cast<float>(0x1p10 + double{x} * x));
+  EXPECT(o.at(0, 0) == 1.0f);          // 2^24 + 1 is a tie that goes to 2^24; -2^24 + 1 is exact
+  EXPECT(o.at(1, 1) == large + 2.0f);  // adding 1 to C twice would be a tie each time
+  EXPECT(o.at(2, 2) == std::fma(x, x, 0x1p10f) && o.at(2, 2) == static_cast<float>(0x1p10 + double{x} * x));
 }
 
 TEST(subnormal_numbers_count_as_zero) {

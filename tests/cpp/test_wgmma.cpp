@@ -235,9 +235,8 @@ void expect_partial_sums_in_order(std::int64_t rows, std::int64_t cluster, bool 
   const std::int64_t cols = pairs ? 256 : 128;
   const std::int64_t steps = cluster == 4 ? 18 : 42;
   Tensor x(DType::bf16, rows, steps * kStep), y(DType::bf16, rows, cols), ones(DType::f32, cols, steps * kStep);
-  for (std::int64_t n = 0; n < cols; ++n) {
+  for (std::int64_t n = 0; n < cols; ++n)
     for (std::int64_t k = 0; k < steps * kStep; ++k) ones.set(n, k, 1.0f);
-  }
   const Quantized weight(ones.in(), format_named("nf4"), 64, false);
   for (std::int64_t m = 0; m < rows; ++m) {
     const float values[] = {1.0f, 0x1p25f, -0x1p25f, 0.5f, 0.0f, 0.0f, 0.0f, 0.0f};
@@ -252,9 +251,8 @@ void expect_partial_sums_in_order(std::int64_t rows, std::int64_t cluster, bool 
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
   setenv("QLN_FORCE_KERNEL", "wgmma", 1);
   bool all = true;
-  for (std::int64_t m = 0; m < rows; ++m) {
+  for (std::int64_t m = 0; m < rows; ++m)
     for (std::int64_t n = 0; n < cols; ++n) all = all && y.at(m, n) == 0.5;
-  }
   EXPECT(all);
 }
 
@@ -267,7 +265,7 @@ TEST(partial_sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension) {
 
 // The result of the identity is the transpose of W, or with dX W itself.
 TEST(decoded_weight_has_the_bits_of_dequantize) {
-  for (const DType dtype : {DType::bf16, DType::f16}) {
+  for (const DType dtype : {DType::bf16, DType::f16})
     for (const bool backward : {false, true}) {
       const std::int64_t N = backward ? 136 : 130, K = 192, M = backward ? N : K;
       Layer layer({.M = M, .N = N, .K = K, .dtype = dtype});
@@ -277,14 +275,12 @@ TEST(decoded_weight_has_the_bits_of_dequantize) {
       backward ? layer.backward() : layer.forward();
       qn::dequantize({.weight = layer.weight.view(), .dtype = dtype, .out = w.data()});
       int differences = 0;
-      for (std::int64_t n = 0; n < N; ++n) {
+      for (std::int64_t n = 0; n < N; ++n)
         for (std::int64_t k = 0; k < K; ++k) {
           differences += (backward ? layer.dx.at(n, k) : layer.y.at(k, n)) != w.at(n, k);
         }
-      }
       EXPECT(differences == 0);
     }
-  }
 }
 
 TEST(other_operands_take_another_kernel) {
