@@ -161,38 +161,50 @@ TEST(optimizer_names_a_bad_argument) {
   static float negative_lr = -1e-3f;
   static std::int64_t negative_step = -1;
   const qn::Optimizer8bitGroup logarithm_of_0{.beta1 = 0.0, .t_beta3 = 10.0};
-  const std::vector<Bad<Call>> all = {BAD_FOR("algorithm", call.algorithm, static_cast<qn::Algorithm>(3)),
-                                      BAD_FOR("count", call.count, -1),
-                                      BAD_FOR("tensors", call.tensors, nullptr),
-                                      BAD_FOR("groups", call.groups, nullptr),
-                                      BAD_FOR("skipped", call.skipped, nullptr),
-                                      BAD(groups[0].lr, -1e-3),
-                                      BAD(groups[0].lr, NAN),
-                                      BAD_FOR("groups[0].lr", groups[0].device_lr, &negative_lr),
-                                      BAD(groups[0].beta1, 1.0),
-                                      BAD(groups[0].beta2, -0.1),
-                                      BAD(groups[0].beta3, 1.0),
-                                      BAD(groups[0].eps, INFINITY),
-                                      BAD(groups[0].weight_decay, -1.0),
-                                      BAD(groups[0].alpha, -1.0),
-                                      BAD(groups[0].t_alpha, NAN),
-                                      BAD(groups[0].t_beta3, -1.0),
-                                      BAD(tensors[1].group, 1),
-                                      BAD(tensors[1].grad, nullptr),
-                                      BAD(tensors[1].state3, nullptr),
-                                      BAD(tensors[0].absmax2, nullptr),
-                                      BAD(tensors[0].absmax3, nullptr),
-                                      BAD(tensors[0].elements, -1),
-                                      BAD(tensors[0].step, &negative_step),
-                                      BAD_FOR("groups[0].beta1", groups[0], logarithm_of_0)};
-  for (const Bad<Call>& bad : all) {
-    Call call;
-    const Parameter before = call.parameters[0];
-    call.call.algorithm = qn::Algorithm::ademamix;  // which has all fields
-    bad.change(call);
-    expect_refused(bad.argument, [&] { qn::optimizer_8bit_step(call.call); });
-    EXPECT(call.parameters[0] == before);
-  }
+  const auto expect_each_refused = [](const std::vector<Bad<Call>>& all) {
+    for (const Bad<Call>& bad : all) {
+      Call call;
+      const Parameter before = call.parameters[0];
+      call.call.algorithm = qn::Algorithm::ademamix;  // which has all fields
+      bad.change(call);
+      expect_refused(bad.argument, [&] { qn::optimizer_8bit_step(call.call); });
+      EXPECT(call.parameters[0] == before);
+    }
+  };
+  expect_each_refused({BAD_FOR("algorithm", call.algorithm, static_cast<qn::Algorithm>(3)),
+                       BAD_FOR("count", call.count, -1),
+                       BAD_FOR("tensors", call.tensors, nullptr),
+                       BAD_FOR("groups", call.groups, nullptr),
+                       BAD_FOR("skipped", call.skipped, nullptr),
+                       BAD(groups[0].lr, -1e-3),
+                       BAD(groups[0].lr, NAN),
+                       BAD_FOR("groups[0].lr", groups[0].device_lr, &negative_lr),
+                       BAD(groups[0].beta1, 1.0),
+                       BAD(groups[0].beta2, -0.1),
+                       BAD(groups[0].beta3, 1.0),
+                       BAD(groups[0].eps, INFINITY),
+                       BAD(groups[0].weight_decay, -1.0),
+                       BAD(groups[0].alpha, -1.0),
+                       BAD(groups[0].t_alpha, NAN),
+                       BAD(groups[0].t_beta3, -1.0),
+                       BAD(tensors[1].group, 1),
+                       BAD(tensors[1].grad, nullptr),
+                       BAD(tensors[1].state3, nullptr),
+                       BAD(tensors[0].absmax2, nullptr),
+                       BAD(tensors[0].absmax3, nullptr),
+                       BAD(tensors[0].elements, -1),
+                       BAD(tensors[0].step, &negative_step),
+                       BAD_FOR("groups[0].beta1", groups[0], logarithm_of_0)});
+}
+
+TEST(optimizer_checks_no_field_that_its_algorithm_lacks) {
+  Optimizer lion;
+  lion.groups[0].beta3 = 7.0, lion.groups[0].alpha = -1.0;
+  for (qn::Optimizer8bitTensor& tensor : lion.tensors) tensor.state2 = tensor.absmax2 = nullptr;
+  qn::Optimizer8bitArgs args = lion.args();
+  args.algorithm = qn::Algorithm::lion;
+  qn::optimizer_8bit_step(args);
+  EXPECT(lion.parameters[0].step == 1);
 }
 
 TEST(elementwise_operation_names_a_bad_argument) {

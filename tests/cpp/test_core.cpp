@@ -1,7 +1,5 @@
 // Guards what the core, without torch or Python, promises for every backend. ctest runs this test once for each
 // instruction set; it exits 1 on a failure.
-#include <sys/wait.h>
-
 #include <array>
 #include <bit>
 #include <cmath>
@@ -77,7 +75,7 @@ TEST(large_output_has_the_bits_of_a_small_one) {
   for (auto& scale : absmax) scale = static_cast<float>((random = random * 1664525 + 1013904223) >> 16);
   const qn::QuantizedWeightView view{
       .N = N, .K = K, .codes = codes.data(), .absmax = absmax.data(), .code = qn::codebook("nf4").data()};
-  for (const qn::DType dtype : {qn::DType::f32, qn::DType::bf16, qn::DType::f16}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     const std::size_t size = qn::size_of(dtype), bytes = elements * size;
     std::vector<char> memory(2 * bytes + 128);  // its pages exist, because the vector clears them
     void* aligned = memory.data();
@@ -203,32 +201,6 @@ TEST(adamw_steps_or_skips_as_a_whole) {
   large.parameters[1].grad.set(0, 69, 0x1.fffffep63f);  // the largest gradient that is usable
   qn::optimizer_8bit_step(large.args());
   EXPECT(large.skipped == 0 && large.parameters[0].step == 1);
-
-  // A learning rate in memory replaces the one in the group. It is read anew in each step.
-  Optimizer given, read;
-  float lr = 0.02f;
-  given.groups[0].lr = double{lr};
-  read.groups[0].device_lr = &lr;
-  for (int i = 0; i < 2; ++i) {
-    qn::optimizer_8bit_step(given.args());
-    qn::optimizer_8bit_step(read.args());
-    EXPECT(given.parameters[0] == read.parameters[0] && given.parameters[1] == read.parameters[1]);
-    given.groups[0].lr = double{lr = 0.003f};
-  }
-}
-
-TEST(fields_that_an_algorithm_lacks_are_not_read) {
-  Optimizer lion;
-  const Tensor before = lion.parameters[1].param;
-  lion.groups[0] = {.lr = 0.01, .weight_decay = 0.0, .beta3 = 7.0, .alpha = -1.0};
-  for (qn::Optimizer8bitTensor& tensor : lion.tensors) tensor.state2 = tensor.absmax2 = nullptr;
-  qn::Optimizer8bitArgs args = lion.args();
-  args.algorithm = qn::Algorithm::lion;
-  qn::optimizer_8bit_step(args);
-  for (std::int64_t i = 0; i < before.cols(); ++i) {
-    const float step = std::copysign(0.01f, lion.parameters[1].grad.at(0, i));
-    EXPECT(lion.parameters[1].param.at(0, i) == before.at(0, i) - step);
-  }
 }
 
 TEST(missing_cuda_is_explained) {
@@ -302,35 +274,9 @@ TEST(bits_are_the_same_for_concurrent_callers) {
   }
 }
 
-// This runs in a process of its own, because the instruction set is chosen only once.
-int with_forced_isa() {
-  const std::string isa = std::getenv("QLN_FORCE_ISA");
-  try {
-    return qn::current_isa() == isa ? 0 : 1;
-  } catch (const qn::Unavailable& error) {
-    const bool names_both = std::string(error.what()).find(isa) != std::string::npos &&
-                            std::string(error.what()).find("scalar") != std::string::npos;
-    return names_both ? 2 : 1;
-  }
-}
-
-// Left out under an emulator, where a program cannot start itself by its own name.
-const char* program = nullptr;
-TEST(forced_isa_is_used_or_named_in_an_error) {
-  if (std::getenv("QLN_TEST_EMULATED") != nullptr) return;
-  const auto forced = [](const std::string& isa) {
-    const int status = std::system(("QLN_FORCE_ISA=" + isa + " " + program + " --forced-isa").c_str());
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  };
-  for (const std::string& isa : qn::available_isas()) EXPECT(forced(isa) == 0);
-  EXPECT(forced("no_such_isa") == 2);
-}
-
 }  // namespace
 
-int main(int count, char** arguments) {
-  if (count > 1) return with_forced_isa();
+int main() {
   if (!isa_is_here()) return kSkipped;
-  program = arguments[0];
   return run_tests();
 }
