@@ -52,8 +52,8 @@ struct Case {
   float dropout = 0.0f;
   DType lora_dtype = DType::f32;
   std::int64_t gap = 0;                    // elements between rows, in all matrices with a stride
-  std::vector<std::int64_t> offsets = {};  // the offsets of groups, each with its own adapter
-  bool group_weights = false;              // whether each group has its own weight
+  std::vector<std::int64_t> offsets = {};  // the offsets of groups, each with an adapter
+  bool group_weights = false;              // whether each group has a weight
   bool shared_adapter = false;             // whether all groups share one adapter
 
   std::int64_t groups() const { return offsets.empty() ? 0 : static_cast<std::int64_t>(offsets.size()) - 1; }

@@ -51,12 +51,12 @@ struct Parameter {
     const std::size_t elements = moments[0].size();
     for (std::size_t first = 0; first < elements; first += 256) {
       const std::size_t end = std::min(elements, first + 256);
-      float kept[Rule::kMoments], largest[Rule::kMoments] = {};
-      for (int k = 0; k < Rule::kMoments; ++k) kept[k] = absmax[k][first / 256] * Rule::decode_factor(c, k);
+      float scale[Rule::kMoments], largest[Rule::kMoments] = {};
+      for (int k = 0; k < Rule::kMoments; ++k) scale[k] = absmax[k][first / 256] * Rule::decode_factor(c, k);
       for (std::size_t i = first; i < end; ++i) {
         float m[Rule::kMoments];
         for (int k = 0; k < Rule::kMoments; ++k) {
-          m[k] = in_8_bits ? map_of(k)[codes[k][i]] * kept[k] : moments[k][i] * Rule::decode_factor(c, k);
+          m[k] = in_8_bits ? map_of(k)[codes[k][i]] * scale[k] : moments[k][i] * Rule::decode_factor(c, k);
         }
         const auto at = static_cast<std::int64_t>(i);
         param.set(0, at, Rule::template update<qn::FloatMath>(c, param.at(0, at), grad.at(0, at), m));

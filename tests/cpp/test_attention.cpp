@@ -1,6 +1,6 @@
 // Guards attention of the instruction set in use: results and gradients are near their definition in float64, for every
 // dtype, ragged shapes, shared key heads and all kinds of key ranges. ctest runs this test once for each instruction
-// set; it exits 1 on a failure.
+// set.
 //
 // Errors that are allowed: a probability and the gradient of a score are rounded once to the dtype, the result is too,
 // and a sum of n products in fp32 is off by the root of n, times its operands' norms.

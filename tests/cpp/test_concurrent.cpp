@@ -1,7 +1,7 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
 // (cuda/emulator/fibers.h). Several blocks make partial sums of a tile (stream-K), and a kernel passes a workspace to
 // the next: the results have the same bits as when one block runs after the other. To be run with
-// QLN_BACKEND=cuda_emulated; exits 1 on a failure.
+// QLN_BACKEND=cuda_emulated.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

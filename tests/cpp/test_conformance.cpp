@@ -1,6 +1,5 @@
 // Guards every operation of the instruction set in use: a decoded weight and a step of an optimizer have the bits that
-// the headers define, and products are near sums in float64. ctest runs this test once for each instruction set; it
-// exits 1 on a failure.
+// the headers define, and products are near sums in float64. ctest runs this test once for each instruction set.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -30,7 +29,7 @@ constexpr int kBlocksizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 
 // ---- quantized weights ----
 
-// Those of any blocksize, and those with a blocksize of their own and scales of 8 bits.
+// Those of any blocksize, and those with one blocksize each and scales of 8 bits.
 constexpr const char *kFormats[] = {"nf4", "fp4", "int4", "int8", "codebook"}, *kMicroscaled[] = {"mxfp4", "nvfp4"};
 int microscaled_blocksize(const std::string& format) { return format == "mxfp4" ? 32 : 16; }
 
@@ -334,7 +333,7 @@ struct LossCase {
 };
 
 // Compares each row's loss, log-probability and gradient with their definition in float64. The sum of V exponentials in
-// fp32 may be off by kSumFactor * sqrt(V) roundings of 1.5 units each; a loss is the sum of a few numbers of the size
+// fp32 may be off by kSumFactor * sqrt(V) roundings of 1.5 units each; a loss is the sum of four numbers of the size
 // of z.
 TEST(losses_and_gradients_are_those_of_float64) {
   constexpr std::int64_t kIgnored = -100;
@@ -371,7 +370,7 @@ TEST(losses_and_gradients_are_those_of_float64) {
     const std::vector<float> before = loss;
     qn::cross_entropy(args);
     EXPECT(loss == before && logits.keeps_to_its_columns());
-    const double sums = kSumFactor * std::sqrt(static_cast<double>(c.V)) * 0x1p-23;
+    const double sum_error = kSumFactor * std::sqrt(static_cast<double>(c.V)) * 0x1p-23;
     double worst = 0.0;
     for (std::int64_t row = 0; row < c.rows; ++row) {
       const auto r = static_cast<std::size_t>(row);
@@ -387,14 +386,14 @@ TEST(losses_and_gradients_are_those_of_float64) {
       }
       for (const double value : z) exponentials += std::exp(value - largest);
       const double lse = largest + std::log(exponentials), smoothing = double{c.label_smoothing};
-      const bool kept = labels[r] != kIgnored;
-      const double target = kept ? z[labels[r]] : 0.0, V = static_cast<double>(c.V);
+      const bool counts = labels[r] != kIgnored;
+      const double target = counts ? z[labels[r]] : 0.0, V = static_cast<double>(c.V);
       const double expected = lse - (1.0 - smoothing) * target - smoothing / V * sum + double{c.z_loss} * lse * lse;
-      // The tanh of a soft cap is off by a few units in the last place of 1, times the cap.
+      // The tanh of a soft cap is off by up to 8 units in the last place of 1, times the cap.
       const double allowed =
-          sums * (1.0 + 2.0 * double{c.z_loss} * std::fabs(lse)) + 8.0 * 0x1p-24 * (size + lse * lse);
-      worst = std::max(worst, std::fabs(loss[r] - (kept ? expected : 0.0)) / allowed);
-      worst = std::max(worst, std::fabs(log_probability[r] - (kept ? target - lse : 0.0)) / allowed);
+          sum_error * (1.0 + 2.0 * double{c.z_loss} * std::fabs(lse)) + 8.0 * 0x1p-24 * (size + lse * lse);
+      worst = std::max(worst, std::fabs(loss[r] - (counts ? expected : 0.0)) / allowed);
+      worst = std::max(worst, std::fabs(log_probability[r] - (counts ? target - lse : 0.0)) / allowed);
       for (std::int64_t i = 0; i < c.V; ++i) {
         const double p = std::exp(z[i] - lse) * (1.0 + 2.0 * double{c.z_loss} * lse);
         double gradient = p - smoothing / V - (i == labels[r] ? 1.0 - smoothing : 0.0);
@@ -403,7 +402,7 @@ TEST(losses_and_gradients_are_those_of_float64) {
           const double t = z[i] / double{c.softcap};
           scale *= 1.0 - t * t;
         }
-        gradient *= kept ? scale : 0.0;
+        gradient *= counts ? scale : 0.0;
         const double off = std::fabs(logits.at(row, i) - gradient);
         worst = std::max(worst, off / (unit_roundoff(c.dtype) * std::fabs(gradient) + allowed * std::fabs(scale) +
                                        smallest_normal(c.dtype)));

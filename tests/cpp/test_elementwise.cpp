@@ -1,5 +1,5 @@
 // Guards gated activations and RMS norms of the instruction set in use: they are near their definition in float64.
-// ctest runs this test once for each instruction set; it exits 1 on a failure.
+// ctest runs this test once for each instruction set.
 //
 // A result is rounded once to its dtype. Before that, its fp32 arithmetic may be off by kUnits units in the last place,
 // times a factor: the size of the argument of an exponential, or the root of the length of a sum.

@@ -201,10 +201,10 @@ __global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* next, floa
 // a flag, and the last one adds all of them in order. Each Mistake is a planted one.
 enum class Mistake {
   none,
-  flag_before_stores,      // the flag is raised before the sums are stored
+  flag_before_stores,      // the flag is raised before the partial sums are stored
   flag_without_release,    // the flag is written by an ordinary store
   flag_without_barrier,    // no barrier between the stores of all threads and the flag
-  loads_before_flag,       // the sums are read before the wait for the flag
+  loads_before_flag,       // the partial sums are read before the wait for the flag
   loads_without_barrier,   // no barrier between the thread that waits and the other threads
   flags_that_stay_raised,  // the flags are not reset between two launches
 };

@@ -1,6 +1,5 @@
 // Guards PagedArena, with the emulator's driver: it calls the driver in the right order, and a paged step gives the
-// same bits as a step in ordinary memory. In this driver work runs only when something waits for it. Exits 1 on a
-// failure.
+// same bits as a step in ordinary memory. In this driver work runs only when something waits for it.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

@@ -1,5 +1,5 @@
 // Guards products by panels, on the emulator and with hooks of this program: the order in which panels are decoded
-// beside the products, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
+// beside the products, the operands of the dense products, and the memory of a call.
 #include "runtime/side_stream.h"
 
 #include <algorithm>

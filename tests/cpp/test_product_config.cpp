@@ -216,11 +216,9 @@ TEST(dense_product_gets_panels) {
 TEST(panel_is_within_its_memory_and_fills_the_device) {
   const struct {
     std::int64_t rows, cols, inner, panel_cols;
-  } panels[] = {
-      {4096, 4096, 4096, 1024}, {2048, 4096, 4096, 1024},  {1024, 4096, 4096, 2048}, {8192, 4096, 14336, 256},
-      {4096, 4096, 14336, 512}, {2048, 4096, 14336, 1024}, {1600, 2048, 4096, 1024}};  // the last has 13 by 16 tiles,
-                                                                                       // two waves in panels of any
-                                                                                       // size
+  } panels[] = {{4096, 4096, 4096, 1024}, {2048, 4096, 4096, 1024},  {1024, 4096, 4096, 2048}, {8192, 4096, 14336, 256},
+                {4096, 4096, 14336, 512}, {2048, 4096, 14336, 1024}, {1600, 2048, 4096, 1024}};  // 13 by 16 tiles,
+                                                                                                 // which are two waves
   for (const auto& [rows, cols, inner, panel_cols] : panels)
     EXPECT(panels_of(dense_shape(rows, cols, inner)).cols == panel_cols);
   EXPECT(!is_by_panels(dense_shape(1024, 4096, 14336)));       // a panel of 32 MB has half of the tiles that it needs

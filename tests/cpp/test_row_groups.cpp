@@ -1,6 +1,5 @@
 // Guards products of rows in groups, whose offsets only the device knows: kernels find each tile of a group's rows
-// exactly once, and stay within the operands for any offsets. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a
-// failure.
+// exactly once, and stay within the operands for any offsets. To be run with QLN_BACKEND=cuda_emulated.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
