@@ -59,25 +59,21 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
 void expect_results_near_float64(const Case& c) {
   Layer layer(c);
   layer.rounds_adapter_part = true;
-  const auto expect_products_of = [&](const Tensor& operand) {
+  const auto run = [&](const Tensor& operand, const auto& product) {
+    dense_operand = {operand.bytes().data(), operand.bytes().data() + operand.bytes().size()};
+    product();
     // No other product has so many rows: its x was not copied.
     EXPECT(dense_operand.products >= (c.rank > 0 ? 2 : 1));
-    dense_operand = {operand.bytes().data(), operand.bytes().data() + operand.bytes().size()};
   };
-  dense_operand = {layer.x.bytes().data(), layer.x.bytes().data() + layer.x.bytes().size()};
-  layer.forward();
-  expect_products_of(layer.dy);
-  layer.backward();
-  expect_products_of(layer.x);
+  run(layer.x, [&] { layer.forward(); });
+  run(layer.dy, [&] { layer.backward(); });
   layer.check(/*with_gradients=*/false);
   const std::vector<char> y = layer.y.bytes(), dx = layer.dx.bytes();
   qn::LinearForwardArgs forward = layer.forward_args();
   qn::LinearBackwardInputArgs backward = layer.backward_args();
   forward.u = backward.v = {};
-  qn::linear_forward(forward);
-  expect_products_of(layer.dy);
-  qn::linear_backward_input(backward);
-  expect_products_of(layer.x);
+  run(layer.x, [&] { qn::linear_forward(forward); });
+  run(layer.dy, [&] { qn::linear_backward_input(backward); });
   EXPECT(layer.y.bytes() == y && layer.dx.bytes() == dx);
 }
 

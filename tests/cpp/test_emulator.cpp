@@ -93,12 +93,6 @@ TEST(barriers_that_not_all_reach_end_the_process) {
 
 // ---- warps ----
 
-__global__ void lanes_sum_kernel(int* out) {
-  int sum = thread_index();
-  for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
-  out[thread_index()] = sum + shfl(thread_index(), 3);
-}
-
 __global__ void lanes_part_kernel(int* out) {
   if (thread_index() % 2 == 0) {
     out[0] = shfl(1, 0);
@@ -108,15 +102,7 @@ __global__ void lanes_part_kernel(int* out) {
 }
 const int kLanesPartLine = __LINE__ - 3;
 
-TEST(lanes_meet) {
-  const auto run = [] {
-    Managed<int> out(64);
-    launch<lanes_sum_kernel>({1, 64}, {}, out.data());
-    return out;
-  };
-  Managed<int> expected(64);
-  for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
-  EXPECT(all_equal(results_of_schedules<Managed<int>>(run), expected));
+TEST(lanes_of_a_warp_that_meet_at_different_calls_are_caught) {
   Managed<int> out(1);
   const std::string words = death_message([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
   EXPECT(contains(words, "lanes of a warp meet at different calls"));
@@ -162,21 +148,13 @@ TEST(missing_wait_is_found) {
   for (const auto& result : results_of_schedules<Managed<float>>(ring<2>)) EXPECT(result != expected);
 }
 
-__global__ void partial_copy_kernel(const float* in, float* out) {
-  cp_async<16>(dynamic_smem<float>(), in, 8);
-  cp_async_commit();
-  cp_async_wait<0>();
-  for (int i = 0; i < 4; ++i) out[i] = dynamic_smem<float>()[i];
-}
-
+__global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 __global__ void misaligned_copy_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() + 1, in); }
 
-TEST(copies_fill_with_zeros_and_must_be_aligned) {
-  const Managed<float> in = {1, 2, 3, 4};
-  Managed<float> out(4);
-  launch<partial_copy_kernel>({1, 32, 16}, {}, in.data(), out.data());
-  EXPECT(out[0] == 1 && out[1] == 2 && out[2] == 0 && out[3] == 0);
+TEST(misaligned_access_is_caught) {
+  const Managed<float> in(4);
   EXPECT(contains(death_message([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, in.data()); }), "misaligned"));
+  EXPECT(contains(death_message([] { launch<misaligned_load_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
 // ---- between blocks ----
@@ -313,37 +291,17 @@ TEST(workspace_begins_as_nan_or_as_raised_flags) {
   unsetenv("QLN_SCHEDULE");
 }
 
-__global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
-
-TEST(misaligned_load_is_caught) {
-  EXPECT(contains(death_message([] { launch<misaligned_load_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
+// Where a table of 256 rows may begin depends on where the shared memory of a block begins.
+__global__ void rows_kernel(std::uint32_t* bytes_to_rows) {
+  if (thread_index() > 0) return;
+  bytes_to_rows[block_index()] =
+      static_cast<std::uint32_t>(dynamic_smem_for_rows<std::byte>() - dynamic_smem<std::byte>());
 }
 
-// Fills a table of 256 rows of 256 bytes, which begins at kRowsBegin. Lane i reads its word of the row that byte i % 4
-// of `word` names.
-constexpr std::size_t kTableBytes = 256 * kRowBytes;
-__global__ void rows_kernel(std::uint32_t word, std::uint32_t* out, std::uint32_t* bytes_to_rows) {
-  auto* const table = dynamic_smem_for_rows<std::uint32_t>();
-  const int lane = thread_index();
-  if (lane == 0) {
-    bytes_to_rows[block_index()] =
-        static_cast<std::uint32_t>(reinterpret_cast<std::byte*>(table) - dynamic_smem<std::byte>());
-  }
-  for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
-  sync_warp();
-  out[block_index() * kWarp + lane] =
-      load_shared<std::uint32_t>(SharedAddress(table + lane).row_of_byte(word, lane % 4));
-}
-
-TEST(rows_of_a_table_have_the_addresses_that_are_read) {
-  constexpr int kBlocks = 2;
-  Managed<std::uint32_t> out(kBlocks * kWarp), bytes_to_rows(kBlocks);
-  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data(), bytes_to_rows.data());
-  const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
-  for (int i = 0; i < kBlocks * kWarp; ++i) {
-    EXPECT(out[i] == static_cast<std::uint32_t>(rows[i % 4] * kWarp + i % kWarp));
-  }
-  EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);  // shared memory begins at either address
+TEST(shared_memory_begins_at_either_of_two_addresses) {
+  Managed<std::uint32_t> bytes_to_rows(2);
+  launch<rows_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
+  EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);
 }
 
 TEST(blocks_wait_for_each_other) {
