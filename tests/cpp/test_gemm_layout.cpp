@@ -222,14 +222,14 @@ void check_small_m() {
   EXPECT(all_once(codes) && all_once(accumulators));
 }
 
-TEST(tiles_of_gemm) {
+TEST(operands_of_gemm_are_laid_out_for_ldmatrix) {
   check<16, kTileCols>();
   check<64, kTileCols>();
   check<128, kTileCols>();
   check<128, 256>();
   check<256, kTileCols>();
 }
-TEST(tiles_of_small_m) {
+TEST(operands_of_small_m_are_laid_out_for_their_lanes) {
   check_small_m<16>();
   check_small_m<32>();
   check_small_m<64>();

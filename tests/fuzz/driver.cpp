@@ -130,25 +130,20 @@ int main(int count, char** arguments) {
   std::string prefix;  // of the names of files that are written
   std::vector<std::filesystem::path> files;
   bool is_folder = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string argument = arguments[i];
+  for (const std::string& argument : std::vector<std::string>(arguments + 1, arguments + count)) {
     const auto value_of = [&](const std::string& option, std::uint64_t& value) {
-      if (!argument.starts_with(option)) return false;
-      value = std::strtoull(argument.c_str() + option.size(), nullptr, 10);
-      return true;
+      if (argument.starts_with(option)) value = std::strtoull(argument.c_str() + option.size(), nullptr, 10);
     };
-    if (value_of("-runs=", runs) || value_of("-max_total_time=", seconds) || value_of("-seed=", seed)) continue;
-    if (const std::string option = "-artifact_prefix="; argument.starts_with(option)) {
-      prefix = argument.substr(option.size());
-      continue;
-    }
-    if (argument.starts_with("-")) continue;  // an option of libFuzzer's that has no meaning here
-    if (!std::filesystem::is_directory(argument)) {
+    value_of("-runs=", runs), value_of("-max_total_time=", seconds), value_of("-seed=", seed);
+    const std::string artifact_prefix = "-artifact_prefix=";
+    if (argument.starts_with(artifact_prefix)) prefix = argument.substr(artifact_prefix.size());
+    if (argument.starts_with("-")) continue;  // other options of libFuzzer have no meaning here
+    if (std::filesystem::is_directory(argument)) {
+      is_folder = true;
+      for (const auto& entry : std::filesystem::directory_iterator(argument)) files.push_back(entry.path());
+    } else {
       files.emplace_back(argument);
-      continue;
     }
-    is_folder = true;
-    for (const auto& entry : std::filesystem::directory_iterator(argument)) files.push_back(entry.path());
   }
   std::sort(files.begin(), files.end());
   if (files.empty()) {
