@@ -205,7 +205,7 @@ bool each_element_was_computed_once() {
 
 // ---- products ----
 
-// The shapes have many panels, or rows that are copied in two parts.
+// The shapes have many panels, or rows that are copied in two parts, or zeros beside or below the adapter's part.
 TEST(each_panel_has_the_bits_of_dequantize) {
   struct Case {
     std::int64_t M, N, K, rank;
@@ -220,6 +220,8 @@ TEST(each_panel_has_the_bits_of_dequantize) {
       {.M = 8193, .N = 57, .K = 24, .rank = 16, .format = "nf4", .backward = false, .products = 2},
       {.M = 8193, .N = 24, .K = 57, .rank = 16, .format = "int8", .backward = true, .products = 2},
       {.M = 8193, .N = 57, .K = 24, .rank = 0, .format = "nf4", .backward = false, .products = 1},
+      {.M = 801, .N = 57, .K = 131, .rank = 5, .format = "nf4", .backward = false, .products = 1},
+      {.M = 801, .N = 57, .K = 131, .rank = 5, .format = "nf4", .backward = true, .products = 1},
   };
   for (const Case& c : cases) {
     Layer layer(in_fp32(c.M, c.N, c.K, c.rank, c.format));
