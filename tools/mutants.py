@@ -178,7 +178,7 @@ class Tree:
         return Outcome(noticed_by, time.monotonic() - begin)
 
     def _first_failure(self, done: subprocess.CompletedProcess[str]) -> str:
-        if failed := re.search(r"^(\S+\.cpp):(\d+): ", done.stdout, re.MULTILINE):
+        if failed := re.search(r"^(\S+\.(?:cpp|h)):(\d+): ", done.stdout, re.MULTILINE):
             return _function_at(self.build / failed[1], int(failed[2]))
         if emulator := re.search(r"^cuda_emulated: (?:thread .*?: )?([^:\n]*)", done.stderr, re.MULTILINE):
             return f"the emulator: {emulator[1]}"
@@ -202,8 +202,8 @@ class Tree:
 def _function_at(path: Path, line: int) -> str:
     """The name of the function around a line of a C++ test."""
     for text in reversed(path.read_text().splitlines()[:line]):
-        if begin := re.match(r"(?:  )?(?:template <.*> )?\w[\w:<>,&* ]* \**(\w+)\(.*\{( .*)?$", text):
-            return begin[1]
+        if begin := re.match(r"TEST\((\w+)\)|(?:  )?(?:template <.*> )?\w[\w:<>,&* ]* \**(\w+)\(.*\{( .*)?$", text):
+            return begin[1] or begin[2]
     return f"{path.name}:{line}"
 
 

@@ -1,9 +1,11 @@
-// EXPECT(condition) prints a condition that does not hold, and goes on. A test ends with `return report();`. With
-// QLN_STOP_AT_FAILURE=1 the first failure ends the test, for programs that only need to know whether there is one.
+// Tests: TEST(name) { ... } is one, and a program runs all of its own by run_tests(), in the order of the file.
+// EXPECT(condition) prints a condition that does not hold, and goes on. With QLN_STOP_AT_FAILURE=1 the first failure
+// ends the program, for callers that only need to know whether there is one.
 #pragma once
 
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 
 inline int failures = 0;
 
@@ -18,9 +20,16 @@ inline int failures = 0;
     }                                                                     \
   } while (false)
 
+inline std::vector<void (*)()> tests;
+#define TEST(name)                                                                     \
+  static void name();                                                                  \
+  [[maybe_unused]] static const bool name##_is_listed = (tests.push_back(name), true); \
+  static void name()
+
 constexpr int kSkipped = 77;  // the exit status of a test that cannot run here, ctest's SKIP_RETURN_CODE
-// The exit status of a test that has run.
-inline int report() {
+// Returns the exit status.
+inline int run_tests() {
+  for (const auto test : tests) test();
   std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -16,9 +16,13 @@ struct Format {
   const float* code;  // 16 values; null for int8
   bool microscaled = false;
 };
-// nf4, fp4, int4, int8, mxfp4 or nvfp4.
+// A user's codebook: no level is 0, two levels are equal, and all distances differ.
+constexpr float kUserCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
+                                     0.02f, 0.09f,  0.17f,  0.29f,  0.29f,  0.52f,  0.71f,  1.0f};
+// nf4, fp4, int4, int8, codebook (the one above), mxfp4 or nvfp4.
 inline Format format_named(const char* name) {
   const std::string text = name;
+  if (text == "codebook") return {name, 4, kUserCodebook};
   if (text == "int8") return {name, 8, nullptr};
   return {name, 4, qlora_native::codebook(text).data(), text == "mxfp4" || text == "nvfp4"};
 }
@@ -30,8 +34,8 @@ class Quantized {
             std::int64_t count = 1)
       : N_(weight.rows / count), K_(weight.cols), count_(count), format_(format), blocksize_(blocksize) {
     const std::int64_t elements = weight.rows * weight.cols, blocks = qlora_native::ceil_div(elements, blocksize);
-    codes.resize(static_cast<std::size_t>(qlora_native::bytes_of_codes(elements, format.bits)));
-    absmax.resize(static_cast<std::size_t>(blocks));
+    codes.resize(qlora_native::bytes_of_codes(elements, format.bits));
+    absmax.resize(blocks);
     if (format.microscaled || double_quant) {
       absmax_codes.resize(absmax.size());
       nested_absmax.assign((absmax.size() + qlora_native::kNestedBlocksize - 1) / qlora_native::kNestedBlocksize, 1.0f);

@@ -4,13 +4,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "common/float16.h"
 #include "expect.h"
-#include "qlora_native/error.h"
 #include "qlora_native/types.h"
 
 namespace qn = qlora_native;
@@ -103,24 +101,3 @@ class Tensor {
   std::int64_t rows_, cols_, stride_;
   std::vector<char> bytes_;
 };
-
-inline void expect_refused(const std::string& argument, const std::function<void()>& call) {
-  std::string named;
-  try {
-    call();
-  } catch (const qn::Error& error) {
-    named = error.argument();
-  }
-  EXPECT(named == argument);
-  if (named != argument) std::printf("  expected an error about %s\n", argument.c_str());
-}
-
-// A call of an operation with arguments that differ from `args` by an edit.
-template <class Args, class Operation, class Edit>
-auto change(Args args, Operation operation, Edit edit) {
-  return [=] {
-    Args changed = args;
-    edit(changed);
-    operation(changed, qn::Stream{});
-  };
-}

@@ -1,36 +1,23 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
 // (cuda/emulator/fibers.h). Several blocks make partial sums of a tile (stream-K), and a kernel passes a workspace to
 // the next: the results have the same bits as when one block runs after the other. To be run with
-// QLN_BACKEND=cuda_emulated; exits 1 on a failure.
-#include <array>
+// QLN_BACKEND=cuda_emulated.
 #include <cmath>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "backend.h"
-#include "common/codebook.h"
-#include "common/layout.h"
-#include "expect.h"
+#include "layer.h"
+#include "parameter.h"
 #include "product/config.h"
 #include "qlora_native/qlora_native.h"
-#include "quantized.h"
-#include "tensor.h"
 
 namespace {
 
-using Bytes = std::vector<std::uint8_t>;
-
-void append(Bytes& all, const void* data, std::size_t bytes) {
-  const auto* const begin = static_cast<const std::uint8_t*>(data);
-  all.insert(all.end(), begin, begin + bytes);
-}
-
-void append(Bytes& all, const Tensor& tensor) { append(all, tensor.bytes().data(), tensor.bytes().size()); }
+using Bytes = std::vector<char>;
 
 // Whether `run` gives the same result under each order.
 template <class Name>
@@ -50,112 +37,72 @@ bool has_the_same_bits(const std::function<Bytes()>& run, const Name& name) {
 
 // ---- products ----
 
-struct Case {
-  std::int64_t M, N, K;
-  DType dtype;
-  std::int64_t rank;
-  std::int64_t groups = 0;     // groups of rows, each with its own adapter
-  bool group_weights = false;  // whether each group also has its own weight
-
-  std::int64_t weights() const { return group_weights ? groups : 1; }
-  std::int64_t adapters() const { return groups > 0 ? groups : 1; }
-  // Each group is larger than the one before.
-  std::vector<std::int64_t> offsets() const {
-    std::vector<std::int64_t> all;
-    for (std::int64_t g = 0; g <= groups; ++g) all.push_back(g * g * M / (groups * groups));
-    return all;
-  }
-};
-constexpr float kDropout = 0.25f;
-
-// All results of a layer, including its quantized weight.
+// U and V lie first in a workspace of the call, then in the caller's memory.
 Bytes results(const Case& c) {
-  const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank;
-  const DType dtype = c.dtype;
-  const std::vector<std::int64_t> offsets = c.groups > 0 ? c.offsets() : std::vector<std::int64_t>();
-  Random random(1);
-  Tensor weight(DType::f32, c.weights() * N, K), x(dtype, M, K), dy(dtype, M, N), bias(dtype, c.weights(), N),
-      a(DType::f32, c.adapters() * rank, K), b(DType::f32, c.adapters() * N, rank);
-  for (Tensor* tensor : {&weight, &x, &dy, &bias, &a, &b}) tensor->fill(random, 1.0f);
-
-  const Quantized quantized(weight.in(), format_named("nf4"), /*blocksize=*/64, /*double_quant=*/true, c.weights());
-  const qn::QuantizedWeightView view = quantized.view();
-  const qn::LoraView lora{.rank = rank,
-                          .count = c.adapters(),
-                          .a = a.data(),
-                          .b = b.data(),
-                          .scaling = 0.5f,
-                          .dropout = kDropout,
-                          .seed = 77};
-  const qn::RowGroups groups{.count = c.groups, .offsets = offsets.data()};
-  Tensor y(dtype, M, N), u(dtype, M, rank), dx(dtype, M, K), v(dtype, M, rank), da(DType::f32, c.adapters() * rank, K),
-      db(DType::f32, c.adapters() * N, rank);
-  // U and V lie first in a workspace of the call, then in the caller's memory.
-  qn::linear_forward({.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out()});
-  qn::linear_backward_input({.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out()});
-  Bytes all;
-  append(all, y);
-  append(all, dx);
-  qn::linear_forward(
-      {.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out(), .u = u.out()});
-  qn::linear_backward_input(
-      {.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out(), .v = v.out()});
-  qn::lora_gradients({.lora = lora,
-                      .groups = groups,
-                      .x = x.in(),
-                      .dy = dy.in(),
-                      .u = u.in(),
-                      .v = v.in(),
-                      .da = da.data(),
-                      .db = db.data()});
-  for (const auto* codes : {&quantized.codes, &quantized.absmax_codes}) append(all, codes->data(), codes->size());
-  append(all, quantized.nested_absmax.data(), quantized.nested_absmax.size() * sizeof(float));
-  append(all, &quantized.offset, sizeof(float));
-  for (const Tensor* tensor : {&y, &u, &dx, &v, &da, &db}) append(all, *tensor);
+  Layer layer(c);
+  qn::LinearForwardArgs forward = layer.forward_args();
+  qn::LinearBackwardInputArgs backward = layer.backward_args();
+  forward.u = backward.v = {};
+  qn::linear_forward(forward);
+  qn::linear_backward_input(backward);
+  Bytes all = layer.bytes();
+  layer.run();
+  const Bytes more = layer.bytes();
+  all.insert(all.end(), more.begin(), more.end());
   return all;
+}
+
+// Groups of rows, each larger than the one before.
+Case grouped(Case c, std::int64_t groups, bool group_weights) {
+  for (std::int64_t g = 0; g <= groups; ++g) c.offsets.push_back(g * g * c.M / (groups * groups));
+  c.group_weights = group_weights;
+  return c;
 }
 
 // The cases are: M = 4; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
 // than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which are
 // split-K products. The same follows for rows in groups that have each a weight and an adapter, or only an adapter.
-constexpr Case kCases[] = {
-    {4, 200, 704, DType::bf16, 16},
-    {12, 200, 704, DType::bf16, 70},
-    {12, 1250, 256, DType::bf16, 5},
-    {40, 130, 333, DType::f16, 5},
-    {100, 130, 704, DType::f16, 16},
-    {100, 1250, 256, DType::bf16, 5},
-    {200, 130, 448, DType::bf16, 16},
-    {40, 130, 960, DType::f32, 5},
-    {12, 200, 704, DType::bf16, 5, 5, true},
-    {60, 200, 704, DType::bf16, 16, 5, true},
-    {90, 200, 704, DType::f16, 16, 3, true},
-    {400, 136, 448, DType::bf16, 16, 3, true},
-    {200, 136, 448, DType::bf16, 70, 3, false},
-    {30, 200, 704, DType::bf16, 16, 9, false},
-    {40, 130, 960, DType::f32, 5, 3, true},
-};
-
-void products_have_the_same_bits() {
-  for (const Case& each : kCases) {
-    const auto name = [&each] {
-      return "M=" + std::to_string(each.M) + " N=" + std::to_string(each.N) + " K=" + std::to_string(each.K) + " " +
-             qn::name_of(each.dtype) + " groups=" + std::to_string(each.groups);
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = [] {
+    std::vector<Case> cases = {
+        {.M = 4, .N = 200, .K = 704, .rank = 16},
+        {.M = 12, .N = 200, .K = 704, .rank = 70},
+        {.M = 12, .N = 1250, .K = 256, .rank = 5},
+        {.M = 40, .N = 130, .K = 333, .dtype = DType::f16, .rank = 5},
+        {.M = 100, .N = 130, .K = 704, .dtype = DType::f16, .rank = 16},
+        {.M = 100, .N = 1250, .K = 256, .rank = 5},
+        {.M = 200, .N = 130, .K = 448, .rank = 16},
+        {.M = 40, .N = 130, .K = 960, .dtype = DType::f32, .rank = 5},
+        grouped({.M = 12, .N = 200, .K = 704, .rank = 5}, 5, true),
+        grouped({.M = 60, .N = 200, .K = 704, .rank = 16}, 5, true),
+        grouped({.M = 90, .N = 200, .K = 704, .dtype = DType::f16, .rank = 16}, 3, true),
+        grouped({.M = 400, .N = 136, .K = 448, .rank = 16}, 3, true),
+        grouped({.M = 200, .N = 136, .K = 448, .rank = 70}, 3, false),
+        grouped({.M = 30, .N = 200, .K = 704, .rank = 16}, 9, false),
+        grouped({.M = 40, .N = 130, .K = 960, .dtype = DType::f32, .rank = 5}, 3, true),
     };
-    EXPECT(has_the_same_bits([&each] { return results(each); }, name));
+    for (Case& c : cases) c.bias = true, c.dropout = 0.25f;
+    return cases;
+  }();
+  return all;
+}
+
+TEST(products_have_the_same_bits) {
+  for (const Case& each : cases()) {
+    EXPECT(has_the_same_bits([&each] { return results(each); }, [&each] { return each.name(); }));
   }
 }
 
 // Otherwise the cases would not test the flags.
-void several_blocks_compute_a_tile() {
-  for (const Case& each : kCases) {
+TEST(several_blocks_compute_a_tile) {
+  for (const Case& each : cases()) {
     if (each.dtype == DType::f32 || each.M / each.weights() <= qn::kGemvRows) continue;
     qn::ProductShape shape{.rows = each.M,
                            .cols = each.N,
                            .inner = each.K,
                            .dtype = each.dtype,
                            .bits = 4,
-                           .groups = each.groups,
+                           .groups = each.groups(),
                            .group_weights = each.group_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
     shape.num_sms = 3;  // the emulated device has 3
@@ -165,10 +112,9 @@ void several_blocks_compute_a_tile() {
     // The row tiles that the blocks will find.
     std::int64_t row_tiles = config.row_tiles;
     if (each.group_weights) {
-      const std::vector<std::int64_t> offsets = each.offsets();
       row_tiles = 0;
-      for (std::size_t g = 0; g + 1 < offsets.size(); ++g)
-        row_tiles += qn::ceil_div(offsets[g + 1] - offsets[g], config.tile_rows);
+      for (std::int64_t g = 0; g < each.groups(); ++g)
+        row_tiles += qn::ceil_div(each.offsets[g + 1] - each.offsets[g], config.tile_rows);
     }
     EXPECT(config.with_row_tiles(row_tiles).splits_a_tile());
   }
@@ -178,69 +124,48 @@ void several_blocks_compute_a_tile() {
 
 // The results of two steps and a skipped one, for tensors of several kinds with their states.
 Bytes optimizer_results(qn::Algorithm algorithm) {
-  constexpr std::int64_t kInBf16 = 300;
-  const std::array<std::int64_t, 5> sizes = {1, 256, kInBf16, 5000, 20'000};
-  std::vector<Tensor> tensors;  // for each size: the parameter, its gradient, three of codes, three of absmax
-  std::vector<std::int64_t> steps(sizes.size());
+  std::vector<Parameter> parameters;
+  for (const std::int64_t elements : {1, 256, 5000, 20'000}) parameters.emplace_back(elements);
+  parameters.emplace_back(300, DType::bf16, DType::bf16);
   std::vector<qn::Optimizer8bitTensor> views;
-  Random random(1);
-  for (const std::int64_t elements : sizes) {
-    const DType dtype = elements == kInBf16 ? DType::bf16 : DType::f32;
-    for (int i = 0; i < 2; ++i) tensors.push_back(Tensor(dtype, 1, elements).fill(random, 1.0f));
-    for (int i = 0; i < 3; ++i) {
-      tensors.emplace_back(DType::f16, 1, (elements + 1) / 2);
-      std::memset(tensors.back().data(), i == 1 ? 0 : 127, static_cast<std::size_t>(elements));
-    }
-    for (int i = 0; i < 3; ++i) {
-      tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
-      std::memset(tensors.back().data(), 0, tensors.back().bytes().size());
-    }
-  }
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    Tensor* const its = &tensors[8 * i];
-    views.push_back({.param = its[0].data(),
-                     .grad = its[1].data(),
-                     .param_dtype = its[0].in().dtype,
-                     .grad_dtype = its[1].in().dtype,
-                     .elements = sizes[i],
-                     .state1 = its[2].data(),
-                     .state2 = its[3].data(),
-                     .state3 = its[4].data(),
-                     .absmax1 = static_cast<float*>(its[5].data()),
-                     .absmax2 = static_cast<float*>(its[6].data()),
-                     .absmax3 = static_cast<float*>(its[7].data()),
-                     .step = &steps[i]});
-  }
+  for (Parameter& parameter : parameters) views.push_back(parameter.view());
   const qn::Optimizer8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
   std::int64_t skipped = 0;
   for (int step = 0; step < 3; ++step) {
-    auto& last_grad = static_cast<float*>(tensors[tensors.size() - 7].data())[sizes.back() - 1];
-    const float saved = last_grad;
-    if (step == 1) last_grad = 1e30f;
+    Tensor& grad = parameters.back().grad;
+    const float saved = grad.at(0, 299);
+    if (step == 1) grad.set(0, 299, 1e30f);
     qn::optimizer_8bit_step({.tensors = views.data(),
                              .count = static_cast<std::int64_t>(views.size()),
                              .groups = &group,
                              .group_count = 1,
                              .skipped = &skipped,
                              .algorithm = algorithm});
-    last_grad = saved;
+    grad.set(0, 299, saved);
     EXPECT(skipped == (step == 0 ? 0 : 1));
   }
   Bytes all;
-  for (const Tensor& tensor : tensors) append(all, tensor);
-  for (const std::int64_t step : steps) EXPECT(step == 2);
+  for (const Parameter& parameter : parameters) {
+    EXPECT(parameter.step == 2);
+    all.insert(all.end(), parameter.param.bytes().begin(), parameter.param.bytes().end());
+    for (const auto& codes : parameter.codes) all.insert(all.end(), codes.begin(), codes.end());
+    for (const auto& absmax : parameter.absmax) {
+      const char* const bytes = reinterpret_cast<const char*>(absmax.data());
+      all.insert(all.end(), bytes, bytes + absmax.size() * sizeof(float));
+    }
+  }
   return all;
 }
 
-void optimizer_has_the_same_bits() {
-  for (const qn::Algorithm algorithm : {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix}) {
+TEST(optimizer_has_the_same_bits) {
+  for (const qn::Algorithm algorithm : kAlgorithms) {
     EXPECT(has_the_same_bits([&] { return optimizer_results(algorithm); },
                              [&] { return "algorithm " + std::to_string(static_cast<int>(algorithm)); }));
   }
 }
 
 // The test bypasses the host's check of the learning rate, because on a GPU only the kernel can see the value.
-void learning_rate_that_is_no_number_skips_the_step() {
+TEST(learning_rate_that_is_no_number_skips_the_step) {
   for (const float lr : {NAN, INFINITY, -1.0f}) {
     float param = 1.0f, grad = 1.0f, m = 0.0f, v = 0.0f;
     std::int64_t step = 0, skipped = 0;
@@ -255,10 +180,4 @@ void learning_rate_that_is_no_number_skips_the_step() {
 
 }  // namespace
 
-int main() {
-  several_blocks_compute_a_tile();
-  products_have_the_same_bits();
-  optimizer_has_the_same_bits();
-  learning_rate_that_is_no_number_skips_the_step();
-  return report();
-}
+int main() { return run_tests(); }

@@ -8,10 +8,8 @@
 #include <string>
 
 #include "cpu/product/config.h"
-#include "expect.h"
+#include "layer.h"
 #include "qlora_native/qlora_native.h"
-#include "quantized.h"
-#include "tensor.h"
 
 namespace {
 
@@ -56,76 +54,41 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
     }
 }
 
-// How far results may be off: the result, and in the adapter's part A, s*B, the low-rank factor and the part itself,
-// are rounded once each. `of_adapter` is the sum of the part's absolute terms.
-double tolerance(DType dtype, double result, double of_adapter) {
-  return 1.01 * unit_roundoff(dtype) * (std::abs(result) + 4.0 * of_adapter) + smallest_normal(dtype);
+// The adapter's part may be rounded before the weight's is added. With U and V in memory of the call the bits are the
+// same.
+void expect_results_near_float64(const Case& c) {
+  Layer layer(c);
+  layer.rounds_adapter_part = true;
+  const auto run = [&](const Tensor& operand, const auto& product) {
+    dense_operand = {operand.bytes().data(), operand.bytes().data() + operand.bytes().size()};
+    product();
+    // No other product has so many rows: its x was not copied.
+    EXPECT(dense_operand.products >= (c.rank > 0 ? 2 : 1));
+  };
+  run(layer.x, [&] { layer.forward(); });
+  run(layer.dy, [&] { layer.backward(); });
+  layer.check(/*with_gradients=*/false);
+  const std::vector<char> y = layer.y.bytes(), dx = layer.dx.bytes();
+  qn::LinearForwardArgs forward = layer.forward_args();
+  qn::LinearBackwardInputArgs backward = layer.backward_args();
+  forward.u = backward.v = {};
+  run(layer.x, [&] { qn::linear_forward(forward); });
+  run(layer.dy, [&] { qn::linear_backward_input(backward); });
+  EXPECT(layer.y.bytes() == y && layer.dx.bytes() == dx);
 }
 
-struct Shape {
-  std::int64_t M, N, K, rank;
-};
-
-void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype, Shape s) {
-  Random random(static_cast<std::uint64_t>(s.M + s.rank));
-  const Tensor weight = Tensor(DType::f32, s.N, s.K).fill(random, 0.1f);
-  const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
-  Tensor w(dtype, s.N, s.K);
-  qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = w.data()});
-  const Tensor x = Tensor(dtype, s.M, s.K, 3).fill(random, 1.0f), dy = Tensor(dtype, s.M, s.N, 1).fill(random, 1.0f);
-  const Tensor bias = Tensor(dtype, 1, s.N).fill(random, 1.0f);
-  const Tensor a = Tensor(DType::f32, s.rank, s.K).fill(random, 0.1f);
-  const Tensor b = Tensor(DType::f32, s.N, s.rank).fill(random, 0.1f);
-  const qn::LoraView lora{.rank = s.rank, .a = a.data(), .b = b.data(), .scaling = 0.5f};
-
-  const auto run = [&](const Tensor& from, std::int64_t cols, bool wanted, Tensor& low_rank, auto call) {
-    dense_operand = {from.bytes().data(), from.bytes().data() + from.bytes().size()};
-    Tensor out(dtype, s.M, cols, 2);
-    call(out.out(), wanted ? low_rank.out() : qn::Matrix{});
-    EXPECT(out.keeps_to_its_columns());
-    // No other product has so many rows: its x was not copied.
-    EXPECT(dense_operand.products >= (s.rank > 0 ? 2 : 1));
-    return out;
-  };
-  const auto check = [&](const Tensor& from, std::int64_t cols, bool forward) {
-    Tensor low_rank(dtype, s.M, std::max<std::int64_t>(s.rank, 1));
-    const auto call = [&](qn::Matrix out, qn::Matrix low) {
-      if (s.rank == 0) low = {};
-      if (forward)
-        qn::linear_forward(
-            {.weight = quantized.view(), .lora = lora, .x = x.in(), .bias = bias.data(), .y = out, .u = low});
-      else
-        qn::linear_backward_input({.weight = quantized.view(), .lora = lora, .dy = dy.in(), .dx = out, .v = low});
+TEST(results_are_near_float64_whether_low_rank_rows_are_stored_or_not) {
+  for (const DType dtype : kDTypes) {
+    const auto expect = [&](std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t rank) {
+      expect_results_near_float64({.M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = rank, .gap = 3});
     };
-    const Tensor out = run(from, cols, true, low_rank, call);
-    EXPECT(run(from, cols, false, low_rank, call).bytes() == out.bytes());
-    const std::int64_t inner = from.cols();
-    std::vector<double> narrow(static_cast<std::size_t>(s.rank)), absolute(narrow.size());
-    for (std::int64_t m = 0; m < s.M; m += std::max<std::int64_t>(s.M / 20, 1)) {
-      for (std::int64_t r = 0; r < s.rank; ++r) {
-        double &sum = narrow[static_cast<std::size_t>(r)] = 0.0, &terms = absolute[static_cast<std::size_t>(r)] = 0.0;
-        for (std::int64_t k = 0; k < inner; ++k) {
-          const double term = static_cast<double>(from.at(m, k)) * (forward ? a.at(r, k) : 0.5 * b.at(k, r));
-          sum += term;
-          terms += std::abs(term);
-        }
-      }
-      for (std::int64_t j = 0; j < cols; ++j) {
-        double sum = forward ? bias.at(0, j) : 0.0f, of_adapter = std::abs(sum);
-        for (std::int64_t k = 0; k < inner; ++k)
-          sum += static_cast<double>(from.at(m, k)) * (forward ? w.at(j, k) : w.at(k, j));
-        for (std::int64_t r = 0; r < s.rank; ++r) {
-          const double factor = forward ? 0.5 * b.at(j, r) : a.at(r, j);
-          sum += narrow[static_cast<std::size_t>(r)] * factor;
-          of_adapter += absolute[static_cast<std::size_t>(r)] * std::abs(factor);
-        }
-        const double error = std::abs(out.at(m, j) - sum);
-        EXPECT(error <= tolerance(dtype, sum, of_adapter));
-      }
-    }
-  };
-  check(x, s.N, true);
-  check(dy, s.K, false);
+    expect(3, 5, 70, 0);
+    expect(40, 130, 64, 1);
+    expect(17, 66, 200, 70);
+    // More rows of U and V than there is memory for at once.
+    const std::int64_t rows = qn::cpu::kLowRankBytes / (40 * static_cast<std::int64_t>(qn::size_of(dtype)));
+    expect(rows + rows / 3, 9, 10, 40);
+  }
 }
 
 void fail(const qn::DenseGemmArgs&, const qn::Stream&) { throw qn::Unavailable("no product"); }
@@ -135,21 +98,13 @@ void fail_to_add(const qn::DenseGemmArgs& args, const qn::Stream& stream) {
   dense_gemm(args, stream);
 }
 
-void failed_product_is_an_error_and_the_next_call_is_right() {
-  Random random(1);
-  const Tensor weight = Tensor(DType::f32, 9, 70).fill(random, 0.1f);
-  const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
-  const Tensor x = Tensor(DType::f32, 20, 70).fill(random, 1.0f);
-  const Tensor a = Tensor(DType::f32, 4, 70).fill(random, 0.1f), b = Tensor(DType::f32, 9, 4).fill(random, 0.1f);
+TEST(failed_product_is_an_error_and_the_next_call_is_right) {
+  Layer layer({.M = 20, .N = 9, .K = 70, .dtype = DType::f32, .rank = 4});
   const auto product = [&] {
-    Tensor y(DType::f32, 20, 9);
-    qn::linear_forward({.weight = quantized.view(),
-                        .lora = {.rank = 4, .a = a.data(), .b = b.data(), .scaling = 0.5f},
-                        .x = x.in(),
-                        .y = y.out()});
-    return y.bytes();
+    layer.forward();
+    return layer.y.bytes();
   };
-  const auto right = product();
+  const std::vector<char> expected = product();
   for (const qn::DenseGemm failing : {&fail, &fail_to_add}) {
     qn::set_dense_gemm(failing);
     try {
@@ -159,7 +114,7 @@ void failed_product_is_an_error_and_the_next_call_is_right() {
       EXPECT(std::string(error.what()) == "no product");
     }
     qn::set_dense_gemm(dense_gemm);
-    EXPECT(product() == right);
+    EXPECT(product() == expected);
   }
 }
 
@@ -170,14 +125,5 @@ int main() {
   unsetenv("QLN_BACKEND");
   if (qn::current_isa() == "scalar") return kSkipped;  // it has one kernel
   qn::set_dense_gemm(dense_gemm);
-  for (const DType dtype : kDTypes) {
-    for (const Shape s : {Shape{3, 5, 70, 0}, {40, 130, 64, 1}, {17, 66, 200, 70}})
-      result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, s);
-    // More rows of U and V than there is memory for at once.
-    const std::int64_t rank = 40,
-                       rows = qn::cpu::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
-    result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, {rows + rows / 3, 9, 10, rank});
-  }
-  failed_product_is_an_error_and_the_next_call_is_right();
-  return report();
+  return run_tests();
 }

@@ -26,7 +26,7 @@ std::int64_t first_rows(ProductKernel kernel, ProductShape p) {
   return 0;
 }
 
-void vectors_multiply_more_than_eight_rows() {
+TEST(vectors_multiply_more_than_eight_rows) {
   for (const qn::DType dtype : {qn::DType::f32, qn::DType::bf16, qn::DType::f16})
     for (const bool dense_gemm : {false, true}) {
       ProductShape p = shape_of(Product::forward, dtype, 0);
@@ -38,7 +38,7 @@ void vectors_multiply_more_than_eight_rows() {
     }
 }
 
-void tiles_multiply_from_four_rows_on() {
+TEST(tiles_multiply_from_four_rows_on) {
   for (const Product product : kBoth) {
     ProductShape p = shape_of(product, qn::DType::bf16, 0);
     p.isa_has_tiles = p.dense_gemm_has_tiles = true;
@@ -53,7 +53,7 @@ void tiles_multiply_from_four_rows_on() {
   }
 }
 
-void fp16_goes_by_panels_where_the_dense_product_alone_has_tiles() {
+TEST(fp16_goes_by_panels_where_the_dense_product_alone_has_tiles) {
   for (const Product product : kBoth) {
     ProductShape p = shape_of(product, qn::DType::f16, 0);
     p.has_dense_gemm = p.dense_gemm_has_tiles = true;
@@ -63,7 +63,7 @@ void fp16_goes_by_panels_where_the_dense_product_alone_has_tiles() {
   }
 }
 
-void fp32_goes_by_wide_panels_where_the_dense_product_is_faster() {
+TEST(fp32_goes_by_wide_panels_where_the_dense_product_is_faster) {
   for (const Product product : kBoth) {
     ProductShape p = shape_of(product, qn::DType::f32, 0);
     p.dense_gemm_is_faster = true;
@@ -81,7 +81,7 @@ void fp32_goes_by_wide_panels_where_the_dense_product_is_faster() {
 }
 
 // A panel of 64 columns or rows of W must fit its memory.
-void panels_are_left_where_they_would_not_fit() {
+TEST(panels_are_left_where_they_would_not_fit) {
   ProductShape p = shape_of(Product::backward_input, qn::DType::bf16, 2048);
   p.isa_has_tiles = p.has_dense_gemm = p.dense_gemm_has_tiles = true;
   p.N = 65536;
@@ -92,7 +92,7 @@ void panels_are_left_where_they_would_not_fit() {
   EXPECT(qn::cpu::choose_product(p).kernel == ProductKernel::panels);
 }
 
-void description_has_the_shape_and_the_kernel() {
+TEST(description_has_the_shape_and_the_kernel) {
   ProductShape p = shape_of(Product::backward_input, qn::DType::bf16, 7);
   p.rank = 16;
   p.dropout = true;
@@ -104,12 +104,4 @@ void description_has_the_shape_and_the_kernel() {
 
 }  // namespace
 
-int main() {
-  vectors_multiply_more_than_eight_rows();
-  tiles_multiply_from_four_rows_on();
-  fp16_goes_by_panels_where_the_dense_product_alone_has_tiles();
-  fp32_goes_by_wide_panels_where_the_dense_product_is_faster();
-  panels_are_left_where_they_would_not_fit();
-  description_has_the_shape_and_the_kernel();
-  return report();
-}
+int main() { return run_tests(); }

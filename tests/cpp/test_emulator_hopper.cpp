@@ -86,12 +86,11 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
       mbarrier_wait(&shared.full[stage], kMistake == Mistake::wrong_parity_of_b && step > 0 ? parity ^ 1 : parity);
     }
     std::uint32_t fragments[4][4];
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k)
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * warp + g + i % 2 * 8, inner = step * kStep + 16 * k + 2 * t + i / 2 * 8;
         fragments[k][i] = a[row * kInner + inner].bits | std::uint32_t{a[row * kInner + inner + 1].bits} << 16;
       }
-    }
     if constexpr (kMistake != Mistake::no_fence_of_registers) wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       const int step_bytes = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
@@ -154,25 +153,20 @@ template <class T>
 Managed<float> expected_ring() {
   const Operands<T> operands;
   Managed<float> out(kWgmmaRows * kCols);
-  for (int m = 0; m < kWgmmaRows; ++m) {
-    for (int n = 0; n < kCols; ++n) {
-      for (int k = 0; k < kInner; ++k) {  // the numbers are whole, so the sum is exact in any order
-        out[static_cast<std::size_t>(m * kCols + n)] += to_f32(operands.a[static_cast<std::size_t>(m * kInner + k)]) *
-                                                        to_f32(operands.b[static_cast<std::size_t>(n * kInner + k)]);
-      }
-    }
+  for (int i = 0; i < kWgmmaRows * kCols * kInner; ++i) {  // the numbers are whole, so the sum is exact in any order
+    const int m = i / kInner / kCols, n = i / kInner % kCols, k = i % kInner;
+    out[m * kCols + n] += to_f32(operands.a[m * kInner + k]) * to_f32(operands.b[n * kInner + k]);
   }
   return out;
 }
 
 template <class T>
-void warpgroup_gives_the_product_under_each_schedule() {
-  const Managed<float> expected = expected_ring<T>();
-  under_each_schedule([&] {
-    const bool is_right = ring<Mistake::none, T>() == expected;
-    if (!is_right) std::printf("under %s\n", std::getenv("QLN_SCHEDULE"));
-    EXPECT(is_right);
-  });
+void expect_product_under_each_schedule() {
+  under_each_schedule([] { EXPECT((ring<Mistake::none, T>() == expected_ring<T>())); });
+}
+TEST(warpgroup_gives_the_product_under_each_schedule) {
+  expect_product_under_each_schedule<Bf16>();
+  expect_product_under_each_schedule<F16>();
 }
 
 // The message of the process under the first schedule that ends it, or "wrong" if a result is wrong.
@@ -191,94 +185,31 @@ std::string found(const std::function<void(TileSource&)>& change = [](TileSource
   return result;
 }
 
-void mistakes_around_barriers_are_found() {
-  EXPECT(contains(found<Mistake::no_wait_for_b>(), "more arrivals in a phase"));
-  EXPECT(contains(found<Mistake::wrong_parity_of_b>(), "a stale parity"));
-  EXPECT(contains(found<Mistake::one_arrival_too_few>(), "waits for an mbarrier at"));
-  EXPECT(contains(found<Mistake::one_arrival_too_many>(), "arrives twice in a phase"));
-  EXPECT(contains(found<Mistake::one_byte_too_few>(), "waits for an mbarrier at"));
-  EXPECT(contains(found<Mistake::stage_reused_too_soon>(), "more arrivals in a phase"));
-  EXPECT(contains(found<Mistake::barrier_not_published>(), "was not published"));
-}
-
-void mistakes_around_registers_are_found() {
-  EXPECT(contains(found<Mistake::no_fence_of_registers>(), "without wgmma_fence()"));
-  EXPECT(contains(found<Mistake::register_changed_in_flight>(), "a register of wgmma's a was changed"));
-  EXPECT(contains(found<Mistake::accumulators_read_before_the_wait>(), "wrong"));
-  EXPECT(contains(found<Mistake::accumulators_changed_in_flight>(), "wgmma's accumulators were changed"));
-  EXPECT(contains(found<Mistake::no_wait_for_accumulators>(), "has ended before the wait for its wgmma"));
-}
-
-void mistakes_of_layout_are_found() {
-  EXPECT(contains(found<Mistake::wrong_stride_of_the_descriptor>(), "wrong"));
-  EXPECT(contains(found<Mistake::wrong_step_along_the_descriptor>(), "wrong"));
-  EXPECT(contains(found<Mistake::wrong_place_of_b>(), "no multiple of 128"));
-  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.swizzle = Swizzle::none; }), "wrong"));
-  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.box_rows = 32; }), "waits for an mbarrier"));
-  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.rows = 60; }), "wrong"));
-  EXPECT(found<Mistake::none>().empty());
-}
-
-// ---- barriers by themselves ----
-
-__global__ void arrivals_kernel(int arrivals, int waits) {
-  auto* const barrier = dynamic_smem<std::uint64_t>();
-  if (thread_index() == 0) mbarrier_init(barrier, 2);
-  sync_threads();
-  if (thread_index() > 0 && thread_index() < arrivals) mbarrier_arrive(barrier);
-  if (thread_index() != 0) return;
-  mbarrier_arrive_expect(barrier, 16);  // these bytes never arrive
-  for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, 1);
-}
-
-void barrier_counts_arrivals_and_waits() {
-  EXPECT(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 2, 1); }).empty());
-  EXPECT(
-      contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 3, 0); }), "more arrivals in a phase"));
-  EXPECT(contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 1, 2); }), "a stale parity"));
+TEST(mistakes_are_found) {
+  using M = Mistake;
+  EXPECT(contains(found<M::no_wait_for_b>(), "more arrivals in a phase"));
+  EXPECT(contains(found<M::wrong_parity_of_b>(), "a stale parity"));
+  EXPECT(contains(found<M::one_arrival_too_few>(), "waits for an mbarrier at"));
+  EXPECT(contains(found<M::one_arrival_too_many>(), "arrives twice in a phase"));
+  EXPECT(contains(found<M::one_byte_too_few>(), "waits for an mbarrier at"));
+  EXPECT(contains(found<M::stage_reused_too_soon>(), "more arrivals in a phase"));
+  EXPECT(contains(found<M::barrier_not_published>(), "was not published"));
+  EXPECT(contains(found<M::no_fence_of_registers>(), "without wgmma_fence()"));
+  EXPECT(contains(found<M::register_changed_in_flight>(), "a register of wgmma's a was changed"));
+  EXPECT(contains(found<M::accumulators_read_before_the_wait>(), "wrong"));
+  EXPECT(contains(found<M::accumulators_changed_in_flight>(), "wgmma's accumulators were changed"));
+  EXPECT(contains(found<M::no_wait_for_accumulators>(), "has ended before the wait for its wgmma"));
+  EXPECT(contains(found<M::wrong_stride_of_the_descriptor>(), "wrong"));
+  EXPECT(contains(found<M::wrong_step_along_the_descriptor>(), "wrong"));
+  EXPECT(contains(found<M::wrong_place_of_b>(), "no multiple of 128"));
+  EXPECT(contains(found<M::none>([](TileSource& b) { b.swizzle = Swizzle::none; }), "wrong"));
+  EXPECT(contains(found<M::none>([](TileSource& b) { b.box_rows = 32; }), "waits for an mbarrier"));
+  EXPECT(contains(found<M::none>([](TileSource& b) { b.rows = 60; }), "wrong"));
 }
 
 // ---- tiles ----
 
-// Loads rows 2 ... 9 and columns 32 ... 95 of a matrix of 6 x 80 bytes; elements beyond the matrix become zeros.
-__global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out) {
-  auto* const tile = dynamic_smem<std::uint8_t>();
-  auto* const barrier = reinterpret_cast<std::uint64_t*>(tile + 8 * 64);
-  if (thread_index() == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-    mbarrier_arrive_expect(barrier, 8 * 64);
-    tma_load_tile(tile, map, 2, 32, barrier);
-  }
-  sync_threads();
-  mbarrier_wait(barrier, 0);
-  for (int i = thread_index(); i < 8 * 64; i += kWarp) out[i] = tile[i];
-}
-
-void tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled() {
-  Managed<std::uint8_t> matrix(6 * 80), out(8 * 64);
-  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
-  TileSource source = {.name = "codes",
-                       .data = matrix.data(),
-                       .element_bytes = 1,
-                       .rows = 6,
-                       .cols = 80,
-                       .stride_bytes = 80,
-                       .box_rows = 8,
-                       .box_cols = 64,
-                       .swizzle = Swizzle::bytes_64};
-  launch<tile_kernel>({1, kWarp, 8 * 64 + 8}, {}, TensorMap(source), out.data());
-  for (int row = 0; row < 8; ++row) {
-    for (int col = 0; col < 64; ++col) {
-      const int expected =
-          row + 2 < 6 && col + 32 < 80 ? matrix[static_cast<std::size_t>((row + 2) * 80 + col + 32)] : 0;
-      const int place = row * 64 + (col ^ row / 2 % 4 * 16);  // bits 7 and 8 of an address are row / 2
-      EXPECT(out[static_cast<std::size_t>(place)] == expected);
-    }
-  }
-}
-
-void operand_that_a_driver_refuses_is_named() {
+TEST(operand_that_a_driver_refuses_is_named) {
   const Operands<Bf16> operands;
   const auto message_of = [&](const std::function<void(TileSource&)>& change) -> std::string {
     TileSource source = operands.source();
@@ -307,7 +238,7 @@ __global__ void end_before_the_tile_kernel(const __grid_constant__ TensorMap map
   tma_load_tile(dynamic_smem<std::byte>(), map, 0, 0, barrier);
 }
 
-void block_that_ends_before_its_tile_is_found() {
+TEST(block_that_ends_before_its_tile_is_found) {
   const Operands<Bf16> operands;
   const std::string message =
       death_message([&] { launch<end_before_the_tile_kernel>({1, kWarp, 8200}, {}, TensorMap(operands.source())); });
@@ -337,7 +268,7 @@ __global__ void stored_kernel(float* out) {
   out[thread] = d[0] + d[2];
 }
 
-void stores_reach_wgmma_through_a_fence() {
+TEST(stores_reach_wgmma_through_a_fence) {
   constexpr std::size_t kBytes = 2 * 4096;
   under_each_schedule([&] {
     Managed<float> out(kWarpgroup);
@@ -355,7 +286,7 @@ template <int kCount>
 __global__ void registers_kernel() {
   increase_max_registers<kCount>();
 }
-void registers_of_a_block_fit_an_sm() {
+TEST(registers_of_a_block_fit_an_sm) {
   EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
   EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
   EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
@@ -371,35 +302,19 @@ __global__ void some_threads_kernel(int* out) {
   if constexpr (kMeet) sync_named_barrier<1>(2 * kWarp);
   out[thread] = shared[2 * kWarp - 1 - thread];
 }
-void some_threads_meet_without_the_others() {
+TEST(some_threads_meet_without_the_others) {
   bool differs = false;
   under_each_schedule([&] {
     Managed<int> out(2 * kWarp), wrong(2 * kWarp);
     launch<some_threads_kernel<true>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, out.data());
     launch<some_threads_kernel<false>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, wrong.data());
-    for (int i = 0; i < 2 * kWarp; ++i) EXPECT(out[static_cast<std::size_t>(i)] == 2 * kWarp - 1 - i);
+    for (int i = 0; i < 2 * kWarp; ++i) EXPECT(out[i] == 2 * kWarp - 1 - i);
     differs |= wrong != out;
   });
   EXPECT(differs);
 }
 
-int run_all() {
-  warpgroup_gives_the_product_under_each_schedule<Bf16>();
-  warpgroup_gives_the_product_under_each_schedule<F16>();
-  mistakes_around_barriers_are_found();
-  mistakes_around_registers_are_found();
-  mistakes_of_layout_are_found();
-  barrier_counts_arrivals_and_waits();
-  tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled();
-  operand_that_a_driver_refuses_is_named();
-  block_that_ends_before_its_tile_is_found();
-  stores_reach_wgmma_through_a_fence();
-  registers_of_a_block_fit_an_sm();
-  some_threads_meet_without_the_others();
-  return report();
-}
-
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return qlora_native::cuda_emulated::run_all(); }
+int main() { return run_tests(); }

@@ -46,63 +46,39 @@ __global__ void add_one_kernel(const int* doubled, int* in, int* out) {
 const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_programmatic_launch = true};
 const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .programmatic_launch = true};
 
-template <Mistake kMistake>
-Managed<int> doubled_plus_one() {
-  Managed<int> in(kCount), doubled(kCount, -1), out(kCount);
-  for (int i = 0; i < kCount; ++i) in[i] = i;
-  launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
-  launch<add_one_kernel<kMistake>>(kSecond, {}, doubled.data(), in.data(), out.data());
-  return out;
-}
-const Managed<int> kDoubledPlusOne = [] {
-  Managed<int> expected(kCount);
-  for (int i = 0; i < kCount; ++i) expected[i] = 2 * (kCount - 1 - i) + 1;
-  return expected;
-}();
-
-void kernel_that_waits_reads_what_the_previous_one_has_written() {
-  EXPECT(right_schedules(doubled_plus_one<Mistake::none>, kDoubledPlusOne) == kAll);
-}
-void read_before_the_wait_is_caught() {
-  EXPECT(right_schedules(doubled_plus_one<Mistake::reads_before_the_wait>, kDoubledPlusOne) < kAll);
-}
-void write_before_the_wait_is_caught() {
-  EXPECT(right_schedules(doubled_plus_one<Mistake::writes_before_the_wait>, kDoubledPlusOne) < kAll);
-}
-
 // Three kernels, of which the second and the third are dependent, and one of the two has a mistake.
-template <Mistake kOfSecond, Mistake kOfThird>
+template <Mistake kSecondMistake, Mistake kThirdMistake>
 Managed<int> doubled_plus_two() {
   Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
   for (int i = 0; i < kCount; ++i) in[i] = i;
   const LaunchShape between = {
       .blocks = kBlocks, .threads = kThreads, .programmatic_launch = true, .next_programmatic_launch = true};
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
-  launch<add_one_kernel<kOfSecond>>(between, {}, doubled.data(), in.data(), more.data());
-  launch<add_one_kernel<kOfThird>>(kSecond, {}, more.data(), doubled.data(), out.data());
+  launch<add_one_kernel<kSecondMistake>>(between, {}, doubled.data(), in.data(), more.data());
+  launch<add_one_kernel<kThirdMistake>>(kSecond, {}, more.data(), doubled.data(), out.data());
   return out;
 }
-const Managed<int> kDoubledPlusTwo = [] {
-  Managed<int> expected(kCount);
-  for (int i = 0; i < kCount; ++i) expected[i] = 2 * i + 2;
-  return expected;
-}();
 // Each launch overlaps another kernel in some of the calls, whatever the schedule is.
-template <Mistake kOfSecond, Mistake kOfThird>
+template <Mistake kSecondMistake, Mistake kThirdMistake>
 bool is_right_in_all_of_many_calls() {
   constexpr int kCalls = 8;
+  Managed<int> expected(kCount);
+  for (int i = 0; i < kCount; ++i) expected[i] = 2 * i + 2;
   int right = 0;
-  for (int i = 0; i < kCalls; ++i) right += right_schedules(doubled_plus_two<kOfSecond, kOfThird>, kDoubledPlusTwo);
+  for (int i = 0; i < kCalls; ++i) right += right_schedules(doubled_plus_two<kSecondMistake, kThirdMistake>, expected);
   return right == kCalls * kAll;
 }
 
-void kernel_between_two_others_overlaps_either() {
+TEST(kernel_that_waits_sees_what_the_previous_one_has_written) {
   EXPECT((is_right_in_all_of_many_calls<Mistake::none, Mistake::none>()));
+}
+TEST(access_before_the_wait_is_caught) {
   EXPECT((!is_right_in_all_of_many_calls<Mistake::reads_before_the_wait, Mistake::none>()));
   EXPECT((!is_right_in_all_of_many_calls<Mistake::none, Mistake::reads_before_the_wait>()));
+  EXPECT((!is_right_in_all_of_many_calls<Mistake::writes_before_the_wait, Mistake::none>()));
 }
 
-void launched_kernel_runs_before_anything_else_in_its_stream() {
+TEST(launched_kernel_runs_before_anything_else_in_its_stream) {
   Managed<int> in(kCount, 1), doubled(kCount);
   Managed<int> filled(1);
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
@@ -113,7 +89,7 @@ void launched_kernel_runs_before_anything_else_in_its_stream() {
   EXPECT(doubled == Managed<int>(kCount, 8));
 }
 
-void memory_released_between_two_kernels_that_overlap_is_caught() {
+TEST(memory_released_between_two_kernels_that_overlap_is_caught) {
   Managed<int> in(kCount, 1), out(kCount);
   const std::string words = death_message([&] {
     const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
@@ -127,7 +103,7 @@ void memory_released_between_two_kernels_that_overlap_is_caught() {
 // ---- the last block to arrive ----
 
 template <bool kOneTooEarly>
-__global__ void sum_kernel(int* parts, std::uint32_t* arrived, int* sum, int* last_blocks) {
+__global__ void last_block_kernel(int* parts, std::uint32_t* arrived, int* sum, int* last_blocks) {
   store_vector<int, 1>(parts + element(), {{element()}});
   if (!is_last_to_arrive(arrived, kOneTooEarly ? kBlocks - 1 : kBlocks)) return;
   if (thread_index() > 0) return;
@@ -136,34 +112,22 @@ __global__ void sum_kernel(int* parts, std::uint32_t* arrived, int* sum, int* la
 }
 
 template <bool kOneTooEarly>
-std::vector<int> sum_of_last_block() {
-  Managed<int> parts(kCount, -1), sums(2);
-  Managed<std::uint32_t> arrived(1);
-  launch<sum_kernel<kOneTooEarly>>({kBlocks, kThreads}, {}, parts.data(), arrived.data(), &sums[0], &sums[1]);
-  return {sums[0], sums[1]};
-}
-const std::vector<int> kSumOfOneBlock = {kCount * (kCount - 1) / 2, 1};
-
-void last_block_to_arrive_sees_what_all_have_stored() {
-  EXPECT(right_schedules(sum_of_last_block<false>, kSumOfOneBlock) == kAll);
-}
-void block_that_does_not_wait_for_the_last_is_caught() {
-  EXPECT(right_schedules(sum_of_last_block<true>, kSumOfOneBlock) < kAll);
+bool is_right_under_each_schedule() {
+  const auto run = [] {
+    Managed<int> parts(kCount, -1), sum(1), last_blocks(1);
+    Managed<std::uint32_t> arrived(1);
+    launch<last_block_kernel<kOneTooEarly>>({kBlocks, kThreads}, {}, parts.data(), arrived.data(), sum.data(),
+                                            last_blocks.data());
+    return std::vector<int>{sum[0], last_blocks[0]};
+  };
+  return right_schedules(run, std::vector<int>{kCount * (kCount - 1) / 2, 1}) == kAll;
 }
 
-int run_all() {
-  kernel_that_waits_reads_what_the_previous_one_has_written();
-  read_before_the_wait_is_caught();
-  write_before_the_wait_is_caught();
-  kernel_between_two_others_overlaps_either();
-  launched_kernel_runs_before_anything_else_in_its_stream();
-  memory_released_between_two_kernels_that_overlap_is_caught();
-  last_block_to_arrive_sees_what_all_have_stored();
-  block_that_does_not_wait_for_the_last_is_caught();
-  return report();
+TEST(last_block_to_arrive_sees_what_all_have_stored) {
+  EXPECT(is_right_under_each_schedule<false>() && !is_right_under_each_schedule<true>());
 }
 
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return qlora_native::cuda_emulated::run_all(); }
+int main() { return run_tests(); }

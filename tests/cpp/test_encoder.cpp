@@ -37,16 +37,16 @@ bool has_feature() {
 template <bool kSigned>
 void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* codes) {
   F32 t[kTableVectors], scaled[kTableVectors], number[kTableVectors];
-  I32 rounded[kTableVectors], least = set1_i32(-1);
+  I32 rounded[kTableVectors], smallest = set1_i32(-1);
   for (int k = 0; k < kTableVectors; ++k) {
     t[k] = load(values + k * kLanes);
     scaled[k] = mul(t[k], set1(encoder.kNumber.kScale));
     number[k] = encoder.number(scaled[k]);
     rounded[k] = round_to_i32(number[k]);
-    least = min_u16(least, rounded[k]);
+    smallest = min_u16(smallest, rounded[k]);
   }
   encoder.store_nearest(rounded, scaled, codes);
-  if (any_low_half_below(least, Encoder<kSigned>::kEdge)) encoder.store_exact(number, t, codes);
+  if (any_low_half_below(smallest, Encoder<kSigned>::kEdge)) encoder.store_exact(number, t, codes);
 }
 
 // Encodes sign * t for all floats t from kSmallest to kLast, in ascending order, and counts those whose code is not

@@ -1,6 +1,7 @@
 // Guards the layout of shared memory in the tensor-core GEMM, for each of its tiles: the threads load and decode every
 // element of a step once, ldmatrix gives each lane the operand of its mma, and no eight lanes use the same bank.
 #include <algorithm>
+#include <map>
 #include <vector>
 
 #include "expect.h"
@@ -17,11 +18,13 @@ alignas(256) std::byte base[1];
 SharedAddress place_at(unsigned bytes) { return SharedAddress(base).at(bytes); }
 unsigned offset_of(const SharedAddress& place) { return static_cast<unsigned>(place.address - base); }
 
-// Whether some of eight 16-byte vectors use the same banks. If none do, they use all of the 32 banks.
-bool meet(const unsigned (&offsets)[8]) {
-  unsigned banks = 0;
-  for (const unsigned offset : offsets) banks |= 1u << offset / 16 % 8;
-  return banks != 0xFF;
+// Whether some of N vectors of 128 / N bytes each, which a warp loads at once, use the same banks. If none do, they use
+// all of the 32 banks.
+template <unsigned N>
+bool meet(const unsigned (&offsets)[N]) {
+  std::uint64_t banks = 0;
+  for (const unsigned offset : offsets) banks |= std::uint64_t{1} << offset / (128 / N) % N;
+  return banks != (std::uint64_t{1} << N) - 1;
 }
 
 struct Element {
@@ -30,29 +33,16 @@ struct Element {
 };
 
 // The contents of shared memory: the element at each offset.
-class Memory {
- public:
-  void put(unsigned offset, const Element& element) {
-    if (at_.size() <= offset / 2) at_.resize(offset / 2 + 1, kNothing);
-    EXPECT(at_[offset / 2] == kNothing);
-    at_[offset / 2] = element;
-    ++count_;
-  }
-  Element get(unsigned offset) const { return offset / 2 < at_.size() ? at_[offset / 2] : kNothing; }
-  std::size_t count() const { return count_; }
-
- private:
-  static constexpr Element kNothing = {~0u, ~0u};
-  std::vector<Element> at_;
-  std::size_t count_ = 0;
-};
+using Memory = std::map<unsigned, Element>;
+void put(Memory& memory, unsigned offset, const Element& element) { EXPECT(memory.emplace(offset, element).second); }
 
 // The j-th of the two elements that ldmatrix loads into register r of a lane, from the four matrices that the lanes'
 // addresses point at.
 template <bool kTransposed>
 Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
   const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;
-  return memory.get(rows[8 * r + (kTransposed ? pair : g)] + 2 * (kTransposed ? g : pair));
+  const auto found = memory.find(rows[8 * r + (kTransposed ? pair : g)] + 2 * (kTransposed ? g : pair));
+  return found == memory.end() ? Element{~0u, ~0u} : found->second;
 }
 
 bool rows_meet(const unsigned (&rows)[kWarp]) {
@@ -65,6 +55,20 @@ bool rows_meet(const unsigned (&rows)[kWarp]) {
   return result;
 }
 
+// Expects that ldmatrix, with the lanes' addresses `place(lane)`, loads `expected(lane, r, j)`, by no bank twice at
+// once.
+template <bool kTransposed, class Place, class Expected>
+void expect_operands(const Memory& memory, const Place& place, const Expected& expected) {
+  unsigned rows[kWarp];
+  for (unsigned lane = 0; lane < kWarp; ++lane) rows[lane] = offset_of(place(lane));
+  EXPECT(!rows_meet(rows));
+  for (unsigned lane = 0; lane < kWarp; ++lane)
+    for (unsigned r = 0; r < 4; ++r)
+      for (unsigned j = 0; j < 2; ++j) {
+        EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected(lane, r, j));
+      }
+}
+
 template <class Tile>
 void each_lane_gets_its_part_of_x() {
   using X = XStage<Bf16, Tile>;
@@ -72,36 +76,27 @@ void each_lane_gets_its_part_of_x() {
   for (unsigned place = 0; place < Tile::kRows * X::kVectors; ++place) {
     const unsigned row = place / X::kVectors, vector = X::vector_at(place);
     EXPECT(X::place(row, vector) == place);
-    for (unsigned j = 0; j < 8; ++j) memory.put(place * kVectorBytes + 2 * j, {8 * vector + j, row});
+    for (unsigned j = 0; j < 8; ++j) put(memory, place * kVectorBytes + 2 * j, {8 * vector + j, row});
   }
-  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
-    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp)
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k)
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
-        unsigned rows[kWarp];
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(X::operand(place_at(X::first_operand(Lane(warp * kWarp + lane))), k, i));
-        }
-        EXPECT(!rows_meet(rows));
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // a[r] is r % 2 * 8 rows and r / 2 * 8 inner elements further on
-            const unsigned row = owner.template row<Tile>() + kMmaRows * i + r % 2 * 8;
-            for (unsigned j = 0; j < 2; ++j) {
-              const Element expected = {kMmaInner * k + r / 2 * 8 + 2 * owner.t + j, row};
-              EXPECT(loaded<false>(memory, rows, lane, r, j) == expected);
-            }
-          }
-        }
+        expect_operands<false>(
+            memory,
+            [&](unsigned lane) { return X::operand(place_at(X::first_operand(Lane(warp * kWarp + lane))), k, i); },
+            [&](unsigned lane, unsigned r, unsigned j) {  // a[r] is r % 2 * 8 rows and r / 2 * 8 inner elements on
+              const Lane owner(warp * kWarp + lane);
+              return Element{kMmaInner * k + r / 2 * 8 + 2 * owner.t + j,
+                             owner.template row<Tile>() + kMmaRows * i + r % 2 * 8};
+            });
       }
-    }
-  }
 }
 
 template <class Tile, class Weights>
 void weight_is_decoded_to_where_it_is_read() {
   constexpr bool kTransposed = !Weights::kForward;
   Memory memory;
-  for (unsigned thread = 0; thread < kThreads; ++thread) {
+  for (unsigned thread = 0; thread < kThreads; ++thread)
     for (unsigned v = 0; v < Tile::kThreadChunks * kChunkVectors; ++v) {
       const unsigned offset = offset_of(place_at(Weights::first_place(thread)).xor_swizzled(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
@@ -110,43 +105,39 @@ void weight_is_decoded_to_where_it_is_read() {
         const unsigned byte = Weights::byte_of_chunk(v % kChunkVectors, j / 2);
         const unsigned along = v / kChunkVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
-        memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
+        put(memory, offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }
     }
-  }
-  EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
+  EXPECT(memory.size() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
     for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::first_place(first + i);
-    EXPECT(!meet(eight));  // nor do they if the same bits of all offsets are flipped
+    EXPECT(!meet(eight));  // nor do they if all offsets are xor-swizzled alike
   }
 
-  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
-    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp)
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k)
       for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
-        unsigned rows[kWarp];
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p));
-        }
-        EXPECT(!rows_meet(rows));
-        for (unsigned lane = 0; lane < kWarp; ++lane) {
-          const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // b of two fragments; b[r] is r % 2 * 8 inner elements further on
-            // Column g of the mma belongs to the lanes with t = g / 2. Such a lane owns neighbouring columns of the
-            // tile, two of them in each fragment.
-            const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
-            const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
-                                 fragment / Tile::kGroupFragments * Tile::kGroupCols +
-                                 fragment % Tile::kGroupFragments * 2 + owner.g % 2;
-            for (unsigned j = 0; j < 2; ++j) {
-              const Element expected = {kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
-              EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected);
-            }
-          }
-        }
+        expect_operands<kTransposed>(
+            memory,
+            [&](unsigned lane) {
+              return Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p);
+            },
+            [&](unsigned lane, unsigned r, unsigned j) {  // b of two fragments; b[r] is r % 2 * 8 inner elements on
+              // Column g of the mma belongs to the lanes with t = g / 2. Such a lane owns adjacent columns of the
+              // tile, two of them in each fragment.
+              const Lane owner(warp * kWarp + lane);
+              const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
+              const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
+                                   fragment / Tile::kGroupFragments * Tile::kGroupCols +
+                                   fragment % Tile::kGroupFragments * 2 + owner.g % 2;
+              return Element{kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
+            });
       }
-    }
-  }
+}
+
+bool all_once(const std::vector<int>& counts) {
+  return std::all_of(counts.begin(), counts.end(), [](int count) { return count == 1; });
 }
 
 template <class Tile>
@@ -154,16 +145,14 @@ void each_element_of_the_tile_has_one_lane() {
   std::vector<int> owners(Tile::kRows * Tile::kCols);
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     const Lane lane(thread);
-    for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i) {
-      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group) {
+    for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i)
+      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group)
         for (unsigned j = 0; j < Tile::kLaneCols; ++j) {
           const unsigned row = lane.template row<Tile>() + 8 * i;
           ++owners[row * Tile::kCols + lane.template col<Tile>() + group * Tile::kGroupCols + j];
         }
-      }
-    }
   }
-  EXPECT(std::all_of(owners.begin(), owners.end(), [](int count) { return count == 1; }));
+  EXPECT(all_once(owners));
 }
 
 template <int kRows, int kCols>
@@ -175,15 +164,8 @@ void check() {
   each_element_of_the_tile_has_one_lane<Tile>();
 }
 
-// Whether some of the lanes of a warp, which load 4 bytes each at once, use the same bank.
-bool words_meet(const unsigned (&offsets)[kWarp]) {
-  std::uint32_t banks = 0;
-  for (const unsigned offset : offsets) banks |= 1u << offset / 4 % 32;
-  return banks != ~0u;
-}
-
 template <int kRows>
-void check_thin() {
+void check_small_m() {
   using Tile = SmallMTile<kRows>;
   using X = XStage<Bf16, Tile>;
   using Codes = SmallMCodes<Tile>;
@@ -200,10 +182,10 @@ void check_thin() {
   for (unsigned place = 0; place < kRows * X::kVectors; ++place) {
     EXPECT(X::place(place / X::kVectors, X::vector_at(place)) == place);
   }
-  std::vector<int> codes(Tile::kCols * Tile::kStep / 8), sums(kRows * Tile::kCols);
+  std::vector<int> codes(Tile::kCols * Tile::kStep / 8), accumulators(kRows * Tile::kCols);
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
     for (unsigned c = 0; c < Tile::kHalf / kChunk; ++c) {
-      for (unsigned i = 0; i < Tile::kColFragments; ++i) {
+      for (unsigned i = 0; i < Tile::kColFragments; ++i)
         for (unsigned row = 0; row < 2; ++row) {
           unsigned words[kWarp];
           for (unsigned thread = 0; thread < kWarp; ++thread) {
@@ -212,9 +194,8 @@ void check_thin() {
             words[thread] = Codes::place(lane.col(i) + row, chunk) * kVectorBytes + lane.t * 4;
             ++codes[words[thread] / 4];
           }
-          EXPECT(!words_meet(words));
+          EXPECT(!meet(words));
         }
-      }
       for (unsigned first = 0; first < kWarp; first += 8) {  // the lanes of a quarter of a warp load at once
         unsigned vectors[8];
         for (unsigned k = 0; k < 8; ++k) {
@@ -230,7 +211,7 @@ void check_thin() {
       for (unsigned part = 0; part < 4; ++part) {
         for (unsigned f = 0; f < Tile::kRowFragments; ++f) {
           const unsigned row = f * kMmaCols + lane.row(part % 2), col = lane.col(lane.half()) + part / 2;
-          ++sums[row * Tile::kCols + col];
+          ++accumulators[row * Tile::kCols + col];
         }
         // Column 2t + j of the mma is the row that the lanes with g = 2t + j have loaded.
         const SmallMLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
@@ -238,23 +219,23 @@ void check_thin() {
       }
     }
   }
-  EXPECT(std::all_of(codes.begin(), codes.end(), [](int count) { return count == 1; }));
-  EXPECT(std::all_of(sums.begin(), sums.end(), [](int count) { return count == 1; }));
+  EXPECT(all_once(codes) && all_once(accumulators));
 }
 
-}  // namespace
-}  // namespace qlora_native::cuda_emulated
-
-int main() {
-  using namespace qlora_native;
-  using cuda_emulated::check, cuda_emulated::check_thin;
+TEST(operands_of_gemm_are_laid_out_for_ldmatrix) {
   check<16, kTileCols>();
   check<64, kTileCols>();
   check<128, kTileCols>();
   check<128, 256>();
   check<256, kTileCols>();
-  check_thin<16>();
-  check_thin<32>();
-  check_thin<64>();
-  return report();
 }
+TEST(operands_of_small_m_are_laid_out_for_their_lanes) {
+  check_small_m<16>();
+  check_small_m<32>();
+  check_small_m<64>();
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() { return run_tests(); }

@@ -1,6 +1,5 @@
 // Guards PagedArena, with the emulator's driver: it calls the driver in the right order, and a paged step gives the
-// same bits as a step in ordinary memory. In this driver work runs only when something waits for it. Exits 1 on a
-// failure.
+// same bits as a step in ordinary memory. In this driver work runs only when something waits for it.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -9,13 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "common/optimizer.h"
 #include "emulator/emulated_driver.h"
-#include "expect.h"
 #include "paged/arena.h"
+#include "parameter.h"
 #include "qlora_native/qlora_native.h"
 
-namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;
 
 namespace {
@@ -27,73 +24,49 @@ std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& st
 
 // ---- training of parameters whose state lies in ordinary memory or in arenas ----
 
-float draw(std::uint64_t& seed) {  // in [-1, 1)
-  seed = seed * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
-}
-
-struct Parameter {
-  std::vector<float> values, grads;
-  std::vector<std::uint8_t> states[3];  // the bytes of the moments, in ordinary memory
-  std::vector<float> absmax[3];
-  std::int64_t step = 0;
-  qn::Optimizer8bitTensor tensor;
-};
-
 class Training {
  public:
   // states[group] describes the parameters of a group.
   explicit Training(const std::vector<std::vector<qn::PagedState>>& states) : algorithm_(states[0][0].algorithm) {
-    for (std::size_t group = 0; group < states.size(); ++group) {
-      for (const qn::PagedState& state : states[group]) {
-        auto p = std::make_unique<Parameter>();
-        const auto elements = static_cast<std::size_t>(state.elements);
-        p->values.resize(elements);
-        p->grads.resize(elements);
-        for (float& value : p->values) value = draw(seed_);
-        p->tensor = {.param = p->values.data(),
-                     .grad = p->grads.data(),
-                     .elements = state.elements,
-                     .step = &p->step,
-                     .group = static_cast<int>(group)};
-        for (int k = 0; k < qn::moments_of(algorithm_); ++k) {
-          p->states[k].resize(elements * (state.in_8_bits ? 1 : 4));
-          p->absmax[k].resize(state.in_8_bits ? (elements + 255) / 256 : 0);
-          state_of(p->tensor, k) = p->states[k].data();
-          absmax_of(p->tensor, k) = state.in_8_bits ? p->absmax[k].data() : nullptr;
-        }
-        parameters_.push_back(std::move(p));
-      }
-    }
+    for (const auto& group : states)
+      for (const qn::PagedState& state : group)
+        parameters_.emplace_back(state.elements, DType::f32, DType::f32, state.in_8_bits);
+    for (std::size_t group = 0, i = 0; group < states.size(); ++group)
+      for (std::size_t k = 0; k < states[group].size(); ++k)
+        tensors_.push_back(parameters_[i++].view(static_cast<int>(group)));
+    for (qn::Optimizer8bitTensor& tensor : tensors_)
+      for (int k = qn::moments_of(algorithm_); k < qn::kMaxMoments; ++k)
+        state_of(tensor, k) = absmax_of(tensor, k) = nullptr;
   }
 
   // From now on the state of a group's parameters lies in the arena.
   void use(const qn::PagedArena& arena, int group = 0) {
     std::size_t index = 0;
-    for (auto& p : parameters_) {
-      if (p->tensor.group == group) arena.place(index++, p->tensor);
+    for (qn::Optimizer8bitTensor& tensor : tensors_) {
+      if (tensor.group == group) arena.place(index++, tensor);
     }
   }
 
   // The same for state1 and absmax1 only.
   void use_first_moments(const qn::PagedArena& arena) {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
       qn::Optimizer8bitTensor placed;
       arena.place(i, placed);
-      parameters_[i]->tensor.state1 = placed.state1;
-      parameters_[i]->tensor.absmax1 = placed.absmax1;
+      tensors_[i].state1 = placed.state1;
+      tensors_[i].absmax1 = placed.absmax1;
     }
   }
 
-  // `left_out` is the index of a parameter that has no gradient.
-  void step(std::int64_t left_out = -1, bool unusable = false) {
+  // `without_gradient` is the index of a parameter.
+  void step(std::size_t without_gradient = kNone, bool unusable = false) {
     const std::vector<qn::Optimizer8bitGroup> groups = {{.lr = 1e-2}, {.lr = 1e-3}};
     std::vector<qn::Optimizer8bitTensor> tensors;
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      for (float& grad : parameters_[i]->grads) grad = draw(seed_);
-      if (static_cast<std::int64_t>(i) != left_out) tensors.push_back(parameters_[i]->tensor);
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+      parameters_[i].grad.fill(random_, 1.0f);
+      if (i != without_gradient) tensors.push_back(tensors_[i]);
     }
-    if (unusable) parameters_.back()->grads.back() = 1e30f;
+    Tensor& last = parameters_.back().grad;
+    if (unusable) last.set(0, last.cols() - 1, 1e30f);
     qn::optimizer_8bit_step({.tensors = tensors.data(),
                              .count = static_cast<std::int64_t>(tensors.size()),
                              .groups = groups.data(),
@@ -103,29 +76,31 @@ class Training {
   }
 
   bool same_bits(const Training& other) const {
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const Parameter &a = *parameters_[i], &b = *other.parameters_[i];
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+      const Parameter &a = parameters_[i], &b = other.parameters_[i];
       const auto same = [](const void* x, const void* y, std::size_t n) { return n == 0 || std::memcmp(x, y, n) == 0; };
-      const qn::Optimizer8bitTensor &s = a.tensor, &t = b.tensor;
-      if (!same(s.param, t.param, a.values.size() * 4) || a.step != b.step) return false;
-      for (int k = 0; k < qn::kMaxMoments; ++k) {
-        if (!same(state_of(s, k), state_of(t, k), a.states[k].size())) return false;
-        if (!same(absmax_of(s, k), absmax_of(t, k), a.absmax[k].size() * 4)) return false;
+      if (a.param.bytes() != b.param.bytes() || a.step != b.step) return false;
+      const std::size_t state_bytes = a.moments[0].size() * (a.in_8_bits ? 1 : 4);
+      const std::size_t absmax_bytes = a.in_8_bits ? 4 * a.absmax[0].size() : 0;
+      for (int k = 0; k < qn::moments_of(algorithm_); ++k) {
+        if (!same(state_of(tensors_[i], k), state_of(other.tensors_[i], k), state_bytes)) return false;
+        if (!same(absmax_of(tensors_[i], k), absmax_of(other.tensors_[i], k), absmax_bytes)) return false;
       }
     }
     return skipped_ == other.skipped_;
   }
 
+  static constexpr std::size_t kNone = ~std::size_t{0};
+
  private:
   qn::Algorithm algorithm_;
-  std::uint64_t seed_ = 1;
-  std::vector<std::unique_ptr<Parameter>> parameters_;
+  Random random_{1};
+  std::vector<Parameter> parameters_;
+  std::vector<qn::Optimizer8bitTensor> tensors_;
   std::int64_t skipped_ = 0;
 };
 
 const std::vector<qn::PagedState> kMixed = {{300}, {0}, {5000}, {17, false}, {1}, {9000, false}, {256}, {40'000}};
-
-constexpr qn::Algorithm kAlgorithms[] = {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix};
 
 std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedState> states) {
   for (qn::PagedState& state : states) state.algorithm = algorithm;
@@ -134,64 +109,54 @@ std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedSta
 
 // ---- layout ----
 
-void arrays_are_disjoint() {
-  for (const std::size_t segment_bytes :
-       {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
-    EmulatedDriver::Options driver;
-    const auto arena = make_arena(kMixed, driver, {.segment_bytes = segment_bytes});
-    std::vector<std::pair<const std::byte*, std::size_t>> arrays;
-    for (std::size_t i = 0; i < kMixed.size(); ++i) {
-      qn::Optimizer8bitTensor t;
-      arena->place(i, t);
-      const auto elements = static_cast<std::size_t>(kMixed[i].elements);
-      const std::size_t bytes = elements * (kMixed[i].in_8_bits ? 1 : 4), scales = (elements + 255) / 256 * 4;
-      EXPECT((t.absmax1 != nullptr) == kMixed[i].in_8_bits);
-      for (void* p : {t.state1, t.state2}) arrays.push_back({static_cast<std::byte*>(p), bytes});
-      if (!kMixed[i].in_8_bits) continue;
-      for (float* p : {t.absmax1, t.absmax2}) arrays.push_back({reinterpret_cast<std::byte*>(p), scales});
-    }
-    const std::byte* end = arena->data();
-    std::size_t bytes = 0;
-    for (const auto& [begin, size] : arrays) {  // in the order of the update
+// The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
+void expect_disjoint_arrays(qn::Algorithm algorithm, std::size_t segment_bytes) {
+  EmulatedDriver::Options driver;
+  const auto arena = make_arena(of(algorithm, kMixed), driver, {.segment_bytes = segment_bytes});
+  const bool has_slow_moment = algorithm == qn::Algorithm::ademamix;
+  const int moments = qn::moments_of(algorithm);
+  const std::byte* end = arena->data();
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < kMixed.size(); ++i) {  // in the order of the update
+    qn::Optimizer8bitTensor t;
+    arena->place(i, t);
+    const bool in_8_bits = kMixed[i].in_8_bits;
+    const auto elements = static_cast<std::size_t>(kMixed[i].elements);
+    const std::size_t state_bytes = elements * (in_8_bits ? 1 : 4), absmax_bytes = (elements + 255) / 256 * 4;
+    const auto expect_array = [&](const void* array, std::size_t size) {
+      const auto* const begin = static_cast<const std::byte*>(array);
       EXPECT(begin >= end && (begin - arena->data()) % 256 == 0);
       EXPECT(std::all_of(begin, begin + size, [](std::byte b) { return b == std::byte{0}; }));
       end = begin + size;
       bytes += size;
+    };
+    for (int k = 0; k < qn::kMaxMoments; ++k) {
+      EXPECT((state_of(t, k) != nullptr) == (k < moments));
+      EXPECT((absmax_of(t, k) != nullptr) == (k < moments && in_8_bits));
     }
-    EXPECT(end <= arena->data() + arena->bytes());
-    EXPECT(arena->stats().bytes_managed >= static_cast<std::int64_t>(bytes));
-    EXPECT(arena->stats().bytes_managed <= static_cast<std::int64_t>(arena->bytes()));
+    expect_array(t.state1, has_slow_moment ? 2 * state_bytes : state_bytes);
+    EXPECT(!has_slow_moment || t.state3 == static_cast<std::byte*>(t.state1) + state_bytes);
+    if (moments > 1) expect_array(t.state2, state_bytes);
+    if (!in_8_bits) continue;
+    expect_array(t.absmax1, has_slow_moment ? 2 * absmax_bytes : absmax_bytes);
+    EXPECT(!has_slow_moment || t.absmax3 == t.absmax1 + absmax_bytes / 4);
+    if (moments > 1) expect_array(t.absmax2, absmax_bytes);
   }
+  EXPECT(end <= arena->data() + arena->bytes());
+  EXPECT(arena->stats().bytes_managed >= static_cast<std::int64_t>(bytes));
+  EXPECT(arena->stats().bytes_managed <= static_cast<std::int64_t>(arena->bytes()));
 }
-
-// The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
-void each_algorithm_has_its_own_arrays() {
-  for (const qn::Algorithm algorithm : kAlgorithms) {
-    for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
-      EmulatedDriver::Options driver;
-      const auto arena = make_arena(of(algorithm, kMixed), driver, {.segment_bytes = segment_bytes});
-      for (std::size_t i = 0; i < kMixed.size(); ++i) {
-        qn::Optimizer8bitTensor t;
-        arena->place(i, t);
-        for (int k = 0; k < qn::kMaxMoments; ++k) {
-          EXPECT((state_of(t, k) != nullptr) == (k < qn::moments_of(algorithm)));
-          EXPECT((absmax_of(t, k) != nullptr) == (k < qn::moments_of(algorithm) && kMixed[i].in_8_bits));
-        }
-        if (algorithm != qn::Algorithm::ademamix) continue;
-        const std::int64_t elements = kMixed[i].elements, bytes = kMixed[i].in_8_bits ? elements : 4 * elements;
-        EXPECT(t.state3 == static_cast<std::byte*>(t.state1) + bytes);
-        EXPECT(!kMixed[i].in_8_bits || t.absmax3 == t.absmax1 + (elements + 255) / 256);
-      }
-    }
-  }
+TEST(arrays_are_disjoint) {
+  for (const qn::Algorithm algorithm : kAlgorithms)
+    for (const int segment_bytes : {1, 2000, 30'000, 1 << 25}) expect_disjoint_arrays(algorithm, segment_bytes);
 }
 
 // ---- the same bits ----
 
 void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
   const std::vector<std::vector<qn::PagedState>> groups = {of(algorithm, kMixed), of(algorithm, {{70'000}, {3000}})};
-  for (const bool pinned : {false, true}) {
-    for (const bool eager : {false, true}) {
+  for (const bool pinned : {false, true})
+    for (const bool eager : {false, true})
       for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
         EmulatedDriver::Options driver{.concurrent = !pinned, .eager = eager, .free_bytes = 0};
         const auto first = make_arena(groups[0], driver, {.segment_bytes = segment_bytes});
@@ -201,26 +166,24 @@ void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
         paged.use(*second, 1);
         const auto third = make_arena(groups[1], driver, {.segment_bytes = segment_bytes});
         half.use(*third, 1);
-        for (const int left_out : {-1, 2, -1, 9, -1}) {
-          for (Training* training : {&paged, &plain, &half}) training->step(left_out);
+        for (const std::size_t without_gradient : {Training::kNone, std::size_t{2}, std::size_t{9}, Training::kNone}) {
+          for (Training* training : {&paged, &plain, &half}) training->step(without_gradient);
           EXPECT(paged.same_bits(plain));
           EXPECT(half.same_bits(plain));
         }
-        for (Training* training : {&paged, &plain, &half}) training->step(-1, true);  // skipped
+        for (Training* training : {&paged, &plain, &half}) training->step(Training::kNone, true);  // skipped
         EXPECT(paged.same_bits(plain));
         EXPECT(half.same_bits(plain));
       }
-    }
-  }
 }
 
-void paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory() {
+TEST(paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory) {
   for (const qn::Algorithm algorithm : kAlgorithms) expect_same_bits_after_paged_steps(algorithm);
 }
 
 // The arena holds only one moment, and adamw finds the other elsewhere: then nothing is fetched, and the result is
 // right.
-void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
+TEST(state_partly_outside_of_an_arena_is_updated_where_it_lies) {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
   const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.segment_bytes = 8192});
@@ -235,7 +198,7 @@ void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
   EXPECT(!called);
 }
 
-void graph_takes_no_memory() {
+TEST(graph_takes_no_memory) {
   for (const bool pinned : {false, true}) {
     std::vector<std::string> calls;
     EmulatedDriver::Options driver;
@@ -255,10 +218,15 @@ void graph_takes_no_memory() {
 
 // ---- the order of the calls ----
 
-// The calls of the driver in one step, and then while the arena is destroyed.
-std::vector<std::string> calls_of_step(EmulatedDriver::Options driver, const qn::PagedOptions& options,
-                                       const std::vector<std::pair<std::string, std::string>>& names) {
-  std::vector<std::string> calls;
+using Names = std::vector<std::pair<std::string, std::string>>;
+
+// The calls of the driver in one step, and then while the arena is destroyed. `events` are named in the order in which
+// they are created.
+std::string calls_of_step(EmulatedDriver::Options driver, const qn::PagedOptions& options,
+                          const std::vector<std::string>& events, Names names) {
+  names.insert(names.end(), {{"stream 0", "in"}, {"stream 1", "out"}});
+  for (std::size_t i = 0; i < events.size(); ++i) names.push_back({"event " + std::to_string(i), events[i]});
+  std::string calls;
   const std::vector<qn::PagedState> states(4, {4096});
   auto arena = make_arena(states, driver, options);
   Training training({states});
@@ -270,146 +238,92 @@ std::vector<std::string> calls_of_step(EmulatedDriver::Options driver, const qn:
                                                      call[at + from.size()] > '9');
       if (whole) call.replace(at, from.size(), to);
     }
-    calls.push_back(call);
+    calls += call + "; ";
   };
   training.step();
-  calls.push_back("--");
+  calls += "-- ";
   arena.reset();
   return calls;
 }
 
-void expect_calls(const std::vector<std::string>& found, const std::vector<std::string>& expected, int line) {
-  for (std::size_t i = 0; i < std::max(found.size(), expected.size()); ++i) {
-    const std::string a = i < found.size() ? found[i] : "nothing", b = i < expected.size() ? expected[i] : "nothing";
-    if (a == b) continue;
-    std::printf("%s:%d: call %zu: expected \"%s\", got \"%s\"\n", __FILE__, line, i, b.c_str(), a.c_str());
-    ++failures;
-    return;
-  }
+void expect_calls(const std::string& found, const std::string& expected) {
+  EXPECT(found == expected);
+  if (found != expected) std::printf("expected %s\ngot      %s\n", expected.c_str(), found.c_str());
 }
 
-// There are two segments, a and b, of two parameters each. Events are named in the order in which they are created.
-void managed_memory_is_prefetched_in_order() {
+// There are two segments, a and b, of two parameters each.
+TEST(managed_memory_is_prefetched_in_order) {
   const qn::PagedOptions options{.segment_bytes = 20'000};
-  const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
-                                                                  {"stream 1", "out"},
-                                                                  {"event 0", "step began"},
-                                                                  {"event 1", "step ended"},
-                                                                  {"event 2", "evicted"},
-                                                                  {"event 3", "a fetched"},
-                                                                  {"event 4", "a ready"},
-                                                                  {"event 5", "a updated"},
-                                                                  {"event 6", "b fetched"},
-                                                                  {"event 7", "b ready"},
-                                                                  {"event 8", "b updated"},
-                                                                  {"managed+0, 17216", "a"},
-                                                                  {"managed+2097152, 17216", "b"}};
-  expect_calls(
-      calls_of_step({}, options, names),
-      {"caller: record step began", "in: wait for step began", "out: wait for step began", "in: wait for evicted",
-       "in: prefetch a to device", "in: record a fetched",  // here the gradients are checked
-       "in: prefetch b to device", "in: record b fetched", "caller: record a ready", "caller: wait for a fetched",
-       "caller: record b ready", "caller: wait for b fetched", "out: record evicted", "caller: record step ended", "--",
-       "synchronize step ended", "synchronize evicted", "release managed"},
-      __LINE__);
+  const std::vector<std::string> events = {"step began", "step ended", "evicted", "a fetched", "a ready",
+                                           "a updated",  "b fetched",  "b ready", "b updated"};
+  const Names names = {{"managed+0, 17216", "a"}, {"managed+2097152, 17216", "b"}};
+  // The gradients are checked once the prefetch of a is recorded.
+  expect_calls(calls_of_step({}, options, events, names),
+               "caller: record step began; in: wait for step began; out: wait for step began; in: wait for evicted; "
+               "in: prefetch a to device; in: record a fetched; in: prefetch b to device; in: record b fetched; "
+               "caller: record a ready; caller: wait for a fetched; caller: record b ready; "
+               "caller: wait for b fetched; out: record evicted; caller: record step ended; "
+               "-- synchronize step ended; synchronize evicted; release managed; ");
   // If memory is short, a goes back while b is updated.
-  expect_calls(calls_of_step({.free_bytes = std::size_t{1} << 20}, options, names),
-               {"caller: record step began",  "in: wait for step began",   "out: wait for step began",
-                "in: wait for evicted",       "in: prefetch a to device",  "in: record a fetched",
-                "in: prefetch b to device",   "in: record b fetched",      "caller: record a ready",
-                "caller: wait for a fetched", "caller: record a updated",  "out: wait for a updated",
-                "out: prefetch a to host",    "caller: record b ready",    "caller: wait for b fetched",
-                "caller: record b updated",   "out: wait for b updated",   "out: prefetch b to host",
-                "out: record evicted",        "caller: record step ended", "--",
-                "synchronize step ended",     "synchronize evicted",       "release managed"},
-               __LINE__);
+  expect_calls(calls_of_step({.free_bytes = std::size_t{1} << 20}, options, events, names),
+               "caller: record step began; in: wait for step began; out: wait for step began; in: wait for evicted; "
+               "in: prefetch a to device; in: record a fetched; in: prefetch b to device; in: record b fetched; "
+               "caller: record a ready; caller: wait for a fetched; caller: record a updated; "
+               "out: wait for a updated; out: prefetch a to host; caller: record b ready; "
+               "caller: wait for b fetched; caller: record b updated; out: wait for b updated; "
+               "out: prefetch b to host; out: record evicted; caller: record step ended; "
+               "-- synchronize step ended; synchronize evicted; release managed; ");
 }
 
 // There are four segments a, b, c, d of one parameter each, and three slots x, y, z.
-void ring_copies_in_order() {
-  std::vector<std::pair<std::string, std::string>> names = {
-      {"stream 0", "in"},    {"stream 1", "out"},       {"event 0", "x back"},     {"event 1", "y back"},
-      {"event 2", "z back"}, {"event 3", "step began"}, {"event 4", "step ended"}, {"event 5", "evicted"}};
+TEST(ring_copies_in_order) {
+  std::vector<std::string> events = {"x back", "y back", "z back", "step began", "step ended", "evicted"};
+  Names names;
   for (int i = 0; i < 4; ++i) {
-    const std::string name(1, static_cast<char>('a' + i));
+    const std::string name(1, "abcd"[i]);
     names.push_back({"pinned+" + std::to_string(i * 2097152), name});
-    names.push_back({"event " + std::to_string(6 + 3 * i), name + " fetched"});
-    names.push_back({"event " + std::to_string(7 + 3 * i), name + " ready"});
-    names.push_back({"event " + std::to_string(8 + 3 * i), name + " updated"});
+    events.insert(events.end(), {name + " fetched", name + " ready", name + " updated"});
   }
   for (int i = 0; i < 3; ++i) names.push_back({"ring+" + std::to_string(i * 8704), std::string(1, "xyz"[i])});
   names.push_back({", 8512", ""});
-  expect_calls(calls_of_step({.concurrent = false}, {.segment_bytes = 8192}, names),
-               {"caller: record step began",
-                "in: wait for step began",
-                "out: wait for step began",
-                "in: wait for evicted",
-                "in: copy a to x",
-                "in: record a fetched",  //
-                "in: copy b to y",
-                "in: record b fetched",
-                "caller: record a ready",
-                "caller: wait for a fetched",
-                "caller: record a updated",
-                "out: wait for a updated",
-                "out: copy x to a",
-                "out: record x back",  //
-                "in: copy c to z",
-                "in: record c fetched",
-                "caller: record b ready",
-                "caller: wait for b fetched",
-                "caller: record b updated",
-                "out: wait for b updated",
-                "out: copy y to b",
-                "out: record y back",  //
-                "in: wait for x back",
-                "in: copy d to x",
-                "in: record d fetched",
-                "caller: record c ready",
-                "caller: wait for c fetched",
-                "caller: record c updated",
-                "out: wait for c updated",
-                "out: copy z to c",
-                "out: record z back",  //
-                "caller: record d ready",
-                "caller: wait for d fetched",
-                "caller: record d updated",
-                "out: wait for d updated",
-                "out: copy x to d",
-                "out: record x back",  //
-                "out: record evicted",
-                "caller: wait for evicted",
-                "caller: record step ended",
-                "--",
-                "synchronize step ended",
-                "synchronize evicted",
-                "release ring",
-                "release pinned"},
-               __LINE__);
+  expect_calls(calls_of_step({.concurrent = false}, {.segment_bytes = 8192}, events, names),
+               "caller: record step began; in: wait for step began; out: wait for step began; in: wait for evicted; "
+               "in: copy a to x; in: record a fetched; in: copy b to y; in: record b fetched; "
+               "caller: record a ready; caller: wait for a fetched; caller: record a updated; "
+               "out: wait for a updated; out: copy x to a; out: record x back; in: copy c to z; in: record c fetched; "
+               "caller: record b ready; caller: wait for b fetched; caller: record b updated; "
+               "out: wait for b updated; out: copy y to b; out: record y back; "
+               "in: wait for x back; in: copy d to x; in: record d fetched; "
+               "caller: record c ready; caller: wait for c fetched; caller: record c updated; "
+               "out: wait for c updated; out: copy z to c; out: record z back; "
+               "caller: record d ready; caller: wait for d fetched; caller: record d updated; "
+               "out: wait for d updated; out: copy x to d; out: record x back; "
+               "out: record evicted; caller: wait for evicted; caller: record step ended; "
+               "-- synchronize step ended; synchronize evicted; release ring; release pinned; ");
 }
 
 // ---- eviction and statistics ----
 
-void at_most_three_segments_are_on_the_device() {
+TEST(at_most_three_segments_are_on_the_device) {
   EmulatedDriver::Options driver{.free_bytes = 0};
   const std::vector<qn::PagedState> states(12, {4096});
   const auto arena = make_arena(states, driver, {.segment_bytes = 8192});
   Training training({states});
   training.use(*arena);
-  int now = 0, most = 0, fetched = 0;
+  int now = 0, largest = 0, fetched = 0;
   driver.trace = [&](const std::string& call) {
     const bool in = call.find("to device") != std::string::npos, out = call.find("to host") != std::string::npos;
     now += in - out;
     fetched += in;
-    most = std::max(most, now);
+    largest = std::max(largest, now);
   };
   for (int step = 0; step < 3; ++step) {
     training.step();
-    EXPECT(now == 0 && most <= 3 && fetched == 12 * (step + 1));
+    EXPECT(now == 0 && largest <= 3 && fetched == 12 * (step + 1));
   }
 }
 
-void statistics_count_what_happened() {
+TEST(statistics_count_what_happened) {
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options driver{.eager = eager};
     const auto arena = make_arena(kMixed, driver, {.segment_bytes = 10'000});
@@ -430,33 +344,6 @@ void statistics_count_what_happened() {
   }
 }
 
-void bad_input_is_named_in_the_error() {
-  const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t segment_bytes) {
-    try {
-      const qn::PagedArena arena(states, qn::Stream{}, {.segment_bytes = segment_bytes});
-    } catch (const qn::Error& error) {
-      return error.argument() == argument;
-    }
-    return false;
-  };
-  EXPECT(refuses("states[1].elements", {{1}, {-1}}, 1000));
-  EXPECT(refuses("segment_bytes", {{1}}, 0));
-  const qn::PagedArena empty(std::vector<qn::PagedState>{}, qn::Stream{});
-  EXPECT(empty.data() != nullptr);
-}
-
 }  // namespace
 
-int main() {
-  arrays_are_disjoint();
-  each_algorithm_has_its_own_arrays();
-  paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory();
-  state_partly_outside_of_an_arena_is_updated_where_it_lies();
-  graph_takes_no_memory();
-  managed_memory_is_prefetched_in_order();
-  ring_copies_in_order();
-  at_most_three_segments_are_on_the_device();
-  statistics_count_what_happened();
-  bad_input_is_named_in_the_error();
-  return report();
-}
+int main() { return run_tests(); }

@@ -39,7 +39,7 @@ struct Operands {
   }
 };
 
-void every_element_is_a_row_times_a_column() {
+TEST(every_element_is_a_row_times_a_column) {
   Operands o;
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) {
@@ -60,38 +60,28 @@ void every_element_is_a_row_times_a_column() {
 }
 
 // The first elements of pairs are summed in one chain, which begins with zero, and the second elements in another. Then
-// the two chains are added, and only then C.
-void chains_are_summed_apart_and_then_added_to_c() {
+// the two chains are added, and only then C. A step of a chain rounds once.
+TEST(chains_are_summed_apart_and_then_added_to_c) {
+  const float large = 0x1p24f, x = 1.0078125f;  // 1 + 2^-7, whose square has 15 bits
   Operands o;
-  const float large = 0x1p24f;
   o.set_a(0, 0, large, -large);  // in a single chain these would cancel, and all of the later sum would be kept
   o.set_a(0, 1, 1.0f, 1.0f);
+  o.set_a(1, 2, 1.0f, 1.0f);
+  o.set_a(2, 3, 0x1p10f, 0.0f);  // 2^10 + x^2 ends below fp32's last bit
+  o.set_a(2, 4, x, 0.0f);
   o.set_b(0, 0, 1.0f, 1.0f);
   o.set_b(1, 0, 1.0f, 1.0f);
+  o.set_b(2, 1, 1.0f, 1.0f);
+  o.set_b(3, 2, 1.0f, 0.0f);
+  o.set_b(4, 2, x, 0.0f);
+  o.c[Operands::kRow + 1] = large;
   o.multiply();
-  EXPECT(o.at(0, 0) == 1.0f);  // 2^24 + 1 is a tie that goes to 2^24; -2^24 + 1 is exact
-
-  o = {};
-  o.set_a(0, 0, 1.0f, 1.0f);
-  o.set_b(0, 0, 1.0f, 1.0f);
-  o.c[0] = large;
-  o.multiply();
-  EXPECT(o.at(0, 0) == large + 2.0f);  // adding 1 to C twice would be a tie each time
+  EXPECT(o.at(0, 0) == 1.0f);          // 2^24 + 1 is a tie that goes to 2^24; -2^24 + 1 is exact
+  EXPECT(o.at(1, 1) == large + 2.0f);  // adding 1 to C twice would be a tie each time
+  EXPECT(o.at(2, 2) == std::fma(x, x, 0x1p10f) && o.at(2, 2) == static_cast<float>(0x1p10 + double{x} * x));
 }
 
-void a_step_of_a_chain_rounds_once_to_nearest_even() {
-  Operands o;
-  const float x = 1.0078125f;    // 1 + 2^-7: its square has 15 bits
-  o.set_a(0, 0, 0x1p10f, 0.0f);  // 2^10 + x^2 ends below fp32's last bit
-  o.set_b(0, 0, 1.0f, 0.0f);
-  o.set_a(0, 1, x, 0.0f);
-  o.set_b(1, 0, x, 0.0f);
-  o.multiply();
-  EXPECT(o.at(0, 0) == std::fma(x, x, 0x1p10f));
-  EXPECT(o.at(0, 0) == static_cast<float>(0x1p10 + double{x} * x));
-}
-
-void subnormal_numbers_count_as_zero() {
+TEST(subnormal_numbers_count_as_zero) {
   const float subnormal = 0x1p-127f, smallest = FLT_MIN;
   Operands o;
   o.set_a(0, 0, subnormal, 0.0f);  // an input is subnormal
@@ -105,7 +95,7 @@ void subnormal_numbers_count_as_zero() {
   EXPECT(o.at(0, 0) == 0.0f && o.at(1, 1) == 0.0f && o.at(2, 2) == 0.0f && o.at(3, 3) == 0.0f);
 }
 
-void infinities_and_nan_pass() {
+TEST(infinities_and_nan_pass) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   Operands o;
   o.set_a(0, 0, kInfinity, 0.0f);
@@ -119,7 +109,7 @@ void infinities_and_nan_pass() {
   EXPECT(o.at(0, 0) == kInfinity && std::isnan(o.at(1, 1)) && std::isnan(o.at(2, 9)) && o.at(3, 3) == kInfinity);
 }
 
-void zeroed_tiles_are_zero() {
+TEST(zeroed_tiles_are_zero) {
   Operands o;
   o.c.assign(o.c.size(), 5.0f);
   qn::QLN_ISA::Tiles tiles;
@@ -132,7 +122,7 @@ void zeroed_tiles_are_zero() {
 
 // Products of random bits, including subnormal numbers, have one expected hash, for the tiles in plain C++ and for
 // those of the processor.
-void random_products_have_the_expected_bits() {
+TEST(random_products_have_the_expected_bits) {
   std::uint64_t state = 1, hash = 0xcbf29ce484222325;  // FNV-1a
   const auto random = [&] { return static_cast<std::uint32_t>((state = state * 6364136223846793005u + 1) >> 32); };
   for (int repeat = 0; repeat < 50; ++repeat) {
@@ -168,12 +158,5 @@ int main(int count, char** arguments) {
       return kSkipped;
     }
   }
-  every_element_is_a_row_times_a_column();
-  chains_are_summed_apart_and_then_added_to_c();
-  a_step_of_a_chain_rounds_once_to_nearest_even();
-  subnormal_numbers_count_as_zero();
-  infinities_and_nan_pass();
-  zeroed_tiles_are_zero();
-  random_products_have_the_expected_bits();
-  return report();
+  return run_tests();
 }

@@ -28,7 +28,7 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
-constexpr std::size_t kLongest = 1 << 16, kMostOutcomes = 4096;
+constexpr std::size_t kMaxInput = 1 << 16, kMaxOutcomes = 4096;
 constexpr unsigned kSecondsOfAnInput = 20;
 
 Bytes current;
@@ -68,7 +68,7 @@ class Mutator {
   Bytes mutate(const std::vector<Bytes>& corpus) {
     Bytes bytes = corpus[below(corpus.size())];
     for (std::size_t changes = 1 + below(6); changes > 0; --changes) change(bytes, corpus);
-    bytes.resize(std::min(bytes.size(), kLongest));
+    bytes.resize(std::min(bytes.size(), kMaxInput));
     return bytes;
   }
 
@@ -80,35 +80,27 @@ class Mutator {
     const auto replace = [&](const auto& with) {
       bytes.insert(bytes.erase(from, to), std::begin(with), std::end(with));
     };
-    switch (below(7)) {
-      case 0:
-        if (length > 0) *from ^= static_cast<std::uint8_t>(1u << below(8));
+    switch (below(5)) {
+      case 0:  // another byte
+        if (length > 0) *from ^= static_cast<std::uint8_t>(below(4) == 0 ? random_() : 1u << below(8));
         break;
-      case 1:
-        if (length > 0) *from = static_cast<std::uint8_t>(random_());
+      case 1:  // fewer bytes, or more
+        replace(Bytes(below(2) * below(8), static_cast<std::uint8_t>(random_())));
         break;
-      case 2:
-        bytes.erase(from, to);
-        break;
-      case 3:
-        replace(Bytes(below(8), static_cast<std::uint8_t>(random_())));
-        break;
-      case 4: {  // a part of this or another input
+      case 2: {  // a part of this or another input
         const Bytes& other = corpus[below(corpus.size())];
         const std::size_t first = below(other.size()), count = std::min(other.size() - first, 1 + below(64));
-        const Bytes part(other.begin() + static_cast<std::ptrdiff_t>(first),
-                         other.begin() + static_cast<std::ptrdiff_t>(first + count));
-        replace(part);
+        replace(Bytes(other.begin() + static_cast<std::ptrdiff_t>(first),
+                      other.begin() + static_cast<std::ptrdiff_t>(first + count)));
         break;
       }
-      case 5: {  // an integer
+      case 3: {  // an integer
         const std::int64_t value = kNumbers[below(kNumbers.size())];
         const auto* const first = reinterpret_cast<const std::uint8_t*>(&value);
-        const std::size_t count = std::min(std::size_t{1} << below(4), bytes.size() - at);
-        std::copy_n(first, count, from);
+        std::copy_n(first, std::min(std::size_t{1} << below(4), bytes.size() - at), from);
         break;
       }
-      default:
+      default:  // an adjacent number
         if (length > 0) *from = static_cast<std::uint8_t>(*from + 1 - 2 * below(2));
     }
   }
@@ -138,25 +130,20 @@ int main(int count, char** arguments) {
   std::string prefix;  // of the names of files that are written
   std::vector<std::filesystem::path> files;
   bool is_folder = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string argument = arguments[i];
+  for (const std::string& argument : std::vector<std::string>(arguments + 1, arguments + count)) {
     const auto value_of = [&](const std::string& option, std::uint64_t& value) {
-      if (!argument.starts_with(option)) return false;
-      value = std::strtoull(argument.c_str() + option.size(), nullptr, 10);
-      return true;
+      if (argument.starts_with(option)) value = std::strtoull(argument.c_str() + option.size(), nullptr, 10);
     };
-    if (value_of("-runs=", runs) || value_of("-max_total_time=", seconds) || value_of("-seed=", seed)) continue;
-    if (const std::string option = "-artifact_prefix="; argument.starts_with(option)) {
-      prefix = argument.substr(option.size());
-      continue;
-    }
-    if (argument.starts_with("-")) continue;  // an option of libFuzzer's that has no meaning here
-    if (!std::filesystem::is_directory(argument)) {
+    value_of("-runs=", runs), value_of("-max_total_time=", seconds), value_of("-seed=", seed);
+    const std::string artifact_prefix = "-artifact_prefix=";
+    if (argument.starts_with(artifact_prefix)) prefix = argument.substr(artifact_prefix.size());
+    if (argument.starts_with("-")) continue;  // other options of libFuzzer have no meaning here
+    if (std::filesystem::is_directory(argument)) {
+      is_folder = true;
+      for (const auto& entry : std::filesystem::directory_iterator(argument)) files.push_back(entry.path());
+    } else {
       files.emplace_back(argument);
-      continue;
     }
-    is_folder = true;
-    for (const auto& entry : std::filesystem::directory_iterator(argument)) files.push_back(entry.path());
   }
   std::sort(files.begin(), files.end());
   if (files.empty()) {
@@ -174,7 +161,7 @@ int main(int count, char** arguments) {
   std::unordered_set<std::string> outcomes;
   const auto try_input = [&](const Bytes& input, bool is_kept) {
     run(input);
-    const bool is_new = outcomes.size() < kMostOutcomes && outcomes.insert(kind_of(outcome)).second;
+    const bool is_new = outcomes.size() < kMaxOutcomes && outcomes.insert(kind_of(outcome)).second;
     if (is_new || is_kept) corpus.push_back(input);
   };
   for (const auto& file : files) try_input(read(file), true);

@@ -21,7 +21,7 @@ namespace {
 
 using Wide = __int128;  // holds every product of two fields
 
-// The bytes of an input one after another, then zeros: those ask for nothing unusual.
+// The bytes of an input one after another, then zeros: those choose nothing unusual.
 class Input {
  public:
   Input(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
@@ -30,9 +30,9 @@ class Input {
   int below(int n) { return byte() % n; }
   bool rarely() { return byte() >= 248; }
   // An extent of a matrix: small, seldom larger, rarely one that no matrix has.
-  std::int64_t extent(int least = 1) {
+  std::int64_t extent(int min = 1) {
     const int b = byte();
-    return b < 240 ? least + b % 24 : b < 248 ? 40 + 9 * (b - 240) : hostile();
+    return b < 240 ? min + b % 24 : b < 248 ? 40 + 9 * (b - 240) : hostile();
   }
   std::int64_t hostile() {
     constexpr std::int64_t kValues[] = {-1,        0,         std::numeric_limits<std::int64_t>::min(),
@@ -89,7 +89,8 @@ class Memory {
     return reinterpret_cast<std::int64_t*>(data);
   }
 
-  // More than this program has was promised. The call may be made only if it has to be refused: sizes that overflow.
+  // Whether the arguments promise more memory than this program has. Then the call may be made only if it must be
+  // refused, because sizes overflow.
   bool is_lacking() const { return is_lacking_; }
   bool overflows() const { return overflows_; }
 
@@ -106,12 +107,12 @@ class Memory {
   };
 
   std::byte* give(Wide count, std::size_t size) {
-    constexpr Wide kMostBytes = 1 << 18, kMostElements = Wide{1} << 60;
+    constexpr Wide kMaxBytes = 1 << 18, kMaxElements = Wide{1} << 60;
     if (input_.rarely()) return nullptr;
     count = std::max<Wide>(count, 0);
-    if (count > kMostBytes / static_cast<Wide>(size)) {
+    if (count > kMaxBytes / static_cast<Wide>(size)) {
       is_lacking_ = true;
-      overflows_ |= count >= kMostElements;
+      overflows_ |= count >= kMaxElements;
       count = 0;
     }
     const std::size_t bytes = static_cast<std::size_t>(count) * size;

@@ -26,16 +26,15 @@ int main() {
                 .codes = codes.data(),
                 .absmax = absmax.data(),
                 .non_finite = &non_finite});
-  qn::QuantizedWeightView weight{.N = N, .K = K, .blocksize = kBlocksize};
-  weight.codes = codes.data();
-  weight.absmax = absmax.data();
-  weight.code = qn::codebook("nf4").data();
+  const qn::QuantizedWeightView weight{.N = N,
+                                       .K = K,
+                                       .blocksize = kBlocksize,
+                                       .codes = codes.data(),
+                                       .absmax = absmax.data(),
+                                       .code = qn::codebook("nf4").data()};
   qn::dequantize({.weight = weight, .out = decoded.data()});
-
-  qn::LinearForwardArgs args;
-  args.weight = weight;
-  args.x = {x.data(), qn::DType::f32, M, K, K};
-  args.y = {y.data(), qn::DType::f32, M, N, N};
+  qn::LinearForwardArgs args{
+      .weight = weight, .x = {x.data(), qn::DType::f32, M, K, K}, .y = {y.data(), qn::DType::f32, M, N, N}};
   qn::linear_forward(args);
   for (std::int64_t m = 0; m < M; ++m)
     for (std::int64_t n = 0; n < N; ++n) {
