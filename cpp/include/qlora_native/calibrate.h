@@ -9,7 +9,7 @@ namespace qlora_native {
 // gram += X^T X in fp32: the second moments of the inputs of a layer, which is half the Hessian of its squared error.
 //
 // The rows of X are added in chains of 256, in their order, and each chain to what stands in gram. A processor that
-// multiplies bfloat16 takes subnormal elements of it as zero. A thread needs 2.1 MB of scratch.
+// multiplies bfloat16 takes subnormal elements of it as zero. A thread needs 1.9 MB of scratch.
 struct GramArgs {
   ConstMatrix x;          // [T, K]
   float* gram = nullptr;  // [K, K], in and out, symmetric: what stands below the diagonal is not read but overwritten

@@ -90,8 +90,8 @@ def quantize_with_feedback(
     Args:
         weight: fp32 [N, K], contiguous, finite.
         order: int64 [K], a permutation of the columns.
-        factor: fp32 [K, K], contiguous: the upper Cholesky factor of the inverse of the damped x^T x, whose rows and
-            columns are in this order. What stands below its diagonal is not read.
+        factor: fp32 [K, K], the upper Cholesky factor of the inverse of the damped x^T x, whose rows and columns are in
+            this order. What stands below its diagonal is not read. It is copied if it is not contiguous.
         scales: fp32 [ceil(N * K / blocksize)], finite: the stored ones, as they decode. They may be negative or 0.
         code: fp32 [16], the codebook of a 4-bit format; None is 8 bits.
         blocksize: elements of the flat weight that share a scale, a power of two in 16 ... 4096.
@@ -111,9 +111,10 @@ def quantize_with_feedback(
         raise bad_type("order", "torch.int64", order.dtype)
     if order.shape != (K,):
         raise bad("order", f"[{K}]", list(order.shape))
-    _check_fp32("factor", factor, K, K)
+    _check_fp32("factor", factor, K, K, contiguous=False)
     _check_fp32("scales", scales, ceil_div(N * K, blocksize))
-    return _ops.quantize_with_feedback(weight.detach(), order.contiguous(), factor, scales, code, bits, blocksize)
+    operands = (order.contiguous(), factor.contiguous(), scales)
+    return _ops.quantize_with_feedback(weight.detach(), *operands, code, bits, blocksize)
 
 
 def _check_on_cpu(name: str, tensor: Tensor) -> None:
@@ -123,13 +124,13 @@ def _check_on_cpu(name: str, tensor: Tensor) -> None:
         raise bad(name, "a tensor on the CPU, which alone has this operation", f"one on {tensor.device}")
 
 
-def _check_fp32(name: str, tensor: Tensor, *shape: int) -> None:
+def _check_fp32(name: str, tensor: Tensor, *shape: int, contiguous: bool = True) -> None:
     _check_on_cpu(name, tensor)
     if tensor.dtype != torch.float32:
         raise bad_type(name, "torch.float32", tensor.dtype)
     if tensor.shape != shape:
         raise bad(name, str(list(shape)), list(tensor.shape))
-    if not tensor.is_contiguous():
+    if contiguous and not tensor.is_contiguous():
         raise bad(name, "a contiguous tensor", f"strides {list(tensor.stride())}")
 
 
