@@ -194,6 +194,19 @@ void test_column_that_matters_decides_the_scale() {
   EXPECT(std::fabs(scales[0] - 0.4f) < 1e-6f);
 }
 
+void test_of_equal_errors_the_first_wins() {
+  Format format{"halves", 4, {}};
+  for (int i = 0; i < 16; ++i) format.code.push_back(static_cast<float>(i - 7) / 8.0f);  // 1/2 and 1 among them
+  Random random(1);
+  Weight weight({1, 1, 64}, random);
+  weight.values[0] = 0.25f;
+  std::vector<float> scales;
+  qn::WeightedScalesArgs args = args_of(weight, format, scales);
+  args.lo = 1.0f, args.hi = 2.0f, args.steps = 2;  // both decode to 0.25
+  qn::weighted_scales(args);
+  EXPECT(scales[0] == 0.25f);
+}
+
 // ---- quantize_with_feedback ----
 
 struct Feedback {
@@ -402,6 +415,7 @@ int main() {
       test_diagonal_factor_gives_the_nearest_levels(shape, format);
     }
   test_column_that_matters_decides_the_scale();
+  test_of_equal_errors_the_first_wins();
   test_bad_arguments_are_refused();
   expect_unavailable(qn::gram, qn::GramArgs{});
   expect_unavailable(qn::weighted_scales, qn::WeightedScalesArgs{});

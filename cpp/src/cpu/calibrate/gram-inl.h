@@ -72,12 +72,26 @@ class Gram {
         const auto vectors = static_cast<int>(ceil_div(width(c), std::int64_t{kLanes}));
         Nn::multiply_rows(tiles, of_rows, stride, count, of_columns + (c - columns.begin) * units.end * kChunk,
                           units.end, vectors, accumulators, false);
+        prefetch(first + kPanelRows, c - columns.begin, columns.count(), rows, columns);
         for (std::int64_t i = 0; i < count; ++i)
           add_row(accumulators + i * kChunk, width(c), at(rows.begin * kChunk + i, c * kChunk));
       }
     }
     for (std::int64_t c = columns.begin; c < columns.end; ++c)
       for (std::int64_t r = rows.begin; r < smaller(rows.end, c + 1); ++r) mirror(r, c);
+  }
+
+  // Fetches a part of the next panel, from row `first` on, while this one is multiplied: part i of `parts`. Rows are
+  // too short for the processor to do so by itself.
+  void prefetch(std::int64_t first, std::int64_t i, std::int64_t parts, Range rows, Range columns) const {
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    const std::int64_t end = smaller(first + (i + 1) * kPanelRows / parts, args_.x.rows);
+    for (std::int64_t row = first + i * kPanelRows / parts; row < end; ++row)
+      for (const Range& chunks : {rows, columns}) {
+        const char* const begin =
+            static_cast<const char*>(args_.x.data) + (row * args_.x.stride + chunks.begin * kChunk) * kSize;
+        for (std::int64_t at = 0; at < chunks.count() * kChunk * kSize; at += 64) __builtin_prefetch(begin + at, 0, 2);
+      }
   }
 
   // [chunk][unit][64 columns] -> [column][unit]
