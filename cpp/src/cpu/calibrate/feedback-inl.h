@@ -60,7 +60,8 @@ class Feedback {
   Feedback(const QuantizeWithFeedbackArgs& args, const Levels& levels, const std::int64_t* place)
       : args_(args), levels_(levels), place_(place), K_(args.K) {}
 
-  static constexpr std::int64_t kMaxTaskRows = 128;  // the part of U that is packed serves so many rows
+  // What is packed of U serves all rows of a task. Fewer rows are taken where threads would have too few tasks.
+  static constexpr std::int64_t kMaxTaskRows = 128, kMinTaskRows = 64, kMinTasksPerThread = 2;
 
   // Rows [begin, end) of the weight. The flat index of the first element must be even.
   void quantize_rows(std::int64_t begin, std::int64_t end) const {
@@ -100,7 +101,7 @@ class Feedback {
   static constexpr std::int64_t kBlock = 20 * kGroup;  // columns
   static constexpr std::int64_t kDepth = 256;          // columns before a block that are packed at once
   static constexpr std::int64_t kPackedFloats = kDepth * kBlock;
-  static_assert(kBlock <= kDepth && kMaxTaskRows % kStrip == 0 && kStrip % 2 == 0);
+  static_assert(kBlock <= kDepth && kMaxTaskRows % kStrip == 0 && kMinTaskRows % kStrip == 0 && kStrip % 2 == 0);
 
   struct Strip {
     Range rows;
@@ -244,8 +245,8 @@ inline void feedback_rows(const QuantizeWithFeedbackArgs& args, const Stream&) {
   with_levels(args.bits, args.code, [&](const auto& levels) {
     using Work = Feedback<std::remove_cvref_t<decltype(levels)>>;
     const Work work(args, levels, place);
-    const bool many = args.N >= 2 * Work::kMaxTaskRows * num_threads();
-    const std::int64_t rows = many ? Work::kMaxTaskRows : kStrip;
+    const bool many = args.N >= Work::kMinTasksPerThread * Work::kMaxTaskRows * num_threads();
+    const std::int64_t rows = many ? Work::kMaxTaskRows : Work::kMinTaskRows;
     parallel_for(ceil_div(args.N, rows),
                  [&](std::int64_t task) { work.quantize_rows(task * rows, smaller((task + 1) * rows, args.N)); });
     if (args.bits == 8 || args.N * args.K % 2 == 0) return;
