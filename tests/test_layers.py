@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 CPU = "cpp/src/cpu"
 CORE = ("cpp/include", "cpp/src", "cpp/src/common")
 VECTORS, LOW = f"{CPU}/isa", (*CORE, f"{CPU}/runtime", f"{CPU}/isa", f"{CPU}/isa/scalar")
-ROOMS = tuple(f"{CPU}/{room}" for room in ("quantize", "product", "attention", "loss", "elementwise", "optimizer"))
+ROOMS = tuple(
+    f"{CPU}/{room}" for room in ("quantize", "product", "attention", "calibrate", "loss", "elementwise", "optimizer")
+)
 ISAS = tuple(f"{VECTORS}/{folder}" for folder in ("amx", "avx2", "avx512", "neon", "portable"))
 # {layer: the layers whose files it may include, beside its own}. A file belongs to the longest name
 # that its path begins with.
@@ -33,9 +35,9 @@ MAY_INCLUDE = {
     "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator"),
     "cuda/emulator": ("cpp/include", "cpp/src/common", "cpp/src/paged"),
     f"{CPU}/backend": (*LOW, *ISAS, *ROOMS),
-    f"{CPU}/attention": (*LOW, f"{CPU}/quantize", f"{CPU}/product"),
+    **{f"{CPU}/{room}": (*LOW, f"{CPU}/quantize", f"{CPU}/product") for room in ("attention", "calibrate")},
     f"{CPU}/product": (*LOW, f"{CPU}/quantize"),
-    **{room: LOW for room in ROOMS if room not in (f"{CPU}/attention", f"{CPU}/product")},
+    **{f"{CPU}/{room}": LOW for room in ("quantize", "loss", "elementwise", "optimizer")},
     f"{VECTORS}/portable": (*CORE, VECTORS, f"{VECTORS}/amx"),
     **{isa: (*CORE, VECTORS) for isa in ISAS[:-1]},
     f"{VECTORS}/scalar": CORE,

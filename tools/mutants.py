@@ -75,6 +75,7 @@ SUITES = {
     "conformance": Suite("qln_test_conformance"),
     "conformance_tiles": Suite("qln_test_conformance", {"QLN_FORCE_ISA": "amx_emulated"}),
     "attention": Suite("qln_test_attention"),
+    "calibrate": Suite("qln_test_calibrate"),
 }
 
 

@@ -6,6 +6,8 @@
 namespace qlora_native {
 namespace {
 
+constexpr const char* kInstead = "; on a GPU use those of torch or of cuDNN";
+
 // Checks that x has so many heads of so many rows, and its strides.
 template <class Pointer>
 void check_heads(const BasicHeads<Pointer>& x, std::int64_t batch, std::int64_t head_dim, std::int64_t heads,
@@ -56,14 +58,6 @@ void check_inputs(const AttentionInputs& in, const Stream& stream) {
     }
 }
 
-// Only the CPU's tables have these operations. They also serve the emulated device, whose memory is the host's.
-const Backend& backend_for_host(const Stream& stream, const char* operation) {
-  if (stream.device != Device::cpu)
-    throw Unavailable(std::string(operation) +
-                      ": there are kernels for the CPU alone; on a GPU use those of torch or of cuDNN");
-  return cpu_backend();
-}
-
 }  // namespace
 
 void attention(const AttentionArgs& args, const Stream& stream) {
@@ -71,7 +65,7 @@ void attention(const AttentionArgs& args, const Stream& stream) {
   check_inputs(in, stream);
   check_heads(args.out, in.batch, in.head_dim, in.q.heads, in.q.rows, "out");
   check_pointer(args.lse, in.batch > 0 && in.q.rows > 0, "lse");
-  backend_for_host(stream, "attention").attention(args, stream);
+  backend_for_host(stream, "attention", kInstead).attention(args, stream);
 }
 
 void attention_backward(const AttentionBackwardArgs& args, const Stream& stream) {
@@ -83,7 +77,7 @@ void attention_backward(const AttentionBackwardArgs& args, const Stream& stream)
   check_heads(args.dq, in.batch, in.head_dim, in.q.heads, in.q.rows, "dq");
   check_heads(args.dk, in.batch, in.head_dim, in.k.heads, in.k.rows, "dk");
   check_heads(args.dv, in.batch, in.head_dim, in.k.heads, in.k.rows, "dv");
-  backend_for_host(stream, "attention_backward").attention_backward(args, stream);
+  backend_for_host(stream, "attention_backward", kInstead).attention_backward(args, stream);
 }
 
 void rotary(const RotaryArgs& args, const Stream& stream) {
@@ -97,7 +91,7 @@ void rotary(const RotaryArgs& args, const Stream& stream) {
   check_pointer(args.cos, some, "cos");
   check_pointer(args.sin, some, "sin");
   check_heads(args.y, args.batch, args.head_dim, args.x.heads, args.x.rows, "y");
-  backend_for_host(stream, "rotary").rotary(args, stream);
+  backend_for_host(stream, "rotary", kInstead).rotary(args, stream);
 }
 
 }  // namespace qlora_native

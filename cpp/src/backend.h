@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "qlora_native/attention.h"
+#include "qlora_native/calibrate.h"
 #include "qlora_native/cross_entropy.h"
 #include "qlora_native/elementwise.h"
 #include "qlora_native/linear.h"
@@ -29,9 +30,12 @@ struct Backend {
   void (*gated_activation_backward)(const GatedActivationBackwardArgs&, const Stream&);
   void (*rms_norm)(const RmsNormArgs&, const Stream&);
   void (*rms_norm_backward)(const RmsNormBackwardArgs&, const Stream&);
-  void (*attention)(const AttentionArgs&, const Stream&);  // only the CPU's tables have this and the next two
+  void (*attention)(const AttentionArgs&, const Stream&);  // only the CPU's tables have this and the next five
   void (*attention_backward)(const AttentionBackwardArgs&, const Stream&);
   void (*rotary)(const RotaryArgs&, const Stream&);
+  void (*gram)(const GramArgs&, const Stream&);
+  void (*weighted_scales)(const WeightedScalesArgs&, const Stream&);
+  void (*quantize_with_feedback)(const QuantizeWithFeedbackArgs&, const Stream&);
   void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null if the backend has none
 };
@@ -52,6 +56,9 @@ namespace cuda_emulated {
 const Backend& backend();
 }
 
-const Backend& backend_for(const Stream& stream);  // runtime.cpp
+// Both are in runtime.cpp. The second one is for what only the CPU's tables have, which also serve the emulated device:
+// its memory is the host's. `instead` ends the error: what to use on a GPU.
+const Backend& backend_for(const Stream& stream);
+const Backend& backend_for_host(const Stream& stream, const char* operation, const char* instead = "");
 
 }  // namespace qlora_native

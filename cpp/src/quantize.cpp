@@ -1,8 +1,7 @@
 #include "qlora_native/quantize.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
+#include <cmath>
 
 #include "backend.h"
 #include "check.h"
@@ -11,29 +10,6 @@
 
 namespace qlora_native {
 namespace {
-
-// The index of the first value that is NaN or infinite; -1 if there is none. In such a value all bits of the exponent
-// are ones, so that adding its lowest bit carries into the sign bit. The inner loop never exits early, so that the
-// compiler can vectorize it.
-std::int64_t first_non_finite(const float* values, std::int64_t count) {
-  constexpr std::int64_t kChunk = 4096;
-  constexpr std::uint32_t kExponent = 0x7F800000, kLowestOfExponent = 0x00800000;
-  for (std::int64_t begin = 0; begin < count; begin += kChunk) {
-    const std::int64_t end = std::min(begin + kChunk, count);
-    std::uint32_t carries = 0;
-    for (std::int64_t i = begin; i < end; ++i) {
-      carries |= (std::bit_cast<std::uint32_t>(values[i]) & kExponent) + kLowestOfExponent;
-    }
-    if (carries >> 31 == 0) continue;
-    return std::find_if_not(values + begin, values + end, [](float value) { return std::isfinite(value); }) - values;
-  }
-  return -1;
-}
-
-void check_finite(const float* values, std::int64_t count, const char* argument) {
-  const std::int64_t bad = first_non_finite(values, count);
-  check(bad < 0, argument, "finite values", [&] { return std::to_string(values[bad]) + " at " + std::to_string(bad); });
-}
 
 // Only levels that some scale uses must be finite: some bytes are not a scale of MXFP4 or NVFP4, and their levels are
 // NaN.

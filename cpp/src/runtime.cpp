@@ -63,4 +63,10 @@ const Backend& backend_for(const Stream& stream) {
   return is_emulated() ? cuda_emulated::backend() : cpu_backend();
 }
 
+const Backend& backend_for_host(const Stream& stream, const char* operation, const char* instead) {
+  if (stream.device != Device::cpu)
+    throw Unavailable(std::string(operation) + ": there are kernels for the CPU alone" + instead);
+  return cpu_backend();
+}
+
 }  // namespace qlora_native

@@ -433,6 +433,8 @@ def _calls_beside_products(choices: Choices, dtype: torch.dtype) -> list[tuple[A
     cos, lse = torch.ones(1, T, D, dtype=dtype), torch.ones(B, H * KV, T)
     ranges = choices.of((None, torch.tensor([[[0, T]] * T], dtype=torch.int32)))
     labels = torch.zeros(rows, dtype=torch.int64)
+    dense, order = torch.ones(rows, N), torch.arange(N).flip(0)
+    code, scales, bits = torch.linspace(-1, 1, 16), torch.ones(-(-rows * N // 64)), choices.of((4, 8))
     return [
         (ops.cross_entropy_, [x.clone(), labels, -100, 1.0, 0.0, 0.0, 0.0, choices.one_in(2), choices.of((None, r))]),
         (ops.attention, [q, k, k.clone(), 0.5, ranges]),
@@ -442,6 +444,9 @@ def _calls_beside_products(choices: Choices, dtype: torch.dtype) -> list[tuple[A
         (ops.gated_activation_backward, [x, x.clone(), x.clone(), 0]),
         (ops.rms_norm, [x, weight, 0.0, 1e-6]),
         (ops.rms_norm_backward, [x, x.clone(), weight, 0.0, r]),
+        (ops.gram, [torch.zeros(N, N), x]),
+        (ops.weighted_scales, [dense, torch.ones(N), code, bits, 64, 0.5, 1.15, 40]),
+        (ops.quantize_with_feedback, [dense, order, torch.eye(N), scales, code, bits, 64]),
     ]
 
 

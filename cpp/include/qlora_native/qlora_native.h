@@ -2,6 +2,7 @@
 #pragma once
 
 #include "qlora_native/attention.h"      // attention, rotary: what a block computes on the CPU alone
+#include "qlora_native/calibrate.h"      // gram, weighted_scales, quantize_with_feedback: calibrated quantization
 #include "qlora_native/codebook.h"       // nf4, fp4, int4, E2M1; the 8-bit dynamic maps
 #include "qlora_native/cross_entropy.h"  // cross_entropy: loss and gradient of rows of logits
 #include "qlora_native/elementwise.h"    // gated_activation, rms_norm: the operations between a block's products

@@ -4,11 +4,12 @@
 #include "cpu/attention/attention_backward-inl.h"
 #include "cpu/attention/attention_forward-inl.h"
 #include "cpu/backend/isa.h"
+#include "cpu/calibrate/gram-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Dot multiplies in attention. kOthers is the backend of the other dtypes and operations.
+// Dot multiplies in attention and in gram. kOthers is the backend of the other dtypes and operations.
 template <class Dot, const Products& kProducts, const CpuBackend& (*kOthers)()>
 CpuBackend with_bf16_products() {
   CpuBackend backend = kOthers();
@@ -28,6 +29,9 @@ CpuBackend with_bf16_products() {
   };
   backend.table.attention_backward = [](const AttentionBackwardArgs& args, const Stream& stream) {
     args.in.dtype == DType::bf16 ? AttentionBackward<Dot>::run(args) : kOthers().table.attention_backward(args, stream);
+  };
+  backend.table.gram = [](const GramArgs& args, const Stream& stream) {
+    args.x.dtype == DType::bf16 ? Gram<Dot>::run(args) : kOthers().table.gram(args, stream);
   };
   return backend;
 }

@@ -5,6 +5,9 @@
 #include "cpu/attention/attention_forward-inl.h"
 #include "cpu/backend/backend-inl.h"
 #include "cpu/backend/isa.h"
+#include "cpu/calibrate/feedback-inl.h"
+#include "cpu/calibrate/gram-inl.h"
+#include "cpu/calibrate/weighted_scales-inl.h"
 #include "cpu/quantize/quantize_microscaled.h"
 
 namespace qlora_native::QLN_ISA {
@@ -30,6 +33,9 @@ inline void attention_in_f32(const AttentionArgs& args, const Stream&) {
 inline void attention_backward_in_f32(const AttentionBackwardArgs& args, const Stream&) {
   with_dtype(args.in.dtype, [&](auto dtype) { AttentionBackward<DotF32<dtype()>>::run(args); });
 }
+inline void gram_in_f32(const GramArgs& args, const Stream&) {
+  with_dtype(args.x.dtype, [&](auto dtype) { Gram<DotF32<dtype()>>::run(args); });
+}
 
 constexpr CpuBackend kBackendF32{
     {quantize_weight, quantize_scales, quantize_microscaled_on_cpu, dequantize_weight,
@@ -37,7 +43,7 @@ constexpr CpuBackend kBackendF32{
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
      [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
      gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, attention_in_f32,
-     attention_backward_in_f32, rotate_rows, optimizer_step},
+     attention_backward_in_f32, rotate_rows, gram_in_f32, weighted_scales_of_blocks, feedback_rows, optimizer_step},
     &kProductsF32};
 
 }  // namespace

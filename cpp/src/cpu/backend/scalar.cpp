@@ -22,6 +22,9 @@ const CpuBackend& reference_backend() {
       .attention = reference::attention,
       .attention_backward = reference::attention_backward,
       .rotary = reference::rotary,
+      .gram = reference::gram,
+      .weighted_scales = reference::weighted_scales,
+      .quantize_with_feedback = reference::quantize_with_feedback,
       .optimizer_8bit_step = reference::optimizer_8bit_step,
   }};
   return backend;

@@ -70,6 +70,9 @@ void rms_norm_backward(const RmsNormBackwardArgs& args, const Stream&);
 void attention(const AttentionArgs& args, const Stream&);
 void attention_backward(const AttentionBackwardArgs& args, const Stream&);
 void rotary(const RotaryArgs& args, const Stream&);
+void gram(const GramArgs& args, const Stream&);
+void weighted_scales(const WeightedScalesArgs& args, const Stream&);
+void quantize_with_feedback(const QuantizeWithFeedbackArgs& args, const Stream&);
 void optimizer_8bit_step(const Optimizer8bitArgs& args, const Stream&);
 
 }  // namespace qlora_native::reference
