@@ -177,7 +177,7 @@ void test_weighted_scales(const WeightShape& shape, const Format& format) {
   EXPECT(scales[0] == 0.0f);
 }
 
-void test_column_that_matters_decides_the_scale() {
+TEST(column_that_matters_decides_the_scale) {
   const Format format{"nf4", 4, {qn::kNf4.begin(), qn::kNf4.end()}};
   Random random(3);
   Weight weight({1, 64, 64}, random);
@@ -194,7 +194,7 @@ void test_column_that_matters_decides_the_scale() {
   EXPECT(std::fabs(scales[0] - 0.4f) < 1e-6f);
 }
 
-void test_of_equal_errors_the_first_wins() {
+TEST(first_of_equal_errors_wins) {
   Format format{"halves", 4, {}};
   for (int i = 0; i < 16; ++i) format.code.push_back(static_cast<float>(i - 7) / 8.0f);  // 1/2 and 1 among them
   Random random(1);
@@ -311,7 +311,7 @@ void test_diagonal_factor_gives_the_nearest_levels(const WeightShape& shape, con
 
 // ---- bad input ----
 
-void test_bad_arguments_are_refused() {
+TEST(bad_arguments_are_refused) {
   const Format format{"nf4", 4, {qn::kNf4.begin(), qn::kNf4.end()}};
   Random random(7);
   Weight weight({4, 70, 64}, random);
@@ -401,24 +401,30 @@ void expect_unavailable(Operation operation, const Args& args) {
   EXPECT(refused);
 }
 
-}  // namespace
-
-int main() {
-  if (!isa_is_here()) return kSkipped;
-  use_pool(1);
+TEST(gram_is_near_its_definition_in_float64_and_symmetric) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
     for (const GramShape& shape : kGramShapes) test_gram(dtype, shape);
+}
+
+TEST(scales_and_codes_have_the_bits_of_the_scalar_backend) {
   for (const Format& format : formats())
     for (const WeightShape& shape : kWeightShapes) {
       test_weighted_scales(shape, format);
       test_feedback(shape, format);
       test_diagonal_factor_gives_the_nearest_levels(shape, format);
     }
-  test_column_that_matters_decides_the_scale();
-  test_of_equal_errors_the_first_wins();
-  test_bad_arguments_are_refused();
+}
+
+TEST(device_without_the_operations_is_named) {
   expect_unavailable(qn::gram, qn::GramArgs{});
   expect_unavailable(qn::weighted_scales, qn::WeightedScalesArgs{});
   expect_unavailable(qn::quantize_with_feedback, qn::QuantizeWithFeedbackArgs{});
-  return report();
+}
+
+}  // namespace
+
+int main() {
+  if (!isa_is_here()) return kSkipped;
+  use_pool(1);
+  return run_tests();
 }
