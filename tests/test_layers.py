@@ -155,6 +155,7 @@ MAY_IMPORT = {
     "_core": (),
     "functional": ("_core",),
     "_layers": ("_core", "functional"),
+    "_calibrate": ("_core", "_layers"),
     "_optim": ("_core",),
     "nn": ("_layers",),
     "optim": ("_optim",),
@@ -166,7 +167,7 @@ MAY_IMPORT = {
     "convert": (*LAYERS, "integrations.transformers"),
     "integrations": (*LAYERS, "convert", "integrations.fuse", "integrations.peft", "integrations.bitsandbytes"),
     "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
-    "__init__": ("_core", "functional", "nn", "optim", "_loader", "integrations.fuse"),
+    "__init__": ("_core", "_calibrate", "functional", "nn", "optim", "_loader", "integrations.fuse"),
     "__main__": ("_core", "__init__", "convert"),
 }
 

@@ -101,7 +101,7 @@ def quantize_model(
         raise bad_type("embeddings", "a bool", type(embeddings).__name__)
     for load in callbacks.load_integrations:
         load()
-    found = _find(model, tuple(skip), strict, embeddings)
+    found = find(model, tuple(skip), strict, embeddings)
     if not found.names and not found.experts:
         warnings.warn(f"quantize_model: found no nn.Linear to quantize; {why_nothing(model)}", stacklevel=2)
     layers = _quantize(model, found, (format, blocksize, double_quant, codebook), progress)
@@ -115,7 +115,7 @@ def quantize_model(
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a model has to be quantized.
 
     Attributes:
@@ -129,7 +129,7 @@ class _Found:
     unknown: list[Unquantized]
 
 
-def _find(model: nn.Module, skip: tuple[str, ...], strict: bool, embeddings: bool) -> _Found:
+def find(model: nn.Module, skip: tuple[str, ...], strict: bool, embeddings: bool) -> Found:
     """Find what is to be quantized, and check what can be checked before memory is taken."""
     skip += tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     names = _to_quantize(model, skip, embeddings)
@@ -143,11 +143,11 @@ def _find(model: nn.Module, skip: tuple[str, ...], strict: bool, embeddings: boo
         raise bad("model", "weights whose use is known", "; ".join(map(str, unknown)))
     for check in callbacks.check_model:
         check(model, weights)
-    return _Found(names, experts, unknown)
+    return Found(names, experts, unknown)
 
 
 def _quantize(
-    model: nn.Module, found: _Found, options: tuple[Any, ...], progress: bool
+    model: nn.Module, found: Found, options: tuple[Any, ...], progress: bool
 ) -> dict[int | tuple[int, str], QuantizedLayer]:
     """Make the layers, by the id of the module, or for experts by (id of the module, name of the parameter)."""
     weights: dict[int, QuantizedWeight] = {}  # by the id of the weight
@@ -187,7 +187,7 @@ def _quantize(
     return layers
 
 
-def _replace(model: nn.Module, found: _Found, layers: dict[int | tuple[int, str], QuantizedLayer]) -> None:
+def _replace(model: nn.Module, found: Found, layers: dict[int | tuple[int, str], QuantizedLayer]) -> None:
     """Put the layers into the model."""
     for name in found.names:
         parent, _, child = name.rpartition(".")

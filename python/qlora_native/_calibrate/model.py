@@ -1,0 +1,359 @@
+"""`calibrate`: quantize a model with a few batches of its own text."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._core.errors import bad, bad_type
+from .._core.progress import Progress
+from .._core.weight import QuantizedWeight
+from .._layers import callbacks
+from .._layers.experts import Experts4bit
+from .._layers.linear import linear_class
+from .._layers.quantize_model import find
+from .experts import ObservedExperts
+from .layers import Layers, checked_batches
+from .observe import Inputs, check_finite_gram
+from .report import Calibrated, CalibrationReport
+from .weight import Factored, Options, calibrated, factored, output_errors
+
+FEW_TOKENS = 4  # an expert needs a token for so many of its columns
+ENOUGH = 16  # tokens for each column of the widest weight; docs/quality.md has what fewer cost
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    skip: Iterable[str] = ("lm_head",),
+    format: str = "nf4",
+    blocksize: int | None = None,
+    double_quant: bool = True,
+    codebook: Tensor | Sequence[float] | None = None,
+    sequential: bool = True,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Quantize a model in place as `quantize_model` does, so that its layers' outputs change least on given text.
+
+    The format and the bytes are those of `quantize_model`, and whatever reads its weights reads these. The codes and
+    the scales are others: scales that weigh the errors by the layer's inputs, and codes that make up for the errors of
+    those before them (Frantar et al., "GPTQ", 2023).
+
+    Layers are quantized one after another, so memory holds the inputs of one, and one matrix [K, K] of fp32 for each
+    different input in it. The result does not depend on the number of threads.
+
+    Args:
+        model: a model in 16 or 32 bits, in eval or training mode; it is run in eval mode, without gradients.
+        batches: some of the text that it will see: token ids [B, T], or the keyword arguments of the model's `forward`.
+            Rows that an `attention_mask` [B, T] excludes do not count. 16 tokens for each column of the widest weight
+            are enough; see docs/quality.md.
+        skip, format, blocksize, double_quant, codebook: as in `quantize_model`.
+        sequential: each layer sees the inputs that the quantized ones before it give. Otherwise it sees those of the
+            16-bit model, which takes half of the passes.
+        progress: show the progress on stderr.
+
+    Returns:
+        What was done, with the error of each layer's output before and after. A weight that no batch reached, or whose
+        inputs are all 0, is rounded to the nearest levels, and so is an expert that less than a quarter as many tokens
+        reached as it has columns. The report names them, and a warning the first.
+
+    Raises:
+        TypeError: `model` is not a module, or a batch is neither a tensor nor a mapping.
+        ValueError: there are no batches, or fewer tokens than the widest weight has columns; the ids are not of the
+            model's vocabulary; an input has a NaN or Inf; or memory does not suffice. The model is then as it was.
+        NotImplementedError: the model is not on the CPU.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "an nn.Module", type(model).__name__)
+    if isinstance(skip, str):
+        raise bad_type("skip", "a sequence of names", "a string")
+    started = time.monotonic()
+    calibration = Calibration(
+        model, batches, tuple(skip), Options(format, blocksize, double_quant, codebook), sequential
+    )
+    stages = calibration.stages()
+    try:
+        for stage in Progress(len(stages), progress, "calibrate", "layer").over(stages):
+            calibration.run(stage)
+    except BaseException:
+        calibration.undo()
+        raise
+    calibration.finish()
+    report = calibration.report
+    report.seconds = time.monotonic() - started
+    if report.fallbacks:
+        first, *others = report.fallbacks
+        more = f", and {len(others)} more weights (print the report)" if others else ""
+        warnings.warn(f"calibrate: {first.name} was rounded plainly: {first.fallback}{more}", stacklevel=2)
+    return report
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that are quantized together.
+
+    Attributes:
+        index: of the layer that holds them, or None: they lie in no layer, and are observed in whole passes.
+        names: the paths of their modules in the model. A shared module has several.
+        experts: modules with experts.
+    """
+
+    index: int | None
+    names: list[str] = field(default_factory=list)
+    experts: list[callbacks.Experts] = field(default_factory=list)
+
+
+class Calibration:
+    """A calibration, stage by stage. Stages are run in order."""
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], skip: tuple[str, ...], options: Options, sequential: bool
+    ) -> None:
+        """Find the weights and the layers, and check the arguments."""
+        for load in callbacks.load_integrations:
+            load()
+        self.report = CalibrationReport()
+        self._model, self._options, self._sequential = model, options, sequential
+        found = find(model, skip, strict=False, embeddings=False)
+        if not found.names and not found.experts:
+            raise bad("model", "nn.Linear layers to quantize", "a model without any")
+        self._names = found.names
+        self._experts = list({id(each.module): each for each in found.experts}.values())
+        for each in self._experts:
+            each.check_shapes()
+        device = next(model.parameters()).device
+        if device.type != "cpu":
+            raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {device}")
+        self._layer_of: dict[int, nn.Module] = {}  # the quantized layer, by the id of the one that it replaces
+        self._undo: list[Callable[[], object]] = []
+        self._modes = {module: module.training for module in model.modules()}
+        self._weights: dict[int, QuantizedWeight] = {}  # by the id of the weight
+        model.eval()
+        try:
+            with torch.no_grad():
+                self._batches = checked_batches(model, batches)
+                wanted = [*map(model.get_submodule, self._names), *(each.module for each in self._experts)]
+                self._layers = Layers(model, self._batches, wanted)
+                self._check_tokens()
+                self._check_memory()
+        except BaseException:
+            self._restore_modes()
+            raise
+
+    def stages(self) -> list[Stage]:
+        """The layers in order, and then what lies in none, or in several because it is shared."""
+        layer_of: dict[int, int | None] = {}  # by the id of the module
+        for index, layer in enumerate(self._layers.modules):
+            for module in layer.modules():
+                layer_of[id(module)] = None if id(module) in layer_of else index
+        of_weight: dict[int, set[int | None]] = {}
+        for name in self._names:
+            module = self._model.get_submodule(name)
+            of_weight.setdefault(id(module.weight), set()).add(layer_of.get(id(module)))
+        stages: dict[int | None, Stage] = {index: Stage(index) for index in range(len(self._layers.modules))}
+        for name in self._names:
+            indices = of_weight[id(self._model.get_submodule(name).weight)]
+            index = indices.copy().pop() if len(indices) == 1 else None
+            stages.setdefault(index, Stage(index)).names.append(name)
+        for each in self._experts:
+            index = layer_of.get(id(each.module))
+            stages.setdefault(index, Stage(index)).experts.append(each)
+        return list(stages.values())
+
+    @torch.no_grad()
+    def run(self, stage: Stage) -> None:
+        """Observe the inputs of a stage, and put quantized layers into the model."""
+        modules: dict[str, nn.Module] = {}
+        for name in stage.names:
+            module = self._model.get_submodule(name)
+            if module not in modules.values():
+                modules[name] = module
+        experts = [(each, name, self._observe(each, name)) for each in stage.experts for name in each.names]
+        inputs = Inputs(modules)
+        with inputs.observed():
+            if stage.index is None:
+                for batch in self._batches:
+                    inputs.begin(batch)
+                    self._layers.whole_pass([batch])
+            elif modules or experts or not self._sequential:
+                for number in self._layers.run(stage.index, advance=not self._sequential):
+                    inputs.begin(self._batches[number])
+        self._quantize(inputs, modules)
+        for name in stage.names:
+            self._replace(name)
+        for each, name, observed in experts:
+            q = self._quantized_experts(f"{each.path}.{name}", observed)
+            setattr(each.module, name, Experts4bit.from_quantized(q, each.transposed).train(self._modes[each.module]))
+        if stage.index is not None and self._sequential:
+            for _ in self._layers.run(stage.index, advance=True):
+                pass
+
+    def _quantize(self, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:
+        """Quantize the weights of observed modules."""
+        names_of: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            names_of.setdefault(id(module.weight), []).append(name)
+        # Weights with the same input follow one another, and share the factored matrix.
+        place = {name: number for number, name in enumerate(modules)}
+        found, last = None, None
+        for names in sorted(names_of.values(), key=lambda names: [place[inputs.key(name)] for name in names]):
+            keys = sorted(set(map(inputs.key, names)))
+            weight = modules[names[0]].weight
+            gram = inputs.gram(keys, names[0])
+            if keys != last:
+                found, last = None if gram is None else factored(gram), keys
+            tokens = sum(inputs.tokens[key] for key in keys)
+            self._weights[id(weight)] = self._quantized(names[0], weight, gram, found, tokens)
+
+    def _quantized(
+        self, name: str, weight: Tensor, gram: Tensor | None, found: Factored | None, tokens: int
+    ) -> QuantizedWeight:
+        """Quantize a linear layer's weight, and report it."""
+        plain, q = self._both(f"{name}.", weight, [found])
+        self._report(name, weight, gram, found, tokens, plain, q)
+        return q
+
+    def _quantized_experts(self, name: str, experts: ObservedExperts) -> QuantizedWeight:
+        """Quantize the weights of observed experts, and report each."""
+        weight = experts.dense()
+        E, N, K = weight.shape
+        inputs = []
+        for e, gram in enumerate(experts.grams):
+            check_finite_gram(gram, f"{name}[{e}]")
+            usable = gram is not None and experts.tokens[e] >= K // FEW_TOKENS
+            inputs.append(factored(gram) if usable else None)
+        if N * K % self._options.chosen_blocksize:
+            inputs = [None] * E  # blocks would belong to two experts
+        plain, q = self._both(f"{name}, ", weight, inputs)
+        for e, found in enumerate(inputs):
+            self._report(f"{name}[{e}]", weight[e], experts.grams[e], found, experts.tokens[e], plain, q, e * N)
+        return q
+
+    def _both(
+        self, prefix: str, weight: Tensor, inputs: Sequence[Factored | None]
+    ) -> tuple[QuantizedWeight, QuantizedWeight]:
+        """A weight rounded plainly, and calibrated where it can be."""
+        try:
+            plain = self._options.plain(weight)
+            return plain, calibrated(weight, inputs, self._options) if any(inputs) else plain
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}" if str(error).startswith("weight") else str(error)) from None
+
+    def _report(
+        self,
+        name: str,
+        weight: Tensor,
+        gram: Tensor | None,
+        found: Factored | None,
+        tokens: int,
+        plain: QuantizedWeight,
+        q: QuantizedWeight,
+        first: int = 0,
+    ) -> None:
+        """Add a weight [N, K] to the report. In `plain` and `q` its rows begin at `first`."""
+        reason, errors = None, [0.0, 0.0]
+        if gram is None:
+            reason = "no batch reached it"
+        elif found is not None:
+            errors = output_errors(weight, gram, plain, q, first=first)
+        elif not gram.diagonal().any():
+            reason = "its inputs are all 0"
+        elif tokens < weight.shape[1] // FEW_TOKENS:
+            reason = f"{tokens} tokens reached it, and {weight.shape[1] // FEW_TOKENS} are needed"
+        elif weight.numel() % q.blocksize:
+            reason = "its blocks reach into the next expert"
+        else:
+            reason = "the Gram matrix of its inputs is singular"
+        self.report.weights.append(Calibrated(name, tokens, *errors, reason))
+
+    def _observe(self, experts: callbacks.Experts, name: str) -> ObservedExperts:
+        """Put experts that observe their inputs in the place of a parameter."""
+        module = experts.module
+        parameter = module._parameters.pop(name)
+        observed = ObservedExperts(parameter, experts.transposed).train(module.training)
+        config = getattr(module, "config", None)  # Llama 4's experts have none
+        implementation = getattr(config, "_experts_implementation", None)
+
+        def undo() -> None:
+            delattr(module, name)
+            module.register_parameter(name, parameter)
+            if config is not None:
+                config._experts_implementation = implementation
+
+        self._undo.append(undo)
+        setattr(module, name, observed)
+        experts.run_quantized()
+        return observed
+
+    def _replace(self, name: str) -> None:
+        """Put a quantized layer at `name`."""
+        path, _, child = name.rpartition(".")
+        parent = self._model.get_submodule(path)
+        dense = parent.get_submodule(child)
+        if id(dense) not in self._layer_of:
+            q = self._weights[id(dense.weight)]
+            layer = linear_class(q).from_quantized(q, dense.bias).train(self._modes[dense])
+            self._layer_of[id(dense)] = layer
+            self._weights[id(dense.weight)] = layer.quantized_weight  # a layer tied to this one shares its parameters
+        self._undo.append(partial(setattr, parent, child, dense))
+        setattr(parent, child, self._layer_of[id(dense)])
+
+    def undo(self) -> None:
+        """Put every module back."""
+        for undo in reversed(self._undo):
+            undo()
+        self._restore_modes()
+
+    def finish(self) -> None:
+        """Restore the training mode, and let integrations know that the model is quantized."""
+        self._restore_modes()
+        for adopt in callbacks.adopt_model:
+            adopt(self._model)
+
+    def _restore_modes(self) -> None:
+        for module, training in self._modes.items():
+            module.training = training
+
+    def _check_tokens(self) -> None:
+        """Raise ValueError if the batches have fewer tokens than the widest weight has columns."""
+        tokens = 0
+        for batch in self._batches:
+            counted = batch.get("attention_mask", batch.get("input_ids"))
+            if not isinstance(counted, Tensor):
+                return  # it is unknown how many rows such a batch makes
+            tokens += int((counted != 0).sum()) if "attention_mask" in batch else counted.numel()
+        widest = max(map(self._width, self._names), default=0)
+        if tokens < widest:
+            raise bad("batches", f"at least {widest} tokens ({ENOUGH * widest} are enough)", tokens)
+
+    def _check_memory(self) -> None:
+        """Raise ValueError if the matrices of a layer cannot fit in the memory that is available."""
+        needed = 0
+        for stage in self.stages():
+            # Layers of one width in one module usually have one input.
+            widths = {(name.rpartition(".")[0], self._width(name)) for name in stage.names}
+            squares = [width**2 for _, width in widths]
+            # fp32 for each, and for the largest two of float64 while it is factored, besides its factor.
+            needed = max(needed, 4 * sum(squares) + 20 * max(squares, default=0))
+        available = available_memory()
+        if available is not None and needed > available:
+            raise bad("model", f"matrices of inputs that fit in memory ({available:,} bytes)", f"{needed:,} bytes")
+
+    def _width(self, name: str) -> int:
+        return self._model.get_submodule(name).weight.shape[1]
+
+
+def available_memory() -> int | None:
+    """The bytes that the system can give without swapping, or None if it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    except OSError:
+        return None

@@ -1,0 +1,84 @@
+"""Observe the inputs of layers: the Gram matrix XᵀX of what each one multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._core.calibrate import add_gram
+from .._core.errors import bad
+
+
+class Inputs:
+    """The inputs of some linear layers. Layers with the same input, as q, k and v, share one matrix.
+
+    Attributes:
+        tokens: {name of the layer: rows of X that it has multiplied}.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._grams: dict[str, Tensor] = {}
+        self._leader: dict[str, str] = {}  # the first layer that had the same input
+        self._last: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
+
+    def key(self, name: str) -> str:
+        """The first of the layers that have the same input as this one."""
+        return self._leader.get(name, name)
+
+    def gram(self, keys: list[str], name: str) -> Tensor | None:
+        """The sum of XᵀX [K, K] in fp32 over all rows of some keys; None if no batch has reached them.
+
+        Raises:
+            ValueError: an input had a NaN or Inf; the message has `name`.
+        """
+        found = [self._grams[key] for key in keys if key in self._grams]
+        total = sum(found[1:], start=found[0]) if found else None
+        check_finite_gram(total, name)
+        return total
+
+    @contextmanager
+    def observed(self) -> Iterator[Inputs]:
+        """Observe the layers as long as the context lasts."""
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
+            for name, module in self._modules.items()
+        ]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._last.clear()
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Begin a batch. Rows whose attention_mask is 0 are padding, and do not count."""
+        mask = batch.get("attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+        self._last.clear()
+
+    def _add(self, name: str, x: Tensor) -> None:
+        leader = next((other for other, seen in self._last.items() if seen is x), name)
+        self._last[name] = x
+        rows = x.detach()
+        if self._mask is not None and rows.shape[:2] == self._mask.shape:
+            rows = rows[self._mask]
+        rows = rows.reshape(-1, rows.shape[-1])
+        self.tokens[name] += len(rows)
+        if self._leader.setdefault(name, self._leader.get(leader, leader)) != name:
+            return
+        if name not in self._grams:
+            self._grams[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+        add_gram(self._grams[name], rows)
+
+
+def check_finite_gram(gram: Tensor | None, name: str) -> None:
+    """Raise ValueError if XᵀX of the layer `name` has a NaN or Inf."""
+    if gram is not None and not all(end.isfinite() for end in gram.aminmax()):
+        raise bad(f"the inputs of {name}", "finite values", "NaN or Inf")

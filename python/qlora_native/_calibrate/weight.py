@@ -1,0 +1,170 @@
+"""Quantize a weight so that its product with the observed inputs changes least.
+
+What is minimized is ‖X (W − Q)ᵀ‖², which depends on X by its Gram matrix H = XᵀX alone. Scales come first: each block
+gets the scale whose rounding has the least weighted error. Then the codes are chosen column by column, the most
+important first, and each error is fed back into the columns that are still to come (Frantar et al., "GPTQ", 2023,
+algorithm 1). The scales are those that are stored, so the error of double quantization is fed back too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._core import quantize as plain
+from .._core.blocks import NESTED_BLOCKSIZE, chosen_blocksize
+from .._core.calibrate import quantize_with_feedback, weighted_scales
+from .._core.microscaling import MICROSCALED
+from .._core.weight import QuantizedWeight, as_matrix
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal (GPTQ, section 3.3)
+MAX_DAMPING = 1.0  # from here on H says little that its diagonal does not
+RATIOS = (0.5, 1.15, 40)  # of the scales that are tried, relative to absmax: the first, the last, how many
+MEASURED_ROWS = 32  # of W, in the report's error
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights are quantized, as in `qlora_native.quantize`."""
+
+    format: str
+    blocksize: int | None
+    double_quant: bool
+    codebook: Tensor | Sequence[float] | None
+
+    @property
+    def chosen_blocksize(self) -> int:
+        """The blocksize, also where it is the format's own."""
+        return chosen_blocksize(self.blocksize, self.format)
+
+    def plain(self, weight: Tensor, double_quant: bool | None = None) -> QuantizedWeight:
+        """Round to the nearest level, without calibration."""
+        double_quant = self.double_quant if double_quant is None else double_quant
+        return plain.quantize(weight, self.format, self.blocksize, double_quant, self.codebook)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The Gram matrix of a layer's input, factored for the error feedback.
+
+    Attributes:
+        order: int64 [K], the columns of W, the most important first.
+        factor: fp32 [K, K], upper triangular: factorᵀ · factor is the inverse of the damped H in that order.
+        importance: fp32 [K], in the order of W's columns: what a squared error of a column costs, once all columns
+            after it have been adapted to it.
+    """
+
+    order: Tensor
+    factor: Tensor
+    importance: Tensor
+
+
+def factored(gram: Tensor) -> Factored | None:
+    """Factor H. The damping grows tenfold until H can be factored; None if it cannot be, as where all inputs are 0.
+
+    Args:
+        gram: fp32 [K, K], finite.
+    """
+    diagonal = gram.diagonal().double()
+    mean = diagonal.mean().item()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    # With H = R·Rᵀ, R upper triangular, the inverse is UᵀU for U = R⁻¹. R is the Cholesky factor of H in reverse order.
+    backwards = order.flip(0)
+    damping = DAMPING
+    while mean > 0 and damping <= MAX_DAMPING:
+        damped = gram.double()[backwards][:, backwards]
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper = lower.flip(0, 1)
+            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            importance = torch.empty_like(diagonal)
+            importance[order] = factor.diagonal() ** -2.0
+            if all(end.isfinite() for end in factor.float().aminmax()):
+                return Factored(order, factor.float().contiguous(), importance.float())
+        damping *= 10
+    return None
+
+
+def calibrated(weight: Tensor, inputs: Sequence[Factored | None], options: Options) -> QuantizedWeight:
+    """Quantize a weight for inputs whose Gram matrices were observed.
+
+    Args:
+        weight: W [N, K], or [E, N, K] of experts, whose blocks lie within an expert.
+        inputs: those of W, or of each expert; an expert with None is rounded to the nearest level.
+        options: as in `qlora_native.quantize`.
+    """
+    q = options.plain(weight, double_quant=False)  # also checks the weight
+    experts = weight.detach().reshape(len(inputs), *weight.shape[-2:])
+    largest = 1.0 if q.code is None else q.code.abs().max().item()
+    first, last, count = RATIOS
+    scales = decoded_scales(q).clone().view(len(inputs), -1)
+    for e, found in enumerate(inputs):
+        if found is not None:
+            rows = experts[e].float().contiguous()
+            scales[e] = weighted_scales(
+                rows,
+                found.importance,
+                q.code,
+                blocksize=q.blocksize,
+                lo=first / largest,
+                hi=last / largest,
+                steps=count,
+            )
+    codes = q.codes.view(len(inputs), -1).clone()
+    q = _with_scales(q, scales.view(-1), options.double_quant)
+    scales = decoded_scales(q).view(len(inputs), -1)
+    for e, found in enumerate(inputs):
+        if found is not None:
+            rows = experts[e].float().contiguous()
+            codes[e] = quantize_with_feedback(rows, found.order, found.factor, scales[e], q.code, blocksize=q.blocksize)
+    return replace(q, codes=codes.view(q.codes.shape))
+
+
+def _with_scales(q: QuantizedWeight, scales: Tensor, double_quant: bool) -> QuantizedWeight:
+    """`q` with other scales, fp32 [blocks], stored as the format has them."""
+    if q.format in MICROSCALED:
+        return replace(q, absmax=_nearest_by_ratio(scales, q.nested_code[: len(MICROSCALED[q.format])]))
+    q = replace(q, absmax=scales)
+    return plain.double_quantized(q) if double_quant else q
+
+
+def _nearest_by_ratio(scales: Tensor, levels: Tensor) -> Tensor:
+    """The index of the ascending level that is nearest to each scale by ratio, as bytes. Scales of 0 get the lowest."""
+    tiny = 2.0**-200
+    log = levels.double().clamp_min(tiny).log2()
+    return torch.bucketize(scales.double().clamp_min(tiny).log2(), (log[1:] + log[:-1]) / 2).to(torch.uint8)
+
+
+def decoded_scales(q: QuantizedWeight) -> Tensor:
+    """The scales of the blocks, fp32 [blocks], as products decode them: two roundings if they are double-quantized."""
+    if q.nested_absmax is None:
+        return q.absmax
+    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: q.absmax.numel()]
+    return q.nested_code[q.absmax.long()] * nested + q.offset
+
+
+def output_errors(weight: Tensor, gram: Tensor, *weights: QuantizedWeight, first: int = 0) -> list[float]:
+    """‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖ of each Q, over at most MEASURED_ROWS rows of W that lie evenly in it.
+
+    Args:
+        weight: W [N, K].
+        gram: XᵀX.
+        weights: each Q, whose rows from `first` on are those of W.
+        first: the row of Q, or of all experts' rows, where W begins.
+    """
+    rows = torch.arange(0, weight.shape[0], math.ceil(weight.shape[0] / MEASURED_ROWS), device=weight.device)
+    kept = weight.detach()[rows].float()
+
+    def norm(w: Tensor) -> float:
+        return math.sqrt(max(0.0, torch.dot((w @ gram).view(-1), w.view(-1)).item()))
+
+    whole = norm(kept)
+    if whole == 0:
+        return [0.0] * len(weights)
+    return [norm(kept - plain.embedding(rows + first, as_matrix(q), torch.float32)) / whole for q in weights]
