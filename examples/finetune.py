@@ -5,6 +5,8 @@
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
         Your model, in 16 bits or in 4, and your pairs: one {"prompt": "...", "response": "..."} a line. An optional
         "group" (a document, an author, ...) is held out as a whole, so that the loss says something about new groups.
+    python examples/finetune.py ... --calibrate
+        The 4-bit weights are chosen by the pairs, which takes a minute or more, and leaves less error to train away.
     python examples/finetune.py ... --resume
         Goes on with a run that was interrupted, and ends with the bits that it would have had.
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
@@ -47,6 +49,7 @@ from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 IGNORED = -100  # the label of a token that has no loss, in transformers
+CALIBRATION_TOKENS = 16  # for each input of the widest layer; docs/quality.md says what fewer cost
 LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 FORMATS = ["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
@@ -67,6 +70,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
     add("--format", choices=FORMATS, help="of the weights (default: the model's own, else nf4)")
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
+    add("--calibrate", action="store_true", help="choose codes and scales by the pairs; the base is saved in --output")
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8, help="pairs a step")
     add("--seq-len", type=int, default=256, help="tokens; longer responses are cut, longer prompts left out")
@@ -81,6 +85,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout: expected a number in [0, 1), got {args.dropout}")
+    if args.calibrate and args.format not in (None, "nf4", "fp4"):
+        parser.error(f"--calibrate: expected --format nf4 or fp4, which can be saved, got {args.format}")
     if args.data is not None and not args.data.is_file():
         parser.error(f"--data: no file {args.data}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -98,11 +104,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int, int]:
-    """(tokenizer, model with its linear layers quantized, their bytes in 16 bits and as they are).
-
-    A checkpoint that is in 4 bits already, bitsandbytes' or ours, stays as it is, and `args` get its format.
-    """
+def load(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, dict[str, Any]]:
+    """(tokenizer, model, how its files are quantized). A checkpoint in 4 bits, bitsandbytes' or ours, stays in them."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
     how: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "output_loading_info": True}
     is_gguf = args.model.endswith(".gguf")
@@ -122,6 +125,44 @@ def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int,
     scales = [name for name in found["unexpected_keys"] if name.rpartition(".")[0] in linears]
     if scales:  # transformers leaves them out, and takes the codes for weights
         raise SystemExit(f"--model: expected weights in 16 bits, got quantized ones: {min(scales)} is beside a weight")
+    return tokenizer, model, stored
+
+
+def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Path:
+    """Quantize the model for texts such as the pairs, save it in --output, and return its folder.
+
+    The adapter belongs to this base: other codes and scales are other weights. A run that goes on finds it there.
+    """
+    folder = args.output / "base"
+    if processes.count() > 1:
+        raise SystemExit(f"--calibrate: run one process with it, and then several with --model {folder}")
+    if not (args.resume and folder.is_dir()):
+        tokenizer, model, stored = load(args)
+        if stored:
+            raise SystemExit("--calibrate: expected a model in 16 bits, got one that is quantized already")
+        widest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+        texts, tokens = [], 0
+        for batch in batches(encode(tokenizer, pairs, args.seq_len), len(pairs), args.batch_size, args.seed):
+            ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True)
+            mask = pad_sequence([torch.ones(len(e.ids), dtype=torch.long) for e in batch], batch_first=True)
+            texts.append({"input_ids": ids, "attention_mask": mask})
+            tokens += int(mask.sum())
+            if tokens >= CALIBRATION_TOKENS * widest:
+                break
+        options: dict[str, Any] = {"format": args.format or "nf4", "double_quant": not args.no_double_quant}
+        print(qn.calibrate(model, texts, **options), flush=True)
+        with replaced(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    return folder
+
+
+def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int, int]:
+    """(tokenizer, model with its linear layers quantized, their bytes in 16 bits and as they are).
+
+    `args` get the format of a checkpoint that is in 4 bits already.
+    """
+    tokenizer, model, stored = load(args)
     if not stored:
         chosen = args.format or "nf4"
         qn.nn.quantize_model(model, skip=("lm_head",), format=chosen, double_quant=not args.no_double_quant)
@@ -243,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
+    if args.calibrate:
+        args.model = str(save_calibrated(args, pairs))
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft/ says why
     fused = qn.fuse(model)  # what stands between the products keeps less for backward

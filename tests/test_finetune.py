@@ -85,6 +85,25 @@ def test_run_on_own_data_writes_adapter_and_figures(folder, options):
     assert {path.name for path in output.iterdir()} == {"adapter", "figures.json"}
 
 
+def test_calibrated_base_is_saved_and_a_run_goes_on_over_it(folder):
+    output = folder / "out-calibrated"
+    options = ("--data", folder / "data.jsonl", "--calibrate", "--steps", "6", "--save-steps", "2", "--output", output)
+    shown = run(folder, *options)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^calibrated 14 of 14 weights in \d+ s$", shown.stdout, re.MULTILINE)
+    loss = json.loads((output / "figures.json").read_text())["held_out_loss"]
+    assert loss["reloaded"] == pytest.approx(loss["after"], rel=1e-6)
+    weights = (output / "base/model.safetensors").read_bytes()
+    again = run(folder, *options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "calibrated 14 of" not in again.stdout
+    assert (output / "base/model.safetensors").read_bytes() == weights
+    later = run(
+        folder, "--data", folder / "data.jsonl", "--steps", "1", "--output", folder / "later", model=output / "base"
+    )
+    assert later.returncode == 0, later.stderr
+
+
 @pytest.mark.parametrize("written_by", ["quantize_model", "bitsandbytes"])
 def test_model_in_4_bits_is_trained_as_it_is(folder, eager, written_by):
     """Ours, and bitsandbytes' where that is installed, which transformers would give to it."""
