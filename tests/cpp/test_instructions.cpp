@@ -130,11 +130,11 @@ __global__ void partial_copy_kernel(const std::uint8_t* in, std::uint8_t* out, i
   std::copy_n(dynamic_smem<std::uint8_t>(), kBytes, out);
 }
 
-// The first four words of `in` go behind the second four, which count as missing.
+// The first four words of `in` go before the second four, which count as missing.
 __global__ void copies_or_zeros_kernel(const Word* in, Word* out) {
-  const SharedAddress first = SharedAddress(dynamic_smem<Word>()).at(32);
-  cp_async_or_zeros(first.xor_swizzled(16), in, 4);
-  cp_async_or_zeros(first, in + 4, 0);
+  const SharedAddress second = SharedAddress(dynamic_smem<Word>()).at(48);
+  cp_async_or_zeros(second.xor_swizzled(16), in, 4);
+  cp_async_or_zeros(second, in + 4, 0);
   cp_async_commit();
   cp_async_wait<0>();
   std::copy_n(dynamic_smem<Word>() + 8, 8, out);
@@ -156,8 +156,8 @@ TEST(cp_async_fills_with_zeros) {
   expect_zeros_after_the_valid_bytes<16>();
   const Managed<Word> in = {1, 2, 3, 4, 5, 6, 7, 8};
   Managed<Word> out(8);
-  launch<copies_or_zeros_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
-  EXPECT(out == (Managed<Word>{0, 0, 0, 0, 1, 2, 3, 4}));
+  launch<copies_or_zeros_kernel>({1, kWarp, 80}, {}, in.data(), out.data());
+  EXPECT(out == (Managed<Word>{1, 2, 3, 4, 0, 0, 0, 0}));
 }
 
 // Fills a table of 256 rows of 256 bytes, which begins at kRowsBegin. Lane i reads its word of the row that byte i % 4
@@ -211,28 +211,29 @@ TEST(block_sees_its_own_stores) {
 
 // "mbarrier": a phase completes when no arrivals and no bytes are pending. "mbarrier.test_wait" with a parity waits for
 // the phase of this parity, the current one or the one before, which is complete.
-__global__ void arrivals_kernel(int arrivals, int waits) {
+__global__ void arrivals_kernel(int arrivals, int waits, Word parity) {
   auto* const barrier = dynamic_smem<std::uint64_t>();
   if (thread_index() == 0) mbarrier_init(barrier, 2);
   sync_threads();
   if (thread_index() > 0 && thread_index() < arrivals) mbarrier_arrive(barrier);
   if (thread_index() != 0) return;
   mbarrier_arrive_expect(barrier, 16);  // these bytes never arrive
-  for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, 1);
+  for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, parity);
 }
 
 TEST(mbarrier_counts_arrivals_and_waits) {
-  const auto message = [](int arrivals, int waits) {
-    return death_message([&] { launch<arrivals_kernel>({1, kWarp, 64}, {}, arrivals, waits); });
+  const auto message = [](int arrivals, int waits, Word parity = 1) {
+    return death_message([&] { launch<arrivals_kernel>({1, kWarp, 64}, {}, arrivals, waits, parity); });
   };
   EXPECT(message(2, 1).empty());
+  EXPECT(contains(message(2, 1, 0), "waits for an mbarrier at"));
   EXPECT(contains(message(3, 0), "more arrivals in a phase"));
   EXPECT(contains(message(1, 2), "a stale parity"));
 }
 
 // ---- tiles ----
 
-// Loads rows 2 ... 9 and columns 32 ... of a matrix.
+// Loads the tile of a matrix that begins in row 2, column 32.
 __global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out, int bytes) {
   // A swizzle is a function of the address, and repeats with kSwizzledAlignment.
   auto* const smem = dynamic_smem<std::uint8_t>();
@@ -252,26 +253,25 @@ __global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
 // "Tensors": elements beyond the matrix are zeros. A swizzle of 128 bytes changes bits 4 ... 6 of an address by an XOR
 // with bits 7 ... 9, one of 64 bytes bits 4 and 5 by an XOR with bits 7 and 8.
 TEST(tile_beyond_its_matrix_is_zeros_and_its_vectors_are_swizzled) {
-  constexpr int kRows = 8, kMatrixRows = 6, kMatrixCols = 80;
-  Managed<std::uint8_t> matrix(kMatrixRows * kMatrixCols);
-  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
+  constexpr int kBoxRows = 16, kRows = 15;
   const auto expect = [&](Swizzle swizzle, int box_cols, int swizzled_bits) {
-    const int bytes = kRows * box_cols;
-    Managed<std::uint8_t> out(bytes);
+    const int cols = box_cols + 16, bytes = kBoxRows * box_cols;
+    Managed<std::uint8_t> matrix(kRows * cols), out(bytes);
+    for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
     const TileSource source = {.name = "codes",
                                .data = matrix.data(),
                                .element_bytes = 1,
-                               .rows = kMatrixRows,
-                               .cols = kMatrixCols,
-                               .stride_bytes = kMatrixCols,
-                               .box_rows = kRows,
+                               .rows = kRows,
+                               .cols = cols,
+                               .stride_bytes = cols,
+                               .box_rows = kBoxRows,
                                .box_cols = box_cols,
                                .swizzle = swizzle};
     launch<tile_kernel>({1, kWarp, static_cast<std::size_t>(bytes + 8 + kSwizzledAlignment)}, {}, TensorMap(source),
                         out.data(), bytes);
     for (int i = 0; i < bytes; ++i) {
       const int row = 2 + i / box_cols, col = 32 + i % box_cols;
-      const int expected = row < kMatrixRows && col < kMatrixCols ? matrix[row * kMatrixCols + col] : 0;
+      const int expected = row < kRows && col < cols ? matrix[row * cols + col] : 0;
       EXPECT(out[i ^ (i >> 7 & swizzled_bits) << 4] == expected);
     }
   };
