@@ -25,7 +25,7 @@ __global__ void shuffle_kernel(int* from_named, int* from_xor, Word* max) {
   max[t] = max_of_warp(static_cast<Word>(t / kWarp * 100 + (lane ^ 7)));
 }
 
-TEST(shfl_gives_the_value_of_the_named_lane) {
+TEST(lanes_receive_values_of_other_lanes) {
   under_each_schedule([] {
     constexpr int kThreads = 2 * kWarp;
     Managed<int> from_named(kThreads), from_xor(kThreads);
@@ -56,9 +56,9 @@ TEST(bytes_are_counted_from_the_lowest) {
 
 // ---- tensor cores ----
 
-// "ldmatrix": lanes 8i ... 8i + 7 have the addresses of the rows of matrix i. Register i of a lane receives row lane /
-// 4 of it, columns 2 * (lane % 4) and the next, the first in the low half; with .trans they are those of the transposed
-// matrix. The rows lie in reversed order here.
+// "ldmatrix": lanes 8i ... 8i + 7 have the addresses of the rows of matrix i. With g = lane / 4 and t = lane % 4,
+// register i of a lane receives columns 2t and 2t + 1 of row g, the first in the low half; with .trans they are those of
+// the transposed matrix. The rows lie in reversed order here.
 __global__ void ldmatrix_kernel(const std::uint16_t* matrices, Word* plain, Word* transposed) {
   const int lane = thread_index();
   Word r[4], of_transposed[4];
