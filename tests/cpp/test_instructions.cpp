@@ -57,8 +57,8 @@ TEST(bytes_are_counted_from_the_lowest) {
 // ---- tensor cores ----
 
 // "ldmatrix": lanes 8i ... 8i + 7 have the addresses of the rows of matrix i. With g = lane / 4 and t = lane % 4,
-// register i of a lane receives columns 2t and 2t + 1 of row g, the first in the low half; with .trans they are those of
-// the transposed matrix. The rows lie in reversed order here.
+// register i of a lane receives columns 2t and 2t + 1 of row g, the first in the low half; with .trans they are those
+// of the transposed matrix. The rows lie in reversed order here.
 __global__ void ldmatrix_kernel(const std::uint16_t* matrices, Word* plain, Word* transposed) {
   const int lane = thread_index();
   Word r[4], of_transposed[4];
