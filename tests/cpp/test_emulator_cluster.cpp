@@ -148,8 +148,10 @@ TEST(mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule) {
 enum class PairMistake {
   none,
   peer_is_not_waited_for,
+  one_arrival_too_few,
   one_arrival_too_many,
   half_is_for_one_block,
+  half_of_the_bytes_is_expected,
   both_load_the_same_half,
   no_barrier_before_use,
   not_published,
@@ -190,7 +192,8 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
                         : kMistake == PairMistake::tile_for_no_block        ? 0
                                                                             : 3;
       mbarrier_wait(&shared.empty[stage], parity ^ 1);
-      mbarrier_arrive_expect(&shared.full[stage], kTileBytes);
+      mbarrier_arrive_expect(&shared.full[stage],
+                             kTileBytes / (kMistake == PairMistake::half_of_the_bytes_is_expected ? 2 : 1));
       tma_load_tile_multicast(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
                               static_cast<std::uint16_t>(ranks));
     }
@@ -204,8 +207,9 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     sync_warp();
     if (thread % kWarp == 0) mbarrier_arrive(&shared.empty[stage]);
     const int peer = kMistake == PairMistake::arrival_at_another_cluster ? 2 : 1 - rank;
+    const bool arrives = kPeerReads && (kMistake != PairMistake::one_arrival_too_few || reader == 0);
     const ClusterMbarriers empty_of_peer(shared.empty, peer);
-    if (thread % kWarp == 1 && kPeerReads) empty_of_peer.arrive(stage);
+    if (thread % kWarp == 1 && arrives) empty_of_peer.arrive(stage);
     if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) empty_of_peer.arrive(stage);
   }
   for (int step = kSteps; step < kSteps + kStages && thread == 0; ++step) {
@@ -253,9 +257,11 @@ TEST(mistakes_between_pairs_are_found_under_each_schedule) {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kTooMany = "more arrivals in a phase";
   constexpr const char *kOverwritten = "where another tile is still in flight", *kWrong = "wrong";
   EXPECT(is_found_in_pairs<PairMistake::peer_is_not_waited_for>({kOverwritten, kTooMany, kDeadlock, kWrong}));
+  EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_few>({kDeadlock}));
   EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_many>(
       {kTooMany, kOverwritten, "arrives twice in a phase", "has missed a phase"}));
   EXPECT(is_found_in_pairs<PairMistake::half_is_for_one_block>({kDeadlock}));
+  EXPECT(is_found_in_pairs<PairMistake::half_of_the_bytes_is_expected>({kOverwritten, kTooMany, kDeadlock, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::both_load_the_same_half>({kOverwritten, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::no_barrier_before_use>(
       {"no barrier of the cluster has completed since it was published", "was not initialized"}));
