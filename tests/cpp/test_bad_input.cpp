@@ -7,22 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "expect_refused.h"
 #include "layer.h"
 #include "parameter.h"
 #include "qlora_native/qlora_native.h"
 
 namespace {
-
-void expect_refused(const std::string& argument, const std::function<void()>& call) {
-  std::string named, message;
-  try {
-    call();
-  } catch (const qn::Error& error) {
-    named = error.argument(), message = error.what();
-  }
-  EXPECT(named == argument && message.rfind(argument + ": expected ", 0) == 0);
-  if (named != argument) std::printf("  expected an error about %s\n", argument.c_str());
-}
 
 // A change of the arguments of an operation, and the argument that its error names: BAD(field, value) is that of one
 // field, which the error names or, by BAD_FOR(argument, field, value), another argument.
@@ -34,6 +24,7 @@ struct Bad {
 #define BAD_FOR(argument, field, value) {argument, [&](auto& args) { args.field = value; }}
 #define BAD(field, value) BAD_FOR(#field, field, value)
 
+using ::expect_refused;
 template <class Args>
 void expect_refused(const Args& args, void (*operation)(const Args&, const qn::Stream&),
                     const std::vector<Bad<Args>>& all) {

@@ -14,6 +14,7 @@
 #include "common/layout.h"
 #include "cpu/isa/scalar/reference.h"
 #include "expect.h"
+#include "expect_refused.h"
 #include "isa_is_here.h"
 #include "pool.h"
 #include "qlora_native/qlora_native.h"
@@ -310,6 +311,16 @@ void test_diagonal_factor_gives_the_nearest_levels(const WeightShape& shape, con
 }
 
 // ---- bad input ----
+
+// A call of an operation with arguments that differ from `args` by an edit.
+template <class Args, class Operation, class Edit>
+auto change(Args args, Operation operation, Edit edit) {
+  return [=] {
+    Args changed = args;
+    edit(changed);
+    operation(changed, qn::Stream{});
+  };
+}
 
 TEST(bad_arguments_are_refused) {
   const Format format{"nf4", 4, {qn::kNf4.begin(), qn::kNf4.end()}};
