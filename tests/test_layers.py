@@ -164,7 +164,7 @@ MAY_IMPORT = {
     "integrations.peft": (*LAYERS, "nn"),
     "integrations.transformers": (*LAYERS, "nn", "integrations.peft"),
     "integrations.bitsandbytes": (*LAYERS, "nn", "integrations.peft", "integrations.transformers"),
-    "convert": (*LAYERS, "integrations.transformers"),
+    "convert": (*LAYERS, "_calibrate", "integrations.transformers"),
     "integrations": (*LAYERS, "convert", "integrations.fuse", "integrations.peft", "integrations.bitsandbytes"),
     "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
     "__init__": ("_core", "_calibrate", "functional", "nn", "optim", "_loader", "integrations.fuse"),

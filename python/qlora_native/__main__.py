@@ -89,6 +89,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for command in (merge, quantize):
         command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
         command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
+        command.add_argument(
+            "--calibrate",
+            type=Path,
+            metavar="FILE",
+            help="choose the 4-bit weights by text of the kind that the model will see: a file of it, or .jsonl with a "
+            '"prompt" and a "response" in each line',
+        )
         command.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, in 4 bits")
     _add_export(commands)
     args = parser.parse_args(argv)
@@ -131,7 +138,15 @@ def convert(args: argparse.Namespace) -> Any:
 
         source = args.model if args.command == "export" else args.base
         double_quant = not getattr(args, "no_double_quant", True)
-        return merge.convert(source, args.out, getattr(args, "adapter", None), args.to, args.blocksize, double_quant)
+        return merge.convert(
+            source,
+            args.out,
+            getattr(args, "adapter", None),
+            args.to,
+            args.blocksize,
+            double_quant,
+            calibrate=getattr(args, "calibrate", None),
+        )
     from .convert import gguf
 
     if args.model is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._core.errors import bad, bad_type
@@ -29,21 +28,28 @@ class Layers:
             each, in order; then only whole passes are possible.
     """
 
-    def __init__(self, model: nn.Module, batches: list[dict[str, Any]], wanted: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[dict[str, Any]],
+        wanted: Iterable[nn.Module],
+        prepare: Callable[[list[nn.Module]], None] | None = None,
+    ) -> None:
         """Find the layers.
 
         Args:
             model: the model.
             batches: the keyword arguments of its calls.
             wanted: the modules whose inputs will be observed; the list that holds most of them is taken.
+            prepare: is called with the layers before any of them is run.
         """
         self._model, self._batches = model, batches
         self._inputs: list[Tensor] = []  # of the next layer, for each batch
         self._tails: list[tuple[Any, ...] | None] = []  # what a layer returned beside its output; None: a bare tensor
         self._next = 0
-        self.modules: list[nn.Module] = self._find({id(module) for module in wanted})
+        self.modules: list[nn.Module] = self._find({id(module) for module in wanted}, prepare)
 
-    def _find(self, wanted: set[int]) -> list[nn.Module]:
+    def _find(self, wanted: set[int], prepare: Callable[[list[nn.Module]], None] | None) -> list[nn.Module]:
         def held(layers: nn.ModuleList) -> int:
             return sum(id(module) in wanted for module in layers.modules())
 
@@ -51,6 +57,8 @@ class Layers:
         found = list(max(lists, key=held, default=()))  # of nested lists, the outermost
         if not found or not held(nn.ModuleList(found)):
             return []
+        if prepare is not None:
+            prepare(found)
         called: list[nn.Module] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -69,6 +77,17 @@ class Layers:
         """Call the model with each batch."""
         for batch in self._batches if batches is None else batches:
             self._model(**batch)
+
+    @property
+    def inputs(self) -> list[Tensor] | None:
+        """The inputs of the next layer, for each batch; None if layers hand on more than their output."""
+        return self._inputs if all(tail is None for tail in self._tails) else None
+
+    def resume(self, index: int, inputs: list[Tensor]) -> None:
+        """Go on with layer `index` and its inputs, as they were when the layers before it had been run."""
+        if len(inputs) != len(self._batches):
+            raise bad("inputs", f"those of {len(self._batches)} batches", len(inputs))
+        self._next, self._inputs, self._tails = index, inputs, [None] * len(inputs)
 
     def run(self, index: int, *, advance: bool) -> Iterator[int]:
         """Run layer `index` over all batches, and yield the number of each before it is run.
@@ -143,7 +162,6 @@ def checked_batches(model: nn.Module, batches: Any) -> list[dict[str, Any]]:
     """
     if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
         raise bad_type("batches", "an iterable of tensors or mappings", type(batches).__name__)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     takes = inspect.signature(model.forward).parameters
     vocabulary = _vocabulary(model)
     made = []
@@ -153,7 +171,7 @@ def checked_batches(model: nn.Module, batches: Any) -> list[dict[str, Any]]:
             batch = {"input_ids": batch}
         elif not isinstance(batch, Mapping):
             raise bad_type(name, "a tensor or a mapping", type(batch).__name__)
-        arguments = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        arguments = dict(batch)
         arguments.pop("labels", None)
         ids = arguments.get("input_ids")
         if isinstance(ids, Tensor) and ids.numel():

@@ -114,9 +114,15 @@ class Calibration:
     """A calibration, stage by stage. Stages are run in order."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], skip: tuple[str, ...], options: Options, sequential: bool
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        skip: tuple[str, ...],
+        options: Options,
+        sequential: bool,
+        prepare: Callable[[list[nn.Module]], None] | None = None,
     ) -> None:
-        """Find the weights and the layers, and check the arguments."""
+        """Find the weights and the layers, and check the arguments. `prepare` is called before a layer is run."""
         for load in callbacks.load_integrations:
             load()
         self.report = CalibrationReport()
@@ -128,9 +134,9 @@ class Calibration:
         self._experts = list({id(each.module): each for each in found.experts}.values())
         for each in self._experts:
             each.check_shapes()
-        device = next(model.parameters()).device
-        if device.type != "cpu":
-            raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {device}")
+        others = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
+        if prepare is None and others:
+            raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {min(others)}")
         self._layer_of: dict[int, nn.Module] = {}  # the quantized layer, by the id of the one that it replaces
         self._undo: list[Callable[[], object]] = []
         self._modes = {module: module.training for module in model.modules()}
@@ -140,7 +146,7 @@ class Calibration:
             with torch.no_grad():
                 self._batches = checked_batches(model, batches)
                 wanted = [*map(model.get_submodule, self._names), *(each.module for each in self._experts)]
-                self._layers = Layers(model, self._batches, wanted)
+                self.layers = Layers(model, self._batches, wanted, prepare)
                 self._check_tokens()
                 self._check_memory()
         except BaseException:
@@ -150,14 +156,14 @@ class Calibration:
     def stages(self) -> list[Stage]:
         """The layers in order, and then what lies in none, or in several because it is shared."""
         layer_of: dict[int, int | None] = {}  # by the id of the module
-        for index, layer in enumerate(self._layers.modules):
+        for index, layer in enumerate(self.layers.modules):
             for module in layer.modules():
                 layer_of[id(module)] = None if id(module) in layer_of else index
         of_weight: dict[int, set[int | None]] = {}
         for name in self._names:
             module = self._model.get_submodule(name)
             of_weight.setdefault(id(module.weight), set()).add(layer_of.get(id(module)))
-        stages: dict[int | None, Stage] = {index: Stage(index) for index in range(len(self._layers.modules))}
+        stages: dict[int | None, Stage] = {index: Stage(index) for index in range(len(self.layers.modules))}
         for name in self._names:
             indices = of_weight[id(self._model.get_submodule(name).weight)]
             index = indices.copy().pop() if len(indices) == 1 else None
@@ -181,9 +187,9 @@ class Calibration:
             if stage.index is None:
                 for batch in self._batches:
                     inputs.begin(batch)
-                    self._layers.whole_pass([batch])
+                    self.layers.whole_pass([batch])
             elif modules or experts or not self._sequential:
-                for number in self._layers.run(stage.index, advance=not self._sequential):
+                for number in self.layers.run(stage.index, advance=not self._sequential):
                     inputs.begin(self._batches[number])
         self._quantize(inputs, modules)
         for name in stage.names:
@@ -192,7 +198,7 @@ class Calibration:
             q = self._quantized_experts(f"{each.path}.{name}", observed)
             setattr(each.module, name, Experts4bit.from_quantized(q, each.transposed).train(self._modes[each.module]))
         if stage.index is not None and self._sequential:
-            for _ in self._layers.run(stage.index, advance=True):
+            for _ in self.layers.run(stage.index, advance=True):
                 pass
 
     def _quantize(self, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:

@@ -29,6 +29,7 @@ class Adapter:
     """An adapter from a folder, over the model that it was trained for.
 
     Attributes:
+        folder: where it is.
         config: what its adapter_config.json has.
         model: the model that it makes of the base: with its vocabulary, and with the ties that it leaves.
         changes: {name of a tensor of the model: its changes, each with the name that its layer has for the tensor};
@@ -47,6 +48,7 @@ class Adapter:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: expected a file that PEFT saved, found none")
         config, weights = (file_inside(folder, name) for name in names)
+        self.folder = folder
         self.config: dict[str, Any] = parse_object(config.read_bytes(), str(config))
         known = peft_config(self.config)
         tensors = read_tensors(weights)

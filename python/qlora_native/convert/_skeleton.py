@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +131,11 @@ class Skeleton:
     def model(self) -> nn.Module:
         """A copy of the model, without values, that may be changed."""
         return copy.deepcopy(self._model)
+
+    def without_values(self) -> nn.Module:
+        """A new model: its parameters are on the meta device, and its buffers have their values."""
+        with parameters_on_meta():
+            return type(self._model)(self.config).eval()
 
     def name_of(self, name: str) -> str:
         """The name in the model of the file's tensor `name`."""
@@ -282,6 +289,23 @@ class Skeleton:
     def module(self, path: str) -> nn.Module:
         """The module at `path`, without values."""
         return self._model.get_submodule(path)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Make modules whose parameters are on the meta device, and whose buffers have their values."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def _belonging(names: set[str], tensors: set[str]) -> set[str]:

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
 from .._core.errors import bad, dtype_name
 from .._core.progress import Progress
 from ..integrations.transformers._quantizer import BitsAndBytesConfig
 from . import _compressed_tensors as compressed_tensors
 from ._adapters import Adapter
+from ._calibration import CalibratedWeights, digest, read_texts
 from ._checkpoints import Checkpoint, other_files, rounded, write_shards
 from ._report import Report
 from ._skeleton import Skeleton
@@ -60,6 +62,7 @@ def convert(
     blocksize: int = 64,
     double_quant: bool = True,
     progress: bool = True,
+    calibrate: str | Path | None = None,
 ) -> Report:
     """Convert the model of `base`, with `adapter` merged into it, and write it to the new folder `out`.
 
@@ -76,6 +79,9 @@ def convert(
             format of compressed-tensors, which has no double quantization and needs rows of whole blocks.
         progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
             then.
+        calibrate: a file of text of the kind that the model will see, or JSON Lines with a "prompt" and a "response" in
+            each line. "nf4" and "fp4" weights are chosen by it, as by `qlora_native.calibrate`: the model is run layer
+            by layer in the folder `.<out>.calibration` beside `out`, with which an interrupted run goes on.
 
     Returns:
         What was done, and the error of rounding.
@@ -88,6 +94,8 @@ def convert(
     if to is not None and to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
     target = None if to is None else TARGETS[to]
+    if calibrate is not None and to not in ("nf4", "fp4"):
+        raise bad("calibrate", "a file with nf4 or fp4 alone", f"one with {to or 'no format'}")
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     model = Skeleton(checkpoint)
@@ -98,6 +106,8 @@ def convert(
         loaded = Adapter(adapter, model)
     conversion = _Conversion(checkpoint, model, loaded, target, blocksize, double_quant)
     conversion.check(there)
+    if calibrate is not None:
+        conversion.calibrate(calibrate, Path(out), progress)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
@@ -116,6 +126,13 @@ def convert(
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(conversion.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     conversion.note_dtypes()
+    if conversion.calibrated is not None:
+        conversion.calibrated.remove()
+    elif loaded is not None and to in ("nf4", "fp4") and (lost := conversion.report.error_of_delta) is not None:
+        conversion.report.notes.append(
+            f"rounding to 4 bits moved the weights {lost:.1f} times as far as the adapter did, so much of what it had "
+            "learned may be lost: --calibrate FILE keeps it, and so does --to bf16 (docs/quality.md)"
+        )
     return conversion.report
 
 
@@ -129,6 +146,7 @@ class _Conversion:
     target: torch.dtype | str | None
     blocksize: int
     double_quant: bool
+    calibrated: CalibratedWeights | None = None
     report: Report = field(default_factory=Report)
     others: list[Path] = field(default_factory=list)  # files to copy: tokenizer, generation config, ...
     # {name: names that it is tied to in the base, which the files do not have}: those that get tensors of their own ...
@@ -151,6 +169,39 @@ class _Conversion:
     def packed(self) -> bool:
         """Whether the format is written as in compressed-tensors, and not as in bitsandbytes."""
         return self.format in compressed_tensors.MAX_CODES
+
+    def calibrate(self, path: str | Path, out: Path, progress: bool) -> None:
+        """Choose the weights of the layers that are quantized by the text of a file."""
+        model = self.model if self.adapter is None else self.adapter.model
+        if model.stacks():
+            raise bad("calibrate", "a model without experts (in memory qn.calibrate takes them)", model.architecture)
+        files = model.file_names(self.checkpoint)
+
+        def value(own: str) -> Tensor:
+            source = next((files[name] for name in (own, *sorted(model.tied(own))) if name in files), None)
+            if source is None or model.is_transposed(own):
+                raise bad("calibrate", f"files with {own} as the model has it (or qn.calibrate, in memory)", "others")
+            base = self.checkpoint.dense(source)
+            adapted = self.adapter is not None and own in self.adapter.names
+            return (self.adapter.merged(own, base)[0] if adapted else base).to(model.dtype, copy=True)
+
+        texts = read_texts(
+            path, self.checkpoint.folder, max(model.shape(f"{name}.weight")[1] for name in model.linears)
+        )
+        options = Options(self.format, self.blocksize, self.double_quant, None)
+        run = {
+            "base": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._sources()],
+            "format": [self.format, self.blocksize, self.double_quant],
+            "texts": digest(texts),
+        }
+        self.calibrated = CalibratedWeights(out.absolute().with_name(f".{out.name}.calibration"))
+        self.calibrated.make(model.without_values(), value, model.linears, texts, options, run, progress)
+        self.report.notes.append(str(self.calibrated.report))
+
+    def _sources(self) -> list[Path]:
+        """The files whose tensors are converted."""
+        files = [self.checkpoint.folder / name for name in self.checkpoint.shards]
+        return files + ([] if self.adapter is None else [self.adapter.folder / "adapter_model.safetensors"])
 
     def quantization_config(self) -> dict[str, Any]:
         """The quantization_config of config.json."""
@@ -231,7 +282,7 @@ class _Conversion:
         adapted = self.adapter is not None and own in self.adapter.names
         quantized = self.checkpoint.quantized(name)
         quantize = self.format is not None and kind == "weight" and path in self.model.linears
-        if quantize and quantized and not adapted:
+        if quantize and quantized and not adapted and self.calibrated is None:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
                 return q.to_bitsandbytes(key.removesuffix("weight"))  # unchanged bytes
@@ -244,7 +295,7 @@ class _Conversion:
             return {key: self._rounded(name, own, weight, base, trained)}
         weight = weight.t() if transposed else weight
         try:
-            q = functional.quantize(weight, *self._options())
+            q = functional.quantize(weight, *self._options()) if self.calibrated is None else self.calibrated[path]
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
         if self.packed:

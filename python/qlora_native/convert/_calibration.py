@@ -1,0 +1,280 @@
+"""Calibrate the weights of a checkpoint: its model is run layer by layer, and memory holds one layer at a time.
+
+What is done stays in a folder beside the result until the result is complete: the quantized weights of each layer, and
+the inputs of the next one. A run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from .._calibrate.model import ENOUGH, Calibration
+from .._calibrate.report import CalibrationReport
+from .._calibrate.weight import Options
+from .._core.errors import bad
+from .._core.progress import Progress
+from .._core.weight import QuantizedWeight
+
+SEQUENCE, BATCH = 512, 4  # tokens of a sequence, and sequences that are run together
+_TENSORS = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code")
+
+
+class CalibratedWeights:
+    """The quantized weights of a checkpoint's linear layers, in files of a folder of their own.
+
+    Attributes:
+        report: what was done. After an interruption it has only what this run has done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Use a folder, which need not exist yet."""
+        self.folder = folder
+        self.report = CalibrationReport()
+        self._file_of: dict[str, Path] = {}
+
+    def make(
+        self,
+        model: nn.Module,
+        value: Callable[[str], Tensor],
+        linears: set[str],
+        texts: list[Tensor],
+        options: Options,
+        run: dict[str, Any],
+        progress: bool,
+    ) -> None:
+        """Calibrate, or go on with it.
+
+        Args:
+            model: the model. The parameters of its layers are on the meta device; all others have their values.
+            value: returns the value of a parameter by its name in the model.
+            linears: the paths of the layers to quantize.
+            texts: token ids [B, T].
+            options: the format.
+            run: what a run that goes on must have in common with the one that was interrupted.
+            progress: show it on stderr.
+        """
+        skip = tuple(name for name, module in model.named_modules() if _is_linear(module) and name not in linears)
+        loader = _Loader(model, value)
+        calibration = Calibration(model, texts, skip, options, sequential=True, prepare=loader.attach)
+        stages = calibration.stages()
+        found = {name for stage in stages if stage.index is not None for name in stage.names}
+        if left := sorted(linears - found):
+            raise bad(f"calibrate: {left[0]}", "a linear layer in one of the model's layers", "another (qn.calibrate)")
+        text = json.dumps(run, sort_keys=True)
+        start = self._begin(text, calibration)
+        for stage in Progress(len(stages) - start, progress, "calibrate", "layer").over(stages[start:]):
+            calibration.run(stage)
+            weights = {name: model.get_submodule(name).quantized_weight for name in stage.names}
+            self._save(stage.index, weights, calibration.layers.inputs)
+        self.report = calibration.report
+
+    def __getitem__(self, path: str) -> QuantizedWeight:
+        """The weight of the layer at `path`."""
+        with safe_open(self._file_of[path], framework="pt") as file:
+            described = json.loads(file.metadata()[path])
+            there = set(file.keys())
+            tensors = {
+                name: file.get_tensor(f"{path}.{name}") if f"{path}.{name}" in there else None for name in _TENSORS
+            }
+        described |= {"shape": tuple(described["shape"]), "dtype": getattr(torch, described["dtype"])}
+        if tensors["offset"] is not None:
+            tensors["offset"] = tensors["offset"].reshape(())
+        return QuantizedWeight(**tensors, **described)
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _begin(self, run: str, calibration: Calibration) -> int:
+        """Make the folder, or go on with the run of one. Returns the layers that are done."""
+        description = self.folder / "run.json"
+        if not description.is_file() or description.read_text(encoding="utf-8") != run:
+            self.remove()
+            self.folder.mkdir(parents=True)
+            with _replaced(description) as path:
+                path.write_text(run, encoding="utf-8")
+        done = 0
+        while self._weights_file(done).is_file():
+            done += 1
+        while done > 0 and not self._inputs_file(done - 1).is_file():
+            done -= 1
+        for index in range(done):
+            self._note(self._weights_file(index))
+        if done > 0:
+            with safe_open(self._inputs_file(done - 1), framework="pt") as file:
+                calibration.layers.resume(done, [file.get_tensor(str(i)) for i in range(len(file.keys()))])
+        return done
+
+    def _save(self, index: int, weights: dict[str, QuantizedWeight], inputs: list[Tensor] | None) -> None:
+        """Write the weights of a layer and the inputs of the next one, each whole or not at all."""
+        tensors, described = {}, {}
+        for path, q in weights.items():
+            others = {field.name: getattr(q, field.name) for field in fields(q) if field.name not in _TENSORS}
+            described[path] = json.dumps(others | {"dtype": str(q.dtype).removeprefix("torch.")})
+            values = {name: getattr(q, name) for name in _TENSORS}
+            tensors |= {
+                f"{path}.{name}": value.detach().reshape(-1) if name == "offset" else value.detach()
+                for name, value in values.items()
+                if value is not None
+            }
+        file = self._weights_file(index)
+        with _replaced(file) as path:
+            save_file(tensors, path, metadata=described)
+        if inputs is not None:
+            with _replaced(self._inputs_file(index)) as path:
+                save_file({str(i): each.contiguous() for i, each in enumerate(inputs)}, path)
+        if index > 0:
+            self._inputs_file(index - 1).unlink(missing_ok=True)
+        self._note(file)
+
+    def _note(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            self._file_of |= dict.fromkeys(opened.metadata() or {}, file)
+
+    def _weights_file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05}.safetensors"
+
+    def _inputs_file(self, index: int) -> Path:
+        return self.folder / f"inputs-{index:05}.safetensors"
+
+
+class _Loader:
+    """Gives the layer that is called its values, and takes them from the one that was called before."""
+
+    def __init__(self, model: nn.Module, value: Callable[[str], Tensor]) -> None:
+        self._model, self._value = model, value
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._loaded: nn.Module | None = None
+        self._parameters: list[tuple[nn.Module, str]] = []
+
+    def attach(self, layers: list[nn.Module]) -> None:
+        """Load all parameters that are in no layer, and let each layer be loaded when it is called."""
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        for name, module in self._model.named_modules():
+            for own, parameter in module._parameters.items() if id(module) not in inside else ():
+                if parameter is not None:
+                    full = f"{name}.{own}" if name else own
+                    module._parameters[own] = nn.Parameter(self._value(full), requires_grad=False)
+        for layer in layers:
+            layer.forward = self._loading(layer, layer.forward)
+
+    def _loading(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def load_and_run(*args: Any, **kwargs: Any) -> Any:
+            if layer is not self._loaded:
+                self._free()
+                self._load(layer)
+            return forward(*args, **kwargs)
+
+        return load_and_run
+
+    def _load(self, layer: nn.Module) -> None:
+        path = self._names[id(layer)]
+        for name, module in layer.named_modules():
+            for own, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.is_meta:
+                    full = ".".join(part for part in (path, name, own) if part)
+                    module._parameters[own] = nn.Parameter(self._value(full), requires_grad=False)
+                    self._parameters.append((module, own))
+        self._loaded = layer
+
+    def _free(self) -> None:
+        """Take the values away, also from the layers that have been replaced, and what has replaced them."""
+        if self._loaded is not None:
+            for module, own in self._parameters:
+                module._parameters[own] = nn.Parameter(module._parameters[own].to("meta"), requires_grad=False)
+            for module in self._loaded.modules():
+                for own, parameter in module._parameters.items():
+                    if parameter is not None and not parameter.is_meta:
+                        module._parameters[own] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self._parameters, self._loaded = [], None
+
+
+def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
+    """Token ids [B, SEQUENCE] of a file, as many as are enough.
+
+    Args:
+        path: text, or JSON Lines (`.jsonl`) with a "prompt" and a "response" in each line, as examples/finetune.py
+            takes them; these are written in the tokenizer's chat template.
+        folder: of the tokenizer.
+        widest: the columns of the widest weight.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has something else, or there are fewer tokens than `widest`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"calibrate: expected a file of text, found none at {path}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise bad(f"calibrate: {path}", "text in UTF-8", str(error)) from None
+    parts = _pairs(path, text, tokenizer) if path.suffix == ".jsonl" else [text]
+    ids: list[int] = []
+    for part in parts:
+        ids += tokenizer(part, add_special_tokens=False).input_ids
+        if len(ids) >= ENOUGH * widest:
+            break
+    ids = ids[: ENOUGH * widest]
+    if len(ids) < max(widest, SEQUENCE):
+        enough = f"at least {max(widest, SEQUENCE)} tokens ({ENOUGH * widest} are enough)"
+        raise bad(f"calibrate: {path}", enough, len(ids))
+    whole = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
+    return list(whole.split(BATCH))
+
+
+def _pairs(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
+    """The texts of prompts and responses."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)
+            prompt, response = pair["prompt"], pair["response"]
+            if not isinstance(prompt, str) or not isinstance(response, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            expected = 'an object with texts "prompt" and "response"'
+            raise bad(f"calibrate: {path}:{number}", expected, line[:100]) from None
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            yield tokenizer.apply_chat_template(turns, tokenize=False)
+        else:
+            yield f"{tokenizer.bos_token or ''}{prompt}\n{response}{tokenizer.eos_token or ''}"
+
+
+def digest(texts: list[Tensor]) -> str:
+    """A number that other texts do not have."""
+    made = hashlib.sha256()
+    for each in texts:
+        made.update(each.numpy().tobytes())
+    return made.hexdigest()
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Yield another name to write a file under, which then takes the place of `path`."""
+    new = path.with_name(f".{path.name}.new")
+    yield new
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,190 @@
+"""Guards `quantize --calibrate` and `merge --calibrate`: they do what `calibrate` does in memory, a layer at a time."""
+
+import json
+import re
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import torch  # noqa: E402
+from models import tensors_of, tokenizer  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.convert import _calibration  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAYERS = 3
+WORDS = ["def", "return", "quantize", "layer", "weight", "the", "of", "scale", "(x)", ":\n"]
+
+
+def words(count):
+    random = torch.Generator().manual_seed(5)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=random))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama in shards, with a tokenizer; text; and an adapter."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    made = tokenizer([words(2000)])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(made), num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "model", max_shard_size="60KB")
+    made.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(words(3000))
+    pairs = [{"prompt": words(20), "response": words(20)} for _ in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def in_memory(folder, texts):
+    """The state dict of a model that `calibrate` has quantized."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    qn.calibrate(model, texts, progress=False)
+    model.save_pretrained(folder.with_name(f"{folder.name}-in-memory"))
+    return tensors_of(folder.with_name(f"{folder.name}-in-memory"))
+
+
+def assert_same_weights(folder, expected):
+    found = tensors_of(folder)
+    codes = [name for name in expected if name.endswith("_proj.weight")]
+    assert len(codes) == 7 * LAYERS
+    for name in codes:
+        for part in ("", ".absmax", ".nested_absmax", ".quant_map"):
+            assert torch.equal(found[name + part].view(-1), expected[name + part].view(-1)), name + part
+
+
+def calibrated(folder, out, text="text.txt", **options):
+    return convert(folder / "model", out, to="nf4", progress=False, calibrate=folder / text, **options)
+
+
+@pytest.mark.parametrize("text", ["text.txt", "pairs.jsonl"])
+def test_files_have_the_weights_that_calibrate_makes_in_memory(folder, tmp_path, text):
+    options = {"--model": folder / "model", "--out": tmp_path / "out", "--calibrate": folder / text}
+    main(["quantize", *(str(word) for option in options.items() for word in option)])
+    texts = _calibration.read_texts(folder / text, folder / "model", 96)
+    assert_same_weights(tmp_path / "out", in_memory(folder / "model", texts))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_merged_files_have_the_weights_that_calibrate_makes_of_the_merged_model(folder, tmp_path):
+    calibrated(folder, tmp_path / "out", adapter=folder / "adapter")
+    convert(folder / "model", tmp_path / "merged", adapter=folder / "adapter", to="bf16", progress=False)
+    texts = _calibration.read_texts(folder / "text.txt", folder / "model", 96)
+    assert_same_weights(tmp_path / "out", in_memory(tmp_path / "merged", texts))
+
+
+def test_merge_without_calibration_says_what_is_lost_and_what_to_type(folder, tmp_path):
+    plain = convert(folder / "model", tmp_path / "out", adapter=folder / "adapter", to="nf4", progress=False)
+    assert re.search(
+        r"rounding to 4 bits moved the weights \d+\.\d times as far .*: --calibrate FILE keeps", str(plain)
+    )
+    assert "--calibrate" not in str(calibrated(folder, tmp_path / "calibrated", adapter=folder / "adapter"))
+
+
+def test_stock_transformers_loads_the_files(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    report = calibrated(folder, tmp_path / "out")
+    assert f"calibrated {7 * LAYERS} of {7 * LAYERS} weights" in str(report)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch):
+    load, held = _calibration._Loader._load, []
+
+    def loaded(self, layer):
+        load(self, layer)
+        held.append([i for i, each in enumerate(self._model.model.layers) if not next(each.parameters()).is_meta])
+
+    monkeypatch.setattr(_calibration._Loader, "_load", loaded)
+    calibrated(folder, tmp_path / "out")
+    assert held == [[0], [1], [2], [0], [1], [2]]  # one pass with the first batch finds the layers
+
+
+@pytest.mark.parametrize("at", [0, 5, 7, 16, 20])
+def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(folder, tmp_path, monkeypatch, at):
+    from qlora_native._calibrate import model as module
+
+    calibrated(folder, tmp_path / "whole")
+    quantize, calls = module.calibrated, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return quantize(*args)
+
+    monkeypatch.setattr(module, "calibrated", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    calibrated(folder, tmp_path / "out")
+    assert len(calls) == at + 1 + 7 * (LAYERS - at // 7)
+    whole, again = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_run_with_other_text_does_not_go_on(folder, tmp_path, monkeypatch):
+    save = _calibration.CalibratedWeights._save
+
+    def interrupted(self, index, *args):
+        save(self, index, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_calibration.CalibratedWeights, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(folder, tmp_path / "out")
+    calibrated(folder, tmp_path / "out", "pairs.jsonl")
+    calibrated(folder, tmp_path / "whole", "pairs.jsonl")
+    whole, again = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected a file of text, found none at"),
+        ("too short", r"expected at least 512 tokens \(1536 are enough\), got \d+"),
+        (b"\xff\xfe\x00", "expected text in UTF-8"),
+    ],
+)
+def test_unusable_text_is_refused_in_one_sentence(folder, tmp_path, text, message):
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert(folder / "model", tmp_path / "out", to="nf4", progress=False, calibrate=path)
+    assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"prompt": "x", "response": 3}'])
+def test_bad_line_is_named(folder, tmp_path, line):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f'{{"prompt": "a", "response": "b"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"pairs.jsonl:2: expected an object with texts"):
+        convert(folder / "model", tmp_path / "out", to="nf4", progress=False, calibrate=path)
+
+
+@pytest.mark.parametrize("to", ["bf16", "int4", None])
+def test_format_that_is_not_calibrated_in_files_is_refused(folder, tmp_path, to):
+    with pytest.raises(ValueError, match="calibrate: expected a file with nf4 or fp4 alone, got"):
+        convert(folder / "model", tmp_path / "out", to=to, progress=False, calibrate=folder / "text.txt")
+
+
+def test_experts_are_refused_by_name(folder, tmp_path):
+    import moe
+
+    moe.make("mixtral", torch.bfloat16).save_pretrained(tmp_path / "experts")
+    with pytest.raises(ValueError, match=r"expected a model without experts \(in memory qn.calibrate takes them\)"):
+        convert(tmp_path / "experts", tmp_path / "out", to="nf4", progress=False, calibrate=folder / "text.txt")
