@@ -128,6 +128,23 @@ def load(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, dict[str, Any]
     return tokenizer, model, stored
 
 
+def calibration_batches(
+    args: argparse.Namespace, model: nn.Module, tokenizer: Any, pairs: list[dict[str, str]]
+) -> list[dict[str, Tensor]]:
+    """Batches of the pairs for qn.calibrate, with as many tokens as the model needs."""
+    widest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    made: list[dict[str, Tensor]] = []
+    tokens = 0
+    for batch in batches(encode(tokenizer, pairs, args.seq_len), len(pairs), args.batch_size, args.seed):
+        ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True)
+        mask = pad_sequence([torch.ones(len(e.ids), dtype=torch.long) for e in batch], batch_first=True)
+        made.append({"input_ids": ids, "attention_mask": mask})
+        tokens += int(mask.sum())
+        if tokens >= CALIBRATION_TOKENS * widest:
+            break
+    return made
+
+
 def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Path:
     """Quantize the model for texts such as the pairs, save it in --output, and return its folder.
 
@@ -140,15 +157,7 @@ def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Pa
         tokenizer, model, stored = load(args)
         if stored:
             raise SystemExit("--calibrate: expected a model in 16 bits, got one that is quantized already")
-        widest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
-        texts, tokens = [], 0
-        for batch in batches(encode(tokenizer, pairs, args.seq_len), len(pairs), args.batch_size, args.seed):
-            ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True)
-            mask = pad_sequence([torch.ones(len(e.ids), dtype=torch.long) for e in batch], batch_first=True)
-            texts.append({"input_ids": ids, "attention_mask": mask})
-            tokens += int(mask.sum())
-            if tokens >= CALIBRATION_TOKENS * widest:
-                break
+        texts = calibration_batches(args, model, tokenizer, pairs)
         options: dict[str, Any] = {"format": args.format or "nf4", "double_quant": not args.no_double_quant}
         print(qn.calibrate(model, texts, **options), flush=True)
         with replaced(folder) as new:

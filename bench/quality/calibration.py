@@ -4,11 +4,13 @@
 
 Before the fine-tune the loss is measured on three kinds of text: pairs that were held out, of the kind that calibrated;
 English of another kind, which are the pages of this project; and another language, which are the French manual pages of
-Debian's package manpages-fr, if it is installed. After the fine-tune it is measured on the held-out pairs.
+Debian's package manpages-fr, if it is installed. After the fine-tune it is measured on the held-out pairs, and again
+after the adapter is merged: into 16 bits, and into NF4 by plain rounding and by calibration.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import gzip
 import itertools
@@ -16,6 +18,7 @@ import statistics
 from pathlib import Path
 
 import finetune
+import qlora_native as qn
 import torch
 import training
 from torch import nn
@@ -47,13 +50,16 @@ def loss_on(model: nn.Module, ids: torch.Tensor) -> float:
     return statistics.mean(losses)
 
 
+def training_pairs() -> list[dict[str, str]]:
+    """The pairs that are not held out."""
+    return training.split(training.read_pairs(None), training.SPLIT_SEED)[0]
+
+
 @functools.cache
 def calibrated_folder() -> Path:
     """The base that examples/finetune.py --calibrate saves."""
-    folder = training.ROOT / "out/quality/calibrated"
-    args = finetune.arguments(["--calibrate", "--resume", "--output", str(folder)])
-    pairs = training.split(training.read_pairs(None), training.SPLIT_SEED)[0]
-    return finetune.save_calibrated(args, pairs)
+    args = finetune.arguments(["--calibrate", "--resume", "--output", str(training.ROOT / "out/quality/calibrated")])
+    return finetune.save_calibrated(args, training_pairs())
 
 
 def base(name: str) -> nn.Module:
@@ -71,12 +77,38 @@ def losses_before(name: str) -> dict[str, float]:
     return {kind: loss_on(model, ids) for kind in TEXTS if (ids := text(kind)) is not None}
 
 
+def merged_losses(model: nn.Module) -> dict[str, float]:
+    """{how: held-out loss of the model with its adapter merged}."""
+    args = finetune.arguments([])
+    tokenizer = training.step.tokenizer()
+    held_pairs = training.split(training.read_pairs(None), training.SPLIT_SEED)[1]
+    held = training.encode(tokenizer, held_pairs[: training.EVAL_PAIRS], args.seq_len)
+    merged = training.base()
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            weight = layer.get_base_layer().dequantize(torch.float32)
+            merged.get_submodule(name).weight.data = (weight + layer.get_delta_weight("default")).to(torch.bfloat16)
+
+    def loss_of(dense: nn.Module) -> float:
+        return finetune.held_out_loss(training.Unwrapped(dense), held, BATCH_SIZE)
+
+    losses = {"16 bits": loss_of(merged)}
+    plain = qn.nn.quantize_model(copy.deepcopy(merged), progress=False, **training.NF4)
+    losses["plain"] = loss_of(plain)
+    qn.calibrate(merged, finetune.calibration_batches(args, merged, tokenizer, training_pairs()), progress=False)
+    return losses | {"calibrated": loss_of(merged)}
+
+
 def run(base_is: str, seed: int, steps: int) -> dict[str, object]:
-    """Train and measure."""
-    done = training.fine_tune(
-        lambda args: training.lora(base(base_is), args), seed=seed, steps=steps, batch_size=BATCH_SIZE
-    )
-    return losses_before(base_is) | done
+    """Train, measure, merge and measure again."""
+    made = []
+
+    def build(args: object) -> nn.Module:
+        made.append(training.lora(base(base_is), args))
+        return made[0]
+
+    done = losses_before(base_is) | training.fine_tune(build, seed=seed, steps=steps, batch_size=BATCH_SIZE)
+    return done | ({} if base_is == "bf16" else {"merged": merged_losses(made[0])})
 
 
 def table(found: dict) -> str:
@@ -97,11 +129,22 @@ def table(found: dict) -> str:
         dense, plain = losses["bf16", column], losses["nf4", column]
         return f"{loss:.3f} ({(loss - dense) / (plain - dense):.0%})"
 
+    def kept(name: str, how: str) -> str:
+        """The loss after a merge, and how much of what training gained is kept."""
+        parts = [(done["before"] - done["merged"][how]) / (done["before"] - done["after"]) for done in runs[name]]
+        loss = statistics.mean(done["merged"][how] for done in runs[name])
+        return f"{loss:.3f} ({statistics.mean(parts):.0%}; worst {min(parts):.0%})"
+
     header = ("linears in", *(f"before: {kinds[kind]} ({kind})" for kind in columns[:-2]))
+    header = (*header, "before: the same kind", f"after the fine-tune, mean of {len(runs['nf4'])} seeds")
     rows = [(name, *(cell(name, column) for column in columns)) for name in BASES if runs[name]]
     note = "In parentheses: the part of the gap between NF4 and 16 bits that is left."
-    header = (*header, "before: the same kind", f"after the fine-tune, mean of {len(runs['nf4'])} seeds")
-    return f"{training.provenance(found)} {note}\n\n{tables.table(header, rows)}"
+    merges = ("16 bits", "plain", "calibrated")
+    merge_header = ("trained over", "merged into NF4 by plain rounding", "by calibration", "merged into 16 bits")
+    merge_rows = [(name, *(kept(name, how) for how in (*merges[1:], merges[0]))) for name in BASES[1:] if runs[name]]
+    kept_note = "The adapter merged. In parentheses: how much of what training gained is kept."
+    tables_of = (tables.table(header, rows), kept_note, tables.table(merge_header, merge_rows))
+    return "\n\n".join((f"{training.provenance(found)} {note}", *tables_of))
 
 
 if __name__ == "__main__":
