@@ -130,10 +130,13 @@ class Calibration:
         found = find(model, skip, strict=False, embeddings=False)
         if not found.names and not found.experts:
             raise bad("model", "nn.Linear layers to quantize", "a model without any")
+        for each in found.unknown:
+            if each.is_stack:
+                warnings.warn(f"calibrate: {each}", stacklevel=3)
         self._names = found.names
         self._experts = list({id(each.module): each for each in found.experts}.values())
-        for each in self._experts:
-            each.check_shapes()
+        for experts in self._experts:
+            experts.check_shapes()
         others = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
         if prepare is None and others:
             raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {min(others)}")
