@@ -31,7 +31,11 @@ def step():
     return {"algorithm": "adamw", **lists, "steps": steps, "group_sizes": [1], **numbers, **one, **rates}
 
 
-CALLS = {"cross_entropy_": loss, "optimizer_8bit_step": step}
+def gram():
+    return {"gram": torch.zeros(V, V), "x": torch.ones(ROWS, V)}
+
+
+CALLS = {"cross_entropy_": loss, "gram": gram, "optimizer_8bit_step": step}
 
 
 def written(op):
