@@ -17,11 +17,11 @@ import itertools
 import statistics
 from pathlib import Path
 
-import finetune
 import qlora_native as qn
 import torch
 import training
 from torch import nn
+from training import finetune
 
 import tables
 
@@ -38,7 +38,7 @@ def text(name: str) -> torch.Tensor | None:
     if name == "English":
         parts = [path.read_text(encoding="utf-8") for path in sorted((training.ROOT / "docs").glob("*.md"))]
     else:
-        parts = [gzip.decompress(path.read_bytes()).decode() for path in sorted(FRENCH.glob("*.gz"))]
+        parts = [gzip.decompress(path.read_bytes()).decode() for path in sorted(FRENCH.glob("*.gz")) if path.is_file()]
     ids = training.step.tokenizer()("\n".join(parts), add_special_tokens=False).input_ids[:TOKENS]
     return torch.tensor(ids).view(-1, SEQUENCE) if len(ids) == TOKENS else None
 
@@ -143,7 +143,7 @@ def table(found: dict) -> str:
     merge_header = ("trained over", "merged into NF4 by plain rounding", "by calibration", "merged into 16 bits")
     merge_rows = [(name, *(kept(name, how) for how in (*merges[1:], merges[0]))) for name in BASES[1:] if runs[name]]
     kept_note = "The adapter merged. In parentheses: how much of what training gained is kept."
-    tables_of = (tables.table(header, rows), kept_note, tables.table(merge_header, merge_rows))
+    tables_of = (tables.table(header, rows).rstrip(), kept_note, tables.table(merge_header, merge_rows))
     return "\n\n".join((f"{training.provenance(found)} {note}", *tables_of))
 
 
