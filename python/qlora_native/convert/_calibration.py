@@ -67,7 +67,9 @@ class CalibratedWeights:
             run: what a run that goes on must have in common with the one that was interrupted.
             progress: show it on stderr.
         """
-        skip = tuple(name for name, module in model.named_modules() if _is_linear(module) and name not in linears)
+        skip = tuple(
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears
+        )
         loader = _Loader(model, value)
         calibration = Calibration(model, texts, skip, options, sequential=True, prepare=loader.attach)
         stages = calibration.stages()
@@ -274,7 +276,3 @@ def _replaced(path: Path) -> Iterator[Path]:
     with new.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(new, path)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
