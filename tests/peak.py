@@ -9,7 +9,7 @@ import process
 import pytest
 import torch
 
-# What is freed returns to the system at once, so that the next one does not live on what this one has freed.
+# Freed memory returns to the system at once, so that the next call does not live on what this one has freed.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
 PROGRAM = """
 import ctypes, gc, threading, time, torch

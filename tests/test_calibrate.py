@@ -150,7 +150,7 @@ def test_model_is_nearer_to_its_16_bits_than_by_plain_rounding(family, sequentia
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_bits_do_not_depend_on_the_number_of_threads(threads):
+def test_bits_are_the_same_for_any_number_of_threads(threads):
     models = [make("llama", dtype=torch.bfloat16) for _ in range(2)]
     before = torch.get_num_threads()
     try:
@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_padding_does_not_count():
+def test_rows_within_the_mask_alone_count():
     padded, plain = make("llama"), make("llama")
     text = batches(8)
     mask = torch.ones(4, 16, dtype=torch.long)
@@ -309,7 +309,7 @@ def test_matrix_that_is_singular_is_damped():
     assert factored(torch.zeros(8, 8)) is None
 
 
-def test_memory_that_does_not_suffice_is_said_before_it_starts(monkeypatch):
+def test_lack_of_memory_is_said_before_it_starts(monkeypatch):
     from qlora_native._calibrate import model as module
 
     model, given = small()

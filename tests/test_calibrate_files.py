@@ -82,7 +82,7 @@ def test_merged_files_have_the_weights_that_calibrate_makes_of_the_merged_model(
     assert_same_weights(tmp_path / "out", in_memory(tmp_path / "merged", texts))
 
 
-def test_merge_without_calibration_says_what_is_lost_and_what_to_type(folder, tmp_path):
+def test_plain_merge_says_what_is_lost_and_what_to_type(folder, tmp_path):
     plain = convert(folder / "model", tmp_path / "out", adapter=folder / "adapter", to="nf4", progress=False)
     assert re.search(
         r"rounding to 4 bits moved the weights \d+\.\d times as far .*: --calibrate FILE keeps", str(plain)
@@ -134,7 +134,7 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(folder, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
-def test_run_with_other_text_does_not_go_on(folder, tmp_path, monkeypatch):
+def test_run_with_other_text_begins_anew(folder, tmp_path, monkeypatch):
     save = _calibration.CalibratedWeights._save
 
     def interrupted(self, index, *args):
@@ -177,7 +177,7 @@ def test_bad_line_is_named(folder, tmp_path, line):
 
 
 @pytest.mark.parametrize("to", ["bf16", "int4", None])
-def test_format_that_is_not_calibrated_in_files_is_refused(folder, tmp_path, to):
+def test_format_that_only_memory_calibrates_is_refused(folder, tmp_path, to):
     with pytest.raises(ValueError, match="calibrate: expected a file with nf4 or fp4 alone, got"):
         convert(folder / "model", tmp_path / "out", to=to, progress=False, calibrate=folder / "text.txt")
 

@@ -10,7 +10,7 @@
 namespace qlora_native {
 namespace {
 
-// What is the same in both operations on a weight.
+// Checks the arguments that both operations on a weight have.
 template <class Args>
 void check_blocks(const Args& args, const Stream& stream) {
   check(args.N >= 1, "N", ">= 1", args.N);

@@ -160,7 +160,7 @@ void test_weighted_scales(const WeightShape& shape, const Format& format) {
     expect_scales_of_reference(other, scales);
   }
 
-  // Where no element of a block is important, all are; and the unit of neither operand matters.
+  // A block without important elements takes all as equally important, and the unit of neither operand matters.
   std::vector<float> equal(weight.importance.size(), 2.0f);
   weight.importance.swap(equal);
   expect_scales_of_reference(args_of(weight, format, scales), scales);

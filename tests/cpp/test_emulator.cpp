@@ -291,7 +291,7 @@ TEST(workspace_begins_as_nan_or_as_raised_flags) {
   unsetenv("QLN_SCHEDULE");
 }
 
-// Where a table of 256 rows may begin depends on where the shared memory of a block begins.
+// The place of a table of 256 rows depends on the address at which the shared memory of a block begins.
 __global__ void rows_kernel(std::uint32_t* bytes_to_rows) {
   if (thread_index() > 0) return;
   bytes_to_rows[block_index()] =

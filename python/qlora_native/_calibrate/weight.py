@@ -82,11 +82,12 @@ def factored(gram: Tensor) -> Factored | None:
         if not failed:
             upper = lower.flip(0, 1)
             identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            exact = torch.linalg.solve_triangular(upper, identity, upper=True)
             importance = torch.empty_like(diagonal)
-            importance[order] = factor.diagonal() ** -2.0
-            if all(end.isfinite() for end in factor.float().aminmax()):
-                return Factored(order, factor.float().contiguous(), importance.float())
+            importance[order] = exact.diagonal() ** -2.0
+            factor = exact.float().contiguous()
+            if all(end.isfinite() for end in factor.aminmax()):
+                return Factored(order, factor, importance.float())
         damping *= 10
     return None
 

@@ -60,7 +60,7 @@ class Feedback {
   Feedback(const QuantizeWithFeedbackArgs& args, const Levels& levels, const std::int64_t* place)
       : args_(args), levels_(levels), place_(place), K_(args.K) {}
 
-  // What is packed of U serves all rows of a task. Fewer rows are taken where threads would have too few tasks.
+  // All rows of a task share the packed part of U. Fewer rows are taken where threads would have too few tasks.
   static constexpr std::int64_t kMaxTaskRows = 128, kMinTaskRows = 64, kMinTasksPerThread = 2;
 
   // Rows [begin, end) of the weight. The flat index of the first element must be even.

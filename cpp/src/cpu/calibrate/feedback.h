@@ -1,4 +1,4 @@
-// What is not compiled for each instruction set of quantize_with_feedback.
+// This header declares the error of quantize_with_feedback, which is compiled once for all instruction sets.
 #pragma once
 
 #include <cstdint>
