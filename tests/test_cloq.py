@@ -24,7 +24,9 @@ def batches(count=4, rows=4, length=16):
 
 
 def adapted(family="llama", **changes):
-    return peft.get_peft_model(quantized(family), register(config(family, r=8, init_lora_weights=True, **changes)))
+    return peft.get_peft_model(
+        quantized(family), register(config(family, **{"r": 8, "init_lora_weights": True, **changes}))
+    )
 
 
 def layers_of(model):
@@ -127,6 +129,8 @@ def test_unusable_arguments_of_a_weight_are_refused():
     q = qn.quantize(weight)
     with pytest.raises(ValueError, match=r"rank: expected 1 \.\.\. 72, got 73"):
         cloq(weight, q, gram, 73)
+    with pytest.raises(ValueError, match=r"scaling: expected a number above 0, got 0"):
+        cloq(weight, q, gram, RANK, 0)
     with pytest.raises(ValueError, match=r"gram: expected \[96, 96\], got \[72, 72\]"):
         cloq(weight, q, torch.eye(72), RANK)
     with pytest.raises(ValueError, match=r"weight: expected \[72, 96\], the shape of q, got \[96, 72\]"):
@@ -140,6 +144,7 @@ def test_unusable_arguments_of_a_weight_are_refused():
         ({}, None, batches(), "other", "LoRA layers over Linear4bit with an adapter 'other'"),
         ({}, None, [], "default", "at least one batch"),
         ({}, None, batches(1, 1, 4), "default", r"batches: expected at least \d+ tokens"),
+        ({"r": 73}, None, batches(), "default", r"k_proj: rank: expected 1 \.\.\. 48, got 73"),
         ({"use_dora": True}, None, batches(), "default", "expected plain LoRA, got DoraLinearVariant"),
     ],
 )

@@ -5,8 +5,8 @@
 
 LoftQ makes the error of the weights small; this makes small the error of what they give, ‖X (W - Q - s B A)ᵀ‖, for the
 inputs X of each layer. The base stays as it is, so the adapter can be exchanged with others over it. (Deng et al.,
-"CLoQ: Enhancing Fine-Tuning of Quantized LLMs via Calibrated LoRA Initialization", 2025, theorem 3.1; Zhang et al.,
-"QERA: an Analytical Framework for Quantization Error Reconstruction", 2024, theorem 1.)
+"CLoQ: Enhancing Fine-Tuning of Quantized LLMs via Calibrated LoRA Initialization", 2025; Zhang et al., "QERA: an
+Analytical Framework for Quantization Error Reconstruction", 2024.)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def cloq(
         ‖X (W - Q - s B A)ᵀ‖ / ‖X Wᵀ‖ in Frobenius norms.
 
     Raises:
-        ValueError: the shapes do not fit each other, or the rank is out of its range.
+        ValueError: the shapes do not fit each other, or a number is out of its range.
     """
     if weight.shape != q.shape:
         raise bad("weight", f"{list(q.shape)}, the shape of q", list(weight.shape))
@@ -63,6 +63,8 @@ def cloq(
         raise bad("gram", f"[{K}, {K}]", list(gram.shape))
     if not 1 <= rank <= min(N, K):
         raise bad("rank", f"1 ... {min(N, K)}", rank)
+    if not scaling > 0:
+        raise bad("scaling", "a number above 0", scaling)
     weight = weight.float()
     residual = weight - q.dequantize(torch.float32)
     directions, largest = _principal(residual, gram, rank)
@@ -111,17 +113,18 @@ def initialize_cloq(
 
     Raises:
         TypeError: a batch is neither a tensor nor a mapping.
-        ValueError: the model has no such layer or adapter, or one with DoRA; `weights` lacks the weight of a layer;
-            the batches are such as `calibrate` refuses; an input has a NaN or Inf; or no batch reaches a layer. In
-            the last two cases the layers before it have been initialized.
+        ValueError: the model has no such layer or adapter, one with DoRA, or a rank above min(N, K); `weights` lacks
+            the weight of a layer; the batches are such as `calibrate` refuses; an input has a NaN or Inf; or no batch
+            reaches a layer. In the last two cases the layers before it have been initialized.
         NotImplementedError: the model is not on the CPU.
     """
     found = adapted_layers(model, adapter_name)
     for name, layer in found.items():
-        if adapter_name in layer.lora_variant:
-            raise bad(
-                f"{name}: adapter {adapter_name!r}", "plain LoRA", type(layer.lora_variant[adapter_name]).__name__
-            )
+        variant, rank = layer.lora_variant.get(adapter_name), layer.r[adapter_name]
+        if variant is not None:
+            raise bad(f"{name}: adapter {adapter_name!r}", "plain LoRA", type(variant).__name__)
+        if rank > (most := min(layer.get_base_layer().quantized_weight.shape)):
+            raise bad(f"{name}: rank", f"1 ... {most}", rank)
     if devices := {parameter.device.type for parameter in model.parameters()} - {"cpu"}:
         raise NotImplementedError(f"initialize_cloq: expected a model on the CPU, got one on {min(devices)}")
     source = source_of(weights)
