@@ -7,7 +7,8 @@ English of another kind, which are the pages of this project; and another langua
 Debian's package manpages-fr, if it is installed. After the fine-tune it is measured on the held-out pairs, and again
 after the adapter is merged: into 16 bits, and into NF4 by plain rounding and by calibration.
 
-Over plain NF4 the adapter starts with B = 0, with LoftQ's values, and with those of CLoQ for the training pairs.
+Over plain NF4 the adapter starts with B = 0, with LoftQ's values, and with those of CLoQ for the training pairs. One
+base has a budget of bits: some of its weights have 8.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from training import finetune
 import plots
 import tables
 
-BASES = ("bf16", "nf4", "nf4, LoftQ", "nf4, CLoQ", "nf4, calibrated")
+BUDGET = 4.5  # bits an element
+WITH_BUDGET = f"calibrated, {BUDGET} bits"
+BASES = ("bf16", "nf4", "nf4, LoftQ", "nf4, CLoQ", "nf4, calibrated", WITH_BUDGET)
+MERGED = ("nf4", "nf4, calibrated")  # the bases whose adapters are merged
 FRENCH = Path("/usr/share/man/fr/man7")
 TEXTS = {"English": "another kind", "French": "another language"}
 TOKENS, SEQUENCE = 8192, 512  # of a text
@@ -74,8 +78,24 @@ def calibrated_folder() -> Path:
     return finetune.save_calibrated(args, training_pairs())
 
 
+def calibration_batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """The training pairs, as examples/finetune.py --calibrate takes them."""
+    args = finetune.arguments([])
+    return finetune.calibration_batches(args, model, training.step.tokenizer(), training_pairs())
+
+
+@functools.cache
+def with_budget() -> nn.Module:
+    """The model with calibrated weights in 4 and in 8 bits."""
+    model = training.base()
+    print(qn.calibrate(model, calibration_batches(model), bits=BUDGET, progress=False))
+    return model.requires_grad_(False)
+
+
 def base(name: str) -> nn.Module:
     """The frozen model."""
+    if name == WITH_BUDGET:
+        return copy.deepcopy(with_budget())
     if name == "nf4, calibrated":
         args = finetune.arguments(["--model", str(calibrated_folder())])
         return finetune.load(args)[1].requires_grad_(False)
@@ -88,8 +108,7 @@ def start(name: str, args: argparse.Namespace) -> nn.Module:
     if name == "nf4, LoftQ":
         initialize_loftq(model, training.base().state_dict())
     elif name == "nf4, CLoQ":
-        texts = finetune.calibration_batches(args, model, training.step.tokenizer(), training_pairs())
-        initialize_cloq(model, training.base().state_dict(), texts, progress=False)
+        initialize_cloq(model, training.base().state_dict(), calibration_batches(model), progress=False)
     return model
 
 
@@ -118,7 +137,7 @@ def merged_losses(model: nn.Module) -> dict[str, float]:
     losses = {"16 bits": loss_of(merged)}
     plain = qn.nn.quantize_model(copy.deepcopy(merged), progress=False, **training.NF4)
     losses["plain"] = loss_of(plain)
-    qn.calibrate(merged, finetune.calibration_batches(args, merged, tokenizer, training_pairs()), progress=False)
+    qn.calibrate(merged, calibration_batches(merged), progress=False)
     return losses | {"calibrated": loss_of(merged)}
 
 
@@ -131,7 +150,7 @@ def run(base_is: str, seed: int, steps: int) -> dict[str, object]:
         return made[0]
 
     done = losses_before(base_is) | training.fine_tune(build, seed=seed, steps=steps, batch_size=BATCH_SIZE)
-    return done | ({} if base_is == "bf16" else {"merged": merged_losses(made[0])})
+    return done | ({"merged": merged_losses(made[0])} if base_is in MERGED else {})
 
 
 def runs_of(found: dict, name: str) -> list[dict]:
@@ -177,7 +196,7 @@ def table(found: dict) -> str:
 
     bases = [name for name in BASES if runs_of(found, name)]
     rows = [(name, *(loss_cell(name, column) for column in columns(found))) for name in bases]
-    merge_rows = [(name, *(kept_cell(name, how) for how in MERGES)) for name in bases if name != "bf16"]
+    merge_rows = [(name, *(kept_cell(name, how) for how in MERGES)) for name in MERGED if runs_of(found, name)]
     return "\n\n".join((
         f"{training.provenance(found)} In parentheses: the part of the gap between NF4 and 16 bits that is left.",
         tables.table(("linears in", *columns(found).values()), rows).rstrip(),
@@ -189,19 +208,22 @@ def table(found: dict) -> str:
 
 def draw(found: dict, path: Path) -> None:
     """The chart: a bar for each base, by where the loss was measured, and by the kind of merge."""
-    bases = [name for name in BASES if name != "bf16" and runs_of(found, name)]
+    bases, merged = ([name for name in names if runs_of(found, name)] for names in (BASES[1:], MERGED))
     panels = [
-        [(title, [left(found, name, column) for name in bases]) for column, title in columns(found).items()],
-        [(title, [statistics.mean(kept(found, name, how)) for name in bases]) for how, title in MERGES.items()],
+        [(title, bases, [left(found, name, column) for name in bases]) for column, title in columns(found).items()],
+        [
+            (title, merged, [statistics.mean(kept(found, name, how)) for name in merged])
+            for how, title in MERGES.items()
+        ],
     ]
     labels = ("% of NF4's gap left: less is better", "% of the training kept: more is better")
     figure, axes = plots.subplots(2, max(map(len, panels)), figsize=(12, 1.8 + 0.6 * len(bases)))
     for axis in axes.flat:
         axis.set_visible(False)
     for row, parts in enumerate(panels):
-        for column, (title, shares) in enumerate(parts):
+        for column, (title, names, shares) in enumerate(parts):
             axis = axes[row, column]
-            bars = axis.barh(bases, [100 * share for share in shares], color=COLOURS[row])
+            bars = axis.barh(names, [100 * share for share in shares], color=COLOURS[row])
             axis.bar_label(bars, fmt="%.0f", padding=3)
             axis.invert_yaxis()
             axis.set(visible=True, title=textwrap.fill(title, 26), xlabel=labels[row], xlim=(0, 119))
