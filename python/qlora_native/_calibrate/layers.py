@@ -149,6 +149,19 @@ class Layers:
                     layer.forward = own
 
 
+@contextmanager
+def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another function as its forward."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
 def checked_batches(model: nn.Module, batches: Any) -> list[dict[str, Any]]:
     """The keyword arguments of the model's calls, with a check of token ids.
 
