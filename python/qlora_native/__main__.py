@@ -96,6 +96,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="choose the 4-bit weights by text of the kind that the model will see: a file of it, or .jsonl with a "
             '"prompt" and a "response" in each line',
         )
+        command.add_argument(
+            "--bits",
+            type=float,
+            metavar="MEAN",
+            help="with --calibrate: the bits that an element may have on average, such as 4.5; the layers that matter "
+            "most stay in 16 bits",
+        )
         command.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, in 4 bits")
     _add_export(commands)
     args = parser.parse_args(argv)
@@ -146,6 +153,7 @@ def convert(args: argparse.Namespace) -> Any:
             args.blocksize,
             double_quant,
             calibrate=getattr(args, "calibrate", None),
+            bits=getattr(args, "bits", None),
         )
     from .convert import gguf
 

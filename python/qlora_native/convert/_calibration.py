@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from .._calibrate.budget import Budget
 from .._calibrate.model import ENOUGH, Calibration
-from .._calibrate.report import CalibrationReport
+from .._calibrate.report import Calibrated, CalibrationReport
 from .._calibrate.weight import Options
 from .._core.errors import bad
 from .._core.progress import Progress
@@ -37,13 +39,15 @@ class CalibratedWeights:
     """The quantized weights of a checkpoint's linear layers, in files of a folder of their own.
 
     Attributes:
-        report: what was done. After an interruption it has only what this run has done.
+        report: what was done, also before an interruption.
+        kept: the paths of the layers that a budget leaves unquantized.
     """
 
     def __init__(self, folder: Path) -> None:
         """Use a folder, which need not exist yet."""
         self.folder = folder
         self.report = CalibrationReport()
+        self.kept: set[str] = set()
         self._file_of: dict[str, Path] = {}
 
     def make(
@@ -51,10 +55,12 @@ class CalibratedWeights:
         model: nn.Module,
         value: Callable[[str], Tensor],
         linears: set[str],
+        skip: tuple[str, ...],
         texts: list[Tensor],
         options: Options,
         run: dict[str, Any],
         progress: bool,
+        budget: Budget | None = None,
     ) -> None:
         """Calibrate, or go on with it.
 
@@ -62,16 +68,15 @@ class CalibratedWeights:
             model: the model. The parameters of its layers are on the meta device; all others have their values.
             value: returns the value of a parameter by its name in the model.
             linears: the paths of the layers to quantize.
+            skip: those of the other linear layers, and of stacked experts, which are not quantized.
             texts: token ids [B, T].
             options: the format.
             run: what a run that goes on must have in common with the one that was interrupted.
             progress: show it on stderr.
+            budget: what the weights may take, without 8 bits.
         """
-        skip = tuple(
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears
-        )
         loader = _Loader(model, value)
-        calibration = Calibration(model, texts, skip, options, sequential=True, prepare=loader.attach)
+        calibration = Calibration(model, texts, skip, options, True, loader.attach, budget)
         stages = calibration.stages()
         found = {name for stage in stages if stage.index is not None for name in stage.names}
         if left := sorted(linears - found):
@@ -79,15 +84,18 @@ class CalibratedWeights:
         text = json.dumps(run, sort_keys=True)
         start = self._begin(text, calibration)
         for stage in Progress(len(stages) - start, progress, "calibrate", "layer").over(stages[start:]):
+            done, started = len(calibration.report.weights), time.monotonic()
             calibration.run(stage)
             weights = {name: model.get_submodule(name).quantized_weight for name in stage.names}
-            self._save(stage.index, weights, calibration.layers.inputs)
-        self.report = calibration.report
+            report = CalibrationReport(calibration.report.weights[done:], time.monotonic() - started)
+            self._save(stage.index, weights, report, calibration.layers.inputs)
+        if calibration.spending is not None:
+            self.kept = set(calibration.spending.choose(self.report))
 
     def __getitem__(self, path: str) -> QuantizedWeight:
         """The weight of the layer at `path`."""
         with safe_open(self._file_of[path], framework="pt") as file:
-            described = json.loads(file.metadata()[path])
+            described = json.loads(file.metadata()["weights"])[path]
             there = set(file.keys())
             tensors = {
                 name: file.get_tensor(f"{path}.{name}") if f"{path}.{name}" in there else None for name in _TENSORS
@@ -121,12 +129,14 @@ class CalibratedWeights:
                 calibration.layers.resume(done, [file.get_tensor(str(i)) for i in range(len(file.keys()))])
         return done
 
-    def _save(self, index: int, weights: dict[str, QuantizedWeight], inputs: list[Tensor] | None) -> None:
+    def _save(
+        self, index: int, weights: dict[str, QuantizedWeight], report: CalibrationReport, inputs: list[Tensor] | None
+    ) -> None:
         """Write the weights of a layer and the inputs of the next one, each whole or not at all."""
         tensors, described = {}, {}
         for path, q in weights.items():
             others = {field.name: getattr(q, field.name) for field in fields(q) if field.name not in _TENSORS}
-            described[path] = json.dumps(others | {"dtype": str(q.dtype).removeprefix("torch.")})
+            described[path] = others | {"dtype": str(q.dtype).removeprefix("torch.")}
             values = {name: getattr(q, name) for name in _TENSORS}
             tensors |= {
                 f"{path}.{name}": value.detach().reshape(-1) if name == "offset" else value.detach()
@@ -135,7 +145,8 @@ class CalibratedWeights:
             }
         file = self._weights_file(index)
         with _replaced(file) as path:
-            save_file(tensors, path, metadata=described)
+            metadata = {"weights": described, "report": asdict(report)}
+            save_file(tensors, path, metadata={name: json.dumps(value) for name, value in metadata.items()})
         if inputs is not None:
             with _replaced(self._inputs_file(index)) as path:
                 save_file({str(i): each.contiguous() for i, each in enumerate(inputs)}, path)
@@ -144,8 +155,12 @@ class CalibratedWeights:
         self._note(file)
 
     def _note(self, file: Path) -> None:
+        """Take a finished layer into the report."""
         with safe_open(file, framework="pt") as opened:
-            self._file_of |= dict.fromkeys(opened.metadata() or {}, file)
+            weights, report = (json.loads(opened.metadata()[name]) for name in ("weights", "report"))
+        self._file_of |= dict.fromkeys(weights, file)
+        self.report.weights += [Calibrated(**each) for each in report["weights"]]
+        self.report.seconds += report["seconds"]
 
     def _weights_file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05}.safetensors"
@@ -216,12 +231,15 @@ def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line has something else, or there are fewer tokens than `widest`.
+        ValueError: a line has something else, there are fewer tokens than `widest`, or the folder has no tokenizer.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"calibrate: expected a file of text, found none at {path}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise bad(f"calibrate: {folder}", "the model's tokenizer", f"none ({' '.join(str(error).split())})") from None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

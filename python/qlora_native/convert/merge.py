@@ -1,7 +1,7 @@
 """Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
-    python -m qlora_native quantize --model DIR --out DIR [--to nf4]
+    python -m qlora_native quantize --model DIR --out DIR [--to nf4] [--calibrate FILE [--bits 4.5]]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
 may be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._calibrate.budget import Budget
 from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
 from .._core.errors import bad, dtype_name
 from .._core.progress import Progress
+from ..integrations.transformers._new_layers import names_to_skip
 from ..integrations.transformers._quantizer import BitsAndBytesConfig
 from . import _compressed_tensors as compressed_tensors
 from ._adapters import Adapter
@@ -63,6 +65,7 @@ def convert(
     double_quant: bool = True,
     progress: bool = True,
     calibrate: str | Path | None = None,
+    bits: float | None = None,
 ) -> Report:
     """Convert the model of `base`, with `adapter` merged into it, and write it to the new folder `out`.
 
@@ -82,6 +85,9 @@ def convert(
         calibrate: a file of text of the kind that the model will see, or JSON Lines with a "prompt" and a "response" in
             each line. "nf4" and "fp4" weights are chosen by it, as by `qlora_native.calibrate`: the model is run layer
             by layer in the folder `.<out>.calibration` beside `out`, with which an interrupted run goes on.
+        bits: a budget, as in `qlora_native.calibrate`: the mean bits of an element of the layers that are quantized,
+            such as 4.5. Layers whose rounding moves the model most stay in 16 bits and are named in the config's
+            `llm_int8_skip_modules`; the format has no 8 bits beside 4.
 
     Returns:
         What was done, and the error of rounding.
@@ -96,6 +102,8 @@ def convert(
     target = None if to is None else TARGETS[to]
     if calibrate is not None and to not in ("nf4", "fp4"):
         raise bad("calibrate", "a file with nf4 or fp4 alone", f"one with {to or 'no format'}")
+    if bits is not None and calibrate is None:
+        raise bad("bits", "None without a file to calibrate by", bits)
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     model = Skeleton(checkpoint)
@@ -107,7 +115,7 @@ def convert(
     conversion = _Conversion(checkpoint, model, loaded, target, blocksize, double_quant)
     conversion.check(there)
     if calibrate is not None:
-        conversion.calibrate(calibrate, Path(out), progress)
+        conversion.calibrate(calibrate, Path(out), progress, bits)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
@@ -170,7 +178,12 @@ class _Conversion:
         """Whether the format is written as in compressed-tensors, and not as in bitsandbytes."""
         return self.format in compressed_tensors.MAX_CODES
 
-    def calibrate(self, path: str | Path, out: Path, progress: bool) -> None:
+    @property
+    def kept(self) -> set[str]:
+        """The layers that a budget leaves unquantized."""
+        return set() if self.calibrated is None else self.calibrated.kept
+
+    def calibrate(self, path: str | Path, out: Path, progress: bool, bits: float | None) -> None:
         """Choose the weights of the layers that are quantized by the text of a file."""
         model = self.model if self.adapter is None else self.adapter.model
         if model.stacks():
@@ -194,8 +207,13 @@ class _Conversion:
             "format": [self.format, self.blocksize, self.double_quant],
             "texts": digest(texts),
         }
+        budget = None
+        if bits is not None:
+            run["measured"] = True
+            budget = Budget(bits, eight=False, dtype=model.dtype)
         self.calibrated = CalibratedWeights(out.absolute().with_name(f".{out.name}.calibration"))
-        self.calibrated.make(model.without_values(), value, model.linears, texts, options, run, progress)
+        skip = tuple(model.other_linears())
+        self.calibrated.make(model.without_values(), value, model.linears, skip, texts, options, run, progress, budget)
         self.report.notes.append(str(self.calibrated.report))
 
     def _sources(self) -> list[Path]:
@@ -207,11 +225,14 @@ class _Conversion:
         """The quantization_config of config.json."""
         if self.packed:
             return compressed_tensors.quantization_config(self.format, self.blocksize, self.model.other_linears())
+        model = self.model if self.adapter is None else self.adapter.model
+        dense = [*model.other_linears(), *sorted(self.kept)]
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.format,
             bnb_4bit_use_double_quant=self.double_quant,
             blocksize=self.blocksize,
+            llm_int8_skip_modules=names_to_skip(dense, model.linears - self.kept) if self.kept else None,
         ).to_dict()
 
     def check(self, there: set[str]) -> None:
@@ -281,7 +302,7 @@ class _Conversion:
         path, _, kind = own.rpartition(".")
         adapted = self.adapter is not None and own in self.adapter.names
         quantized = self.checkpoint.quantized(name)
-        quantize = self.format is not None and kind == "weight" and path in self.model.linears
+        quantize = self.format is not None and kind == "weight" and path in self.model.linears - self.kept
         if quantize and quantized and not adapted and self.calibrated is None:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
@@ -318,7 +339,8 @@ class _Conversion:
         """
         if not tensor.is_floating_point():
             return tensor.contiguous()
-        dtype = self.dtype or self.checkpoint.dtype(name)
+        kept = own.removesuffix(".weight") in self.kept
+        dtype = self.dtype or (self.model.dtype if kept else self.checkpoint.dtype(name))
         self.stored[dtype] += 1
         self.decoded[dtype] += self.checkpoint.quantized(name)
         written = rounded(self.checkpoint.describe(name), tensor, dtype)
