@@ -13,10 +13,10 @@ from .._layers.experts import Experts4bit
 
 
 class ObservedExperts(Experts4bit):
-    """Stands in for an `Experts4bit` while the experts of a layer are observed: it multiplies by the 16-bit weights.
+    """Stands in for an `Experts4bit` until the experts of a layer are quantized: it multiplies by the 16-bit weights.
 
     Attributes:
-        tokens: the rows that each expert has multiplied.
+        tokens: the rows of each expert that were observed.
         grams: XᵀX [K, K] in fp32 of each expert; None if no row has reached it.
     """
 
@@ -36,16 +36,20 @@ class ObservedExperts(Experts4bit):
         weight = self._parameters["weight"]
         return weight.transpose(1, 2) if self.transposed else weight
 
+    def observe(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> None:
+        """Add the rows of each expert to its Gram matrix."""
+        for e, (first, end) in enumerate(pairwise(offsets.tolist())):
+            if first == end:
+                continue
+            if self.grams[e] is None:
+                self.grams[e] = torch.zeros(self.in_features, self.in_features, device=x.device)
+            add_gram(self.grams[e], x[first:end])
+            self.tokens[e] += end - first
+
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply each row of x by the weight of its expert, as `Experts4bit.forward` does."""
         y = x.new_empty(len(x), self.out_features)
         for e, (first, end) in enumerate(pairwise(offsets.tolist())):
-            if first == end:
-                continue
-            rows = x[first:end]
-            if self.grams[e] is None:
-                self.grams[e] = torch.zeros(self.in_features, self.in_features, device=x.device)
-            add_gram(self.grams[e], rows)
-            self.tokens[e] += end - first
-            y[first:end] = F.linear(rows, self.dense()[e], None if bias is None else bias[e])
+            if first < end:
+                y[first:end] = F.linear(x[first:end], self.dense()[e], None if bias is None else bias[e])
         return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from .._core.errors import bad, bad_type
 
 
-class _Stop(Exception):
-    """Ends a forward of the model after the layer that was wanted."""
+class Stop(Exception):
+    """Ends a forward when what was wanted has been seen."""
 
 
 class Layers:
     """The layers of a model that are called one after another, each with the output of the one before.
 
-    A transformer's layers lie in an `nn.ModuleList`. Layer i is run by a call of the whole model in which the layers
-    before it pass their input on, layer i gets what was stored as its input, and nothing is computed after it. So masks
-    and positions are those that the model itself makes for this layer, and memory holds the input of one layer.
+    A transformer's layers lie in an `nn.ModuleList`. Layer i is first reached by a call of the whole model in which the
+    layers before it pass their input on. The arguments of that call are kept until the next layer's turn, with the
+    stored input in its place: so masks and positions are those that the model itself makes for this layer, and memory
+    holds the input of one layer.
 
     Attributes:
         modules: the layers in the order in which they are called. Empty if the model has none that are called once
@@ -46,6 +47,7 @@ class Layers:
         self._model, self._batches = model, batches
         self._inputs: list[Tensor] = []  # of the next layer, for each batch
         self._tails: list[tuple[Any, ...] | None] = []  # what a layer returned beside its output; None: a bare tensor
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of the next layer, by batch
         self._next = 0
         self.modules: list[nn.Module] = self._find({id(module) for module in wanted}, prepare)
 
@@ -89,64 +91,68 @@ class Layers:
             raise bad("inputs", f"those of {len(self._batches)} batches", len(inputs))
         self._next, self._inputs, self._tails = index, inputs, [None] * len(inputs)
 
-    def run(self, index: int, *, advance: bool) -> Iterator[int]:
-        """Run layer `index` over all batches, and yield the number of each before it is run.
+    def run(self, index: int, *, advance: bool, batches: int | None = None) -> Iterator[int]:
+        """Run layer `index` over the batches, and yield the number of each before it is run.
 
         Args:
-            index: of the layer. Layers are run in order, each as often as wanted.
+            index: of the layer. Layers are run in order, each as often as wanted. A module in it may raise `Stop`.
             advance: store the outputs, as the inputs of the next layer.
+            batches: how many are run, all unless given.
         """
         assert index == self._next
-        for number, batch in enumerate(self._batches):
+        for number in range(len(self._batches) if batches is None else batches):
             yield number
-            with self._passing(number, advance):
-                try:
-                    self._model(**batch)
-                except _Stop:
-                    continue
-                raise RuntimeError(f"layer {index} was not called in batch {number}, as it was in the first one")
+            if number not in self._calls:
+                self._calls[number] = self._call_of(number)
+            args, kwargs = self._calls[number]
+            try:
+                output = self.modules[index](*args, **kwargs)
+            except Stop:
+                assert not advance
+                continue
+            if advance:
+                del self._calls[number]
+                self._store(number, output)
         self._next += advance
 
-    @contextmanager
-    def _passing(self, number: int, advance: bool) -> Iterator[None]:
-        """Let the layers before the next one pass their input on, and the next one run over its stored input."""
+    def _store(self, number: int, output: Any) -> None:
+        """Keep the output of a layer as the input of the next one."""
+        tail = tuple(output[1:]) if isinstance(output, tuple) else None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self._next == 0:
+            self._inputs.append(hidden)
+            self._tails.append(tail)
+        else:
+            self._inputs[number], self._tails[number] = hidden, tail
+
+    def _call_of(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the model calls the next layer in a batch, over its stored input."""
         index = self._next
-        layers = self.modules[: index + 1]
-        forwards = [layer.__dict__.get("forward") for layer in layers]
-        forward = layers[-1].forward
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def skip(*args: Any, **kwargs: Any) -> Any:
             tail = self._tails[number]
             hidden = args[0] if args else kwargs["hidden_states"]
             return hidden if tail is None else (hidden, *tail)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
             if index > 0:
                 if args:
                     args = (self._inputs[number], *args[1:])
                 else:
                     kwargs = {**kwargs, "hidden_states": self._inputs[number]}
-            output = forward(*args, **kwargs)
-            if advance:
-                tail = tuple(output[1:]) if isinstance(output, tuple) else None
-                hidden = output[0] if isinstance(output, tuple) else output
-                if index == 0:
-                    self._inputs.append(hidden)
-                    self._tails.append(tail)
-                else:
-                    self._inputs[number], self._tails[number] = hidden, tail
-            raise _Stop
+            found.append((args, kwargs))
+            raise Stop
 
-        try:
-            for layer in layers[:-1]:
-                layer.forward = skip
-            layers[-1].forward = run
-            yield
-        finally:
-            for layer, own in zip(layers, forwards, strict=True):
-                del layer.forward
-                if own is not None:
-                    layer.forward = own
+        forwards = [skip] * index + [note]
+        with ExitStack() as stack:
+            for layer, forward in zip(self.modules, forwards, strict=False):
+                stack.enter_context(patched_forward(layer, forward))
+            try:
+                self._model(**self._batches[number])
+            except Stop:
+                return found[0]
+        raise RuntimeError(f"layer {index} was not called in batch {number}, as it was in the first one")
 
 
 @contextmanager

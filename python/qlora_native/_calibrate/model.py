@@ -23,6 +23,7 @@ from .budget import Budget, Probe, Spending
 from .experts import ObservedExperts
 from .layers import Layers, checked_batches
 from .observe import Inputs, check_finite_gram
+from .pieces import Replay, order_of_calls
 from .report import Calibrated, CalibrationReport
 from .weight import Factored, Options, calibrated, factored, output_errors, weight_named
 
@@ -57,8 +58,8 @@ def calibrate(
             Rows that an `attention_mask` [B, T] excludes do not count. 16 tokens for each column of the widest weight
             are enough; see docs/quality.md.
         skip, format, blocksize, double_quant, codebook: as in `quantize_model`.
-        sequential: each layer sees the inputs that the quantized ones before it give. Otherwise it sees those of the
-            16-bit model, which takes half of the passes.
+        sequential: each weight sees the inputs that the quantized ones before it give, in its own layer too. Otherwise
+            it sees those of the 16-bit model.
         progress: show the progress on stderr.
         bits: a budget: the bits that an element of the weights may have on average, with scales and tables, such as
             4.5. Weights whose rounding moves the output of their transformer layer most get 8 bits ("int8"), or stay as
@@ -203,42 +204,75 @@ class Calibration:
             module = self._model.get_submodule(name)
             if module not in modules.values():
                 modules[name] = module
-        experts = [(each, name, self._observe(each, name)) for each in stage.experts for name in each.names]
-        inputs = Inputs(modules)
-        with inputs.observed():
-            if stage.index is None:
+        experts = {f"{each.path}.{name}": each for each in stage.experts for name in each.names}
+        modules |= {path: self._observe(each, path.rpartition(".")[2]) for path, each in experts.items()}
+        if stage.index is None:
+            inputs = Inputs(modules)
+            with inputs.observed():
                 for batch in self._batches:
                     inputs.begin(batch)
                     self.layers.whole_pass([batch])
-            elif modules or experts or not self._sequential:
-                for number in self.layers.run(stage.index, advance=not self._sequential):
-                    inputs.begin(self._batches[number])
-        self._quantize(inputs, modules)
-        for name in stage.names:
-            self._replace(name)
-        for each, name, observed in experts:
-            q = self._quantized_experts(f"{each.path}.{name}", observed)
-            setattr(each.module, name, Experts4bit.from_quantized(q, each.transposed).train(self._modes[each.module]))
-        if stage.index is not None and self._sequential:
-            for _ in self.layers.run(stage.index, advance=True):
-                pass
+            self._quantize(stage, inputs, modules)
+        elif self._sequential:
+            self._run_by_pieces(stage, modules)
+        else:
+            self._run_layer(stage, modules, advance=True)
 
-    def _quantize(self, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:
-        """Quantize the weights of observed modules."""
+    def _run_layer(self, stage: Stage, modules: Mapping[str, nn.Module], advance: bool) -> None:
+        """Observe all weights of a layer in one pass, and quantize them."""
+        inputs = Inputs(modules)
+        with inputs.observed():
+            for number in self.layers.run(stage.index, advance=advance):
+                inputs.begin(self._batches[number])
+        self._quantize(stage, inputs, modules)
+
+    def _run_by_pieces(self, stage: Stage, modules: Mapping[str, nn.Module]) -> None:
+        """Observe each piece of a layer when those before it have been quantized."""
+        order = order_of_calls(self.layers, stage.index, modules)
+        if order.pieces is None:
+            self._run_layer(stage, modules, advance=False)
+        done: set[str] = set()
+        with Replay(self._has_room) as replay:
+            for piece in order.pieces or ():
+                inputs = Inputs({path: modules[path] for path in piece})
+                with inputs.observed(stop=True):
+                    for number in self.layers.run(stage.index, advance=False):
+                        inputs.begin(self._batches[number])
+                        replay.batch = number
+                self._quantize(stage, inputs, {path: modules[path] for path in piece})
+                done |= set(piece)
+                replay.add(map(self._model.get_submodule, piece))
+                replay.add(module for module, paths in order.around if paths <= done)
+            for number in self.layers.run(stage.index, advance=True):
+                replay.batch = number
+
+    def _quantize(self, stage: Stage, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:
+        """Quantize observed weights, and put the quantized layers into the model."""
+        linears = {name: module for name, module in modules.items() if not isinstance(module, ObservedExperts)}
         names_of: dict[int, list[str]] = {}
-        for name, module in modules.items():
+        for name, module in linears.items():
             names_of.setdefault(id(module.weight), []).append(name)
         # Weights with the same input follow one another, and share the factored matrix.
-        place = {name: number for number, name in enumerate(modules)}
+        place = {name: number for number, name in enumerate(linears)}
         found, last = None, None
         for names in sorted(names_of.values(), key=lambda names: [place[inputs.key(name)] for name in names]):
             keys = sorted(set(map(inputs.key, names)))
-            weight = modules[names[0]].weight
+            weight = linears[names[0]].weight
             gram = inputs.gram(keys, names[0])
             if keys != last:
                 found, last = None if gram is None else factored(gram), keys
             tokens = sum(inputs.tokens[key] for key in keys)
             self._weights[id(weight)] = self._quantized(names[0], weight, gram, found, tokens)
+        for name in stage.names:
+            if self._model.get_submodule(name) in linears.values():
+                self._replace(name)
+        for each in stage.experts:
+            for name in each.names:
+                path = f"{each.path}.{name}"
+                if path in modules:
+                    q = self._quantized_experts(path, modules[path])
+                    layer = Experts4bit.from_quantized(q, each.transposed).train(self._modes[each.module])
+                    setattr(each.module, name, layer)
 
     def _quantized(
         self, name: str, weight: Tensor, gram: Tensor | None, found: Factored | None, tokens: int
@@ -383,9 +417,15 @@ class Calibration:
             squares = [width**2 for _, width in widths]
             # fp32 for each, and for the largest two of float64 while it is factored, besides its factor.
             needed = max(needed, 4 * sum(squares) + 20 * max(squares, default=0))
+        self._needed = needed
         available = available_memory()
         if available is not None and needed > available:
             raise bad("model", f"matrices of inputs that fit in memory ({available:,} bytes)", f"{needed:,} bytes")
+
+    def _has_room(self) -> bool:
+        """Whether the memory that is available suffices for the matrices of a layer."""
+        available = available_memory()
+        return available is None or available > self._needed
 
     def _width(self, name: str) -> int:
         return self._model.get_submodule(name).weight.shape[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from .._core.calibrate import add_gram
 from .._core.errors import bad
+from .experts import ObservedExperts
+from .layers import Stop, patched_forward
+from .pieces import version_of
 
 
 class Inputs:
@@ -24,7 +28,7 @@ class Inputs:
         self._modules = modules
         self._grams: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}  # the first layer that had the same input
-        self._last: dict[str, Tensor] = {}
+        self._last: dict[str, tuple[Tensor, int]] = {}  # the input of each layer in this batch, and its version
         self._mask: Tensor | None = None
         self.tokens: dict[str, int] = dict.fromkeys(modules, 0)
 
@@ -44,27 +48,45 @@ class Inputs:
         return total
 
     @contextmanager
-    def observed(self) -> Iterator[Inputs]:
-        """Observe the layers as long as the context lasts."""
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-            for name, module in self._modules.items()
-        ]
-        try:
+    def observed(self, stop: bool = False) -> Iterator[Inputs]:
+        """Observe the layers as long as the context lasts.
+
+        Args:
+            stop: they have one input, and what they would give is not wanted: none of them multiplies, and the forward
+                ends when the last one has been called.
+        """
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                forward = self._only_observing if stop else self._observing
+                stack.enter_context(patched_forward(module, partial(forward, name, module.forward)))
             yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._last.clear()
+        self._last.clear()
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Begin a batch. Rows whose attention_mask is 0 are padding, and do not count."""
         self._mask = mask_of(batch)
         self._last.clear()
 
-    def _add(self, name: str, x: Tensor) -> None:
-        leader = next((other for other, seen in self._last.items() if seen is x), name)
-        self._last[name] = x
+    def _observing(self, name: str, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._add(name, x, *args)
+        return forward(x, *args, **kwargs)
+
+    def _only_observing(self, name: str, _: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._add(name, x, *args)
+        if self.key(name) != self.key(next(iter(self._last))):
+            raise RuntimeError(f"{name} shared its input with others in the first batch, and does not in another one")
+        if len(self._last) == len(self._modules):
+            raise Stop
+        return x.new_zeros(*x.shape[:-1], self._modules[name].out_features)
+
+    def _add(self, name: str, x: Tensor, *args: Any) -> None:
+        of_call = x, version_of(x)
+        leader = next((other for other, seen in self._last.items() if seen[0] is x and seen[1] == of_call[1]), name)
+        self._last[name] = of_call
+        module = self._modules[name]
+        if isinstance(module, ObservedExperts):
+            module.observe(x, *args)
+            return
         rows = rows_within(self._mask, x.detach())
         self.tokens[name] += len(rows)
         if self._leader.setdefault(name, self._leader.get(leader, leader)) != name:

@@ -1,0 +1,134 @@
+"""Quantize a layer piece by piece: what lies behind a weight is observed only when that weight has been quantized.
+
+A piece is the weights that multiply the same input, such as q, k and v; then come o, gate and up, and down. Each is
+observed in a pass that ends at it, so the weights after it cost nothing; and what lies before it is not computed again,
+but its output is kept. All passes over a layer together multiply by each weight about once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import Layers, patched_forward
+
+MAX_PIECES = 16  # a layer with more has experts as modules of their own, whose calls depend on the tokens
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a layer calls its modules.
+
+    Attributes:
+        pieces: the paths of the weights' modules, in the order in which they are quantized. None: they cannot be taken
+            apart, because one is not called exactly once, or two in different pieces share a weight.
+        around: the modules around weights that are called exactly once, and the paths of the weights in each.
+    """
+
+    pieces: list[list[str]] | None
+    around: list[tuple[nn.Module, set[str]]]
+
+
+def order_of_calls(layers: Layers, index: int, wanted: Mapping[str, nn.Module]) -> Order:
+    """Run a layer over the first batch, and see how it calls its modules.
+
+    Args:
+        layers: of the model; layer `index` is next.
+        index: of the layer.
+        wanted: {path: module} of the weights.
+    """
+    path_of = {module: path for path, module in wanted.items()}
+    calls: Counter[nn.Module] = Counter()
+    pieces: list[list[str]] = []
+    inputs: list[tuple[Tensor, int]] = []  # of each piece, with its version: a tensor may be changed in place
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[module] += 1
+        if module in path_of:
+            of_call = args[0], version_of(args[0])
+            place = next((i for i, seen in enumerate(inputs) if seen[0] is of_call[0] and seen[1] == of_call[1]), None)
+            if place is None:
+                place = len(pieces)
+                pieces.append([])
+                inputs.append(of_call)
+            pieces[place].append(path_of[module])
+
+    inside = list(layers.modules[index].modules())[1:]
+    with ExitStack() as stack:
+        for module in inside:
+            stack.enter_context(module.register_forward_pre_hook(note))
+        for _ in layers.run(index, advance=False, batches=1):
+            pass
+    weights = [{id(module.weight) for module in map(wanted.__getitem__, piece)} for piece in pieces]
+    apart = sum(map(len, weights)) == len(set().union(*weights)) and len(pieces) <= MAX_PIECES
+    if not apart or any(calls[module] != 1 for module in path_of):
+        return Order(None, [])
+    around = [module for module in inside if calls[module] == 1 and module not in path_of]
+    paths = [{path_of[each] for each in module.modules() if each in path_of} for module in around]
+    return Order(pieces, [each for each in zip(around, paths, strict=True) if each[1]])
+
+
+class Replay:
+    """Gives outputs of quantized modules again, batch by batch, instead of computing them again.
+
+    Attributes:
+        batch: the number of the batch that is run.
+    """
+
+    def __init__(self, has_room: Callable[[], bool]) -> None:
+        """Keep outputs as long as `has_room()`. What is not kept is computed again, with the same bits."""
+        self.batch = 0
+        self._has_room = has_room
+        self._kept: dict[nn.Module, dict[int, tuple[Any, list[int]]]] = {}
+        self._patched = ExitStack()
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patched.close()
+        self._kept.clear()
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Keep the outputs of more modules. All weights in them have been quantized."""
+        for module in modules:
+            if module not in self._kept:
+                self._kept[module] = {}
+                self._patched.enter_context(patched_forward(module, self._replaying(module, module.forward)))
+
+    def _replaying(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        kept = self._kept[module]
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            output, versions = kept.get(self.batch, (None, None))
+            # What has been changed in place, by who got it, is computed again.
+            if versions is not None and versions == _versions(output):
+                return output
+            output = forward(*args, **kwargs)
+            versions = _versions(output)
+            if versions is not None and self._has_room():
+                kept[self.batch] = output, versions
+                for inner in module.modules():
+                    if inner is not module and inner in self._kept:
+                        self._kept[inner].pop(self.batch, None)
+            return output
+
+        return replay
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; 0 for one of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _versions(output: Any) -> list[int] | None:
+    """Those of an output's tensors; None if it is neither a tensor nor a tuple of tensors and None."""
+    parts = output if isinstance(output, tuple) else (output,)
+    if any(part is not None and not isinstance(part, Tensor) for part in parts):
+        return None
+    return [version_of(part) for part in parts if part is not None]
