@@ -2,8 +2,8 @@
 
     python bench/readme.py            prints them
     python bench/readme.py --write    writes them into the pages
-    python bench/readme.py --write --finetune out/finetune/figures.json "AMD EPYC (Zen 5)"
-                                      first makes the figures of this run of `make finetune` the committed ones
+    python bench/readme.py --write --finetune out/finetune/figures.json "AMD EPYC (Zen 4)"
+                                      first makes the figures of this run of `make finetune` the machine's
 
 A column of a table is a machine, or an instruction set that it was held to; summary.py has the lines. README.md has
 some of them, each against the fastest peer, and begins with the column that has the worst figure.
@@ -25,10 +25,11 @@ from summary import SHORT, cell, summary, values
 from tables import table, with_part
 
 ROOT = Path(__file__).parent.parent
-FINETUNE = ROOT / "bench/results/finetune.json"
+FINETUNE = "finetune.json"  # in the folder of the machine
 FINETUNE_FIELDS = ("arguments", "held_out_loss", "base_weight_bytes", "tokens_per_second", "seconds")
 # {column: folder of its report}, in the order of the columns.
 COLUMNS = {
+    "Intel Xeon (AMX)": "intel-xeon-2-threads-amx_bf16",
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-zen-4-2-threads-avx2",
     "AMD EPYC (Zen 4)": "amd-epyc-zen-4-2-threads-avx512_bf16",
@@ -41,8 +42,8 @@ def columns(*names: str) -> dict[str, dict]:
 
 
 def short_table() -> str:
-    """The table of README.md in Markdown."""
-    reports = columns("Intel Xeon (Cascade Lake)", "AMD EPYC (Zen 4)")
+    """The table of README.md in Markdown, over the columns that are held to no other instruction set."""
+    reports = columns(*(name for name in COLUMNS if "held to" not in name))
     worst_first = sorted(reports, key=lambda name: min(min(values(line, reports[name]), default=99) for line in SHORT))
     rows = [(line.label, *(cell(line, reports[name]) for name in worst_first)) for line in SHORT]
     return table(("times as fast as the fastest peer", *worst_first), rows)
@@ -61,11 +62,12 @@ def accounts() -> Iterator[tuple[str, str, dict, dict]]:
 
 def memory_of_step() -> str:
     """The memory of a training step as a sentence of README.md."""
-    of_smollm2 = [(ours, peer) for _, model, ours, peer in accounts() if model == "SmolLM2-135M"]
-    ours, peers = ([step["peak_bytes"] / 1e6 for step in steps] for steps in zip(*of_smollm2, strict=True))
+    of_smollm2 = [(name, ours, peer) for name, model, ours, peer in accounts() if model == "SmolLM2-135M"]
+    names, steps, of_peers = zip(*of_smollm2, strict=True)
+    ours, peers = ([step["peak_bytes"] / 1e6 for step in each] for each in (steps, of_peers))
     text = (
-        f"Beside the model, a training step of SmolLM2-135M over {of_smollm2[0][0]['tokens']} tokens takes up to "
-        f"{max(ours):.0f} MB of memory, where bitsandbytes + PEFT takes {min(peers):,.0f} MB."
+        f"Beside the model, a training step of SmolLM2-135M over {steps[0]['tokens']} tokens takes up to "
+        f"{max(ours):.0f} MB of memory on {' and '.join(names)}, where bitsandbytes + PEFT takes {min(peers):,.0f} MB."
     )
     return textwrap.fill(text, 120) + "\n"
 
@@ -83,19 +85,21 @@ def account_table() -> str:
     return table(header, rows)
 
 
-def finetune_run() -> str:
-    """The committed run of `make finetune` as a sentence of docs/numbers.md."""
-    run = json.loads(FINETUNE.read_text())
-    loss, arguments, (before, after) = run["held_out_loss"], run["arguments"], run["base_weight_bytes"].values()
-    minutes, seconds = divmod(round(run["seconds"]), 60)
-    text = (
-        f"Once all was installed, `make finetune` took {minutes} min {seconds} s on an {run['machine']}: "
-        f"{arguments['steps']} steps of {arguments['batch_size']} pairs at {run['tokens_per_second']:.0f} tokens/s. "
-        f"The held-out loss fell from {loss['before']:.3f} to {loss['after']:.3f}, and was {loss['reloaded']:.3f} "
-        f"after the adapter was reloaded. The base weights shrank from {before / 1e6:.0f} MB to {after / 1e6:.0f} MB "
-        "([its figures](../bench/results/finetune.json))."
-    )
-    return textwrap.fill(text, 120) + "\n"
+def finetune_runs() -> str:
+    """The committed runs of `make finetune` as a table of docs/numbers.md, with the slowest first."""
+    paths = [(name, report.RESULTS / folder / FINETUNE) for name, folder in COLUMNS.items()]
+    runs = [(name, json.loads(path.read_text())) for name, path in paths if path.exists()]
+    rows = []
+    for name, run in sorted(runs, key=lambda each: -each[1]["seconds"]):
+        arguments, (before, after) = run["arguments"], (size / 1e6 for size in run["base_weight_bytes"].values())
+        minutes, seconds = divmod(round(run["seconds"]), 60)
+        rows.append((
+            name, f"{arguments['steps']} of {arguments['batch_size']} pairs", f"{minutes} min {seconds} s",
+            f"{run['tokens_per_second']:.0f}", *(f"{loss:.3f}" for loss in run["held_out_loss"].values()),
+            f"{before:.0f} MB → {after:.0f} MB",
+        ))  # fmt: skip
+    loss = ("held-out loss before", "after", "after the adapter is reloaded")
+    return table(("", "steps", "in all", "tokens/s in training", *loss, "base weights"), rows)
 
 
 def calibration_report() -> str:
@@ -124,7 +128,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs/numbers.md": {
         "": lambda: summary(columns(*COLUMNS)),
         " account": account_table,
-        " finetune": finetune_run,
+        " finetune": finetune_runs,
     },
 }
 
@@ -145,10 +149,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.finetune:
         figures, name = args.finetune
+        if name not in COLUMNS:
+            parser.error(f"--finetune: expected a machine of {', '.join(COLUMNS)}, got {name}")
         run = json.loads(Path(figures).read_text())
-        run = {"machine": name, **{field: run[field] for field in FINETUNE_FIELDS}}
+        run = {field: run[field] for field in FINETUNE_FIELDS}
         run["arguments"]["model"] = Path(run["arguments"]["model"]).name  # not where it lay on that machine
-        FINETUNE.write_text("{" + ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in run.items()) + "}\n")
+        text = "{" + ",\n ".join(f"{json.dumps(field)}: {json.dumps(each)}" for field, each in run.items()) + "}"
+        report.write(report.RESULTS / COLUMNS[name] / FINETUNE, text)
     for path, parts in PARTS.items():
         if args.write:
             path.write_text(written(path))

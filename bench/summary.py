@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cases import ADAMW_ADAPTER, ADAMW_TENSOR, DOWN, LORA_RANK, OURS, SHAPES, SQUARE, Row
+from cases import ADAMW_ADAPTER, ADAMW_TENSOR, LORA_RANK, OURS, SHAPES, Row
 from tables import table
 
 LARGE = (256, 512, 1024, 2048)
-# The shapes of a range, by device.
-RANGE = {"cpu": (SQUARE, DOWN), "cuda": SHAPES["cuda"]}
 NONE = "–"
 # {figure of a line: what the table calls it}. Figures that are not here are called by their own names.
 AGAINST = {
     "limit": "the machine's limit",
     "lora": "without",
+    "in NF4": "NF4",
     "ratio": "bitsandbytes + PEFT",
     "dense_ratio": "LoRA over bf16",
     "memory": NONE,
@@ -33,10 +32,10 @@ AGAINST = {
 class Line:
     """One line of the table: which cases, and which figure.
 
-    figure     name of a peer, or "fastest peer": times as fast as it | "limit": fraction of the machine's limit |
-               "lora": slowdown against the product without an adapter | "ratio": a training step, times as fast as that
-               of bitsandbytes + PEFT | "dense_ratio": as that of LoRA over bf16 weights | "memory": the largest extra
-               memory of a call
+    figure     name of a peer, or "fastest peer": times as fast as it | "in NF4": as our product over NF4 |
+               "limit": fraction of the machine's limit | "lora": slowdown against the product without an adapter |
+               "ratio": a training step, times as fast as that of bitsandbytes + PEFT | "dense_ratio": as that of LoRA
+               over bf16 weights | "memory": the largest extra memory of a call
     operation  that of a case; or one of STEPS, "memory", or a case of optimizer.py
     """
 
@@ -46,6 +45,7 @@ class Line:
     Ms: tuple[int, ...] = (0,)
     dtype: str = "bfloat16"
     rank: int = 0
+    format: str = "nf4"
     memory: str = "default"
 
     @property
@@ -59,23 +59,30 @@ def line(label: str, figure: str, operation: str, *Ms: int, **fields: object) ->
     return Line(label=label, figure=figure, operation=operation, Ms=Ms or (0,), **fields)
 
 
+FORMATS = ("mxfp4", "nvfp4")
 # Those of docs/numbers.md.
 LINES = [
     line("Y = X·Wᵀ, 1 row", "bitsandbytes packed", "forward", 1),
+    line("Y, 4 rows", "bitsandbytes packed", "forward", 4),
     *(line(f"Y, {M} row{'s' * (M > 1)}", "torch dense", "forward", M) for M in (1, 4, 16, 64)),
     line("Y, 256 … 2048 rows", "torch dense", "forward", *LARGE),
-    *(line(f"dX = dY·W, {M} rows", "torch dense", "dx", M) for M in (16, 64)),
+    *(line(f"dX = dY·W, {M} row{'s' * (M > 1)}", "torch dense", "dx", M) for M in (1, 16, 64)),
     line("dX, 256 … 2048 rows", "torch dense", "dx", *LARGE),
     line("Y in fp32, 1 row", "torch dense", "forward", 1, dtype="float32"),
     line("Y in fp32, 256 … 2048 rows", "torch dense", "forward", *LARGE, dtype="float32"),
     line("dX in fp32, 256 … 2048 rows", "torch dense", "dx", *LARGE, dtype="float32"),
+    *(line(f"Y of {each.upper()}, 1 … 256 rows", "in NF4", "forward", 1, 16, 256, format=each) for each in FORMATS),
+    *(line(f"dX of {each.upper()}, 256 rows", "in NF4", "dx", 256, format=each) for each in FORMATS),
     line("LoRA r=16 inside Y", "lora", "forward", 1, 16, 64, *LARGE, rank=LORA_RANK),
     line("LoRA r=16 inside dX", "lora", "dx", 16, 64, *LARGE, rank=LORA_RANK),
+    line("dA and dB of r=16, 512 rows", "torch dense", "lora_gradients", 512, rank=LORA_RANK),
     line("a training step of SmolLM2, LoRA r=16", "dense_ratio", "step_dense"),
     line("a training step of SmolLM2, LoRA r=16", "ratio", "step_kept", memory="kept"),
     line("a training step of SmolLM2, LoRA r=16", "ratio", "step"),
     line("a step of AdamW8bit, 4.9 M in 360 tensors", "torch fused", ADAMW_ADAPTER),
+    line("a step of AdamW8bit, one tensor of 100 M", "torch fused", ADAMW_TENSOR),
     line("quantize from bf16", "bitsandbytes", "quantize"),
+    line("dequantize to bf16", "limit", "dequantize"),
     line("dequantize to bf16", "limit", "dequantize", memory="kept"),
 ]
 # Those that only the report of a machine has, in addition.
@@ -117,16 +124,16 @@ def values(line: Line, result: Mapping) -> list[float]:
         rows = [row for row in result.get("optimizer", ()) if row["name"] == line.operation]
         found = [_value(line, row["us"], row["limit_us"]) for row in rows]
     else:
-        rows = [
-            row for row in result["rows"] if _has(line, row, RANGE["cuda" if "gpu" in result["machine"] else "cpu"])
-        ]
+        shapes = SHAPES["cuda" if "gpu" in result["machine"] else "cpu"]
+        rows = [row for row in result["rows"] if _has(line, row, shapes)]
         found = [_value(line, row.us, row.limit_us(result["limits"])) for row in rows]
     return sorted((value for value in found if value is not None), reverse=line.figure == "lora")
 
 
 def _has(line: Line, row: Row, shapes: Iterable[tuple[int, int]]) -> bool:
-    same = all(getattr(row, field) == getattr(line, field) for field in ("operation", "dtype", "rank", "memory"))
-    plain = row.via == "function" and row.format == "nf4" and not row.dropout and not row.threads
+    fields = ("operation", "dtype", "rank", "format", "memory")
+    same = all(getattr(row, field) == getattr(line, field) for field in fields)
+    plain = row.via == "function" and not row.dropout and not row.threads
     return same and plain and row.M in line.Ms and row.shape in shapes
 
 

@@ -143,11 +143,11 @@ def test_each_line_of_a_summary_has_a_case_that_is_measured(script):
     cases, summary = script("cases"), script("summary")
     elsewhere = {*cases.STEPS, "memory", cases.ADAMW_ADAPTER, cases.ADAMW_TENSOR}
     measured = {
-        (case.operation, case.rank, case.dtype, case.memory, case.M)
-        for device, shapes in summary.RANGE.items() for shape in shapes for case in cases.cases(shape, device)
+        (case.operation, case.rank, case.dtype, case.format, case.memory, case.M)
+        for device, shapes in cases.SHAPES.items() for shape in shapes for case in cases.cases(shape, device)
     }  # fmt: skip
     for line in [*summary.LINES, *summary.MORE_LINES, *summary.SHORT]:
-        of_line = {(line.operation, line.rank, line.dtype, line.memory, M) for M in line.Ms}
+        of_line = {(line.operation, line.rank, line.dtype, line.format, line.memory, M) for M in line.Ms}
         assert line.operation in elsewhere or of_line & measured, line
 
 

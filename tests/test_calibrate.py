@@ -66,11 +66,12 @@ def test_codes_are_those_of_the_method_in_float64(columns, double_quant):
     assert torch.equal(nibbles(q), expected)
 
 
-def test_factor_is_that_of_the_inverse_of_the_damped_matrix():
-    x = inputs_of_rank(300, 40)
+@pytest.mark.parametrize("columns", [40, 601])
+def test_factor_is_that_of_the_inverse_of_the_damped_matrix(columns):
+    x = inputs_of_rank(8 * columns, columns)
     gram = x.T @ x
     found = factored(gram)
-    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(40)
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(columns)
     inverse = damped[found.order][:, found.order].inverse()
     torch.testing.assert_close((found.factor.T @ found.factor).double(), inverse, rtol=1e-4, atol=1e-7)
     assert torch.equal(found.factor, found.factor.triu())
