@@ -55,8 +55,8 @@ class Item:
     """A weight, and what it may become.
 
     Attributes:
-        sizes: its bytes in each format.
-        moved: how far the output of its transformer layer moves in each format.
+        sizes: its bytes in each format that it may have.
+        moved: how far the output of its transformer layer moves in each of them.
     """
 
     sizes: tuple[int, ...]
@@ -166,10 +166,14 @@ class Spending:
         """
         _check(budget.bits, options.format)
         self.moved: dict[str, tuple[float, ...]] = {}
-        self._dtype = budget.dtype
         self._options = [options, *([replace(options, format="int8")] if budget.eight else [])]
-        self._sizes = {path: self._sizes_of(layer.weight) for path, layer in layers.items()}
-        self._dtypes = {path: dtype_name(self._dtype or layer.weight.dtype) for path, layer in layers.items()}
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._formats: dict[str, tuple[str, ...]] = {}
+        for path, layer in layers.items():
+            dtype = budget.dtype or layer.weight.dtype
+            sizes = (_bytes(each, layer.weight) for each in self._options)
+            self._sizes[path] = (*sizes, layer.weight.numel() * dtype.itemsize)
+            self._formats[path] = (*(each.format for each in self._options), dtype_name(dtype))
         paths = {id(layer.weight): path for path, layer in layers.items()}.values()
         self._least = sum(self._sizes[path][0] for path in paths) + sum(map(partial(_bytes, options), experts))
         self._elements = sum(layers[path].weight.numel() for path in paths) + sum(w.numel() for w in experts)
@@ -177,11 +181,6 @@ class Spending:
         if self._spare < 0:
             least = math.ceil(100 * 8 * self._least / self._elements) / 100
             raise bad("bits", f"at least {least:.2f}, which all weights in {options.format} have", budget.bits)
-
-    def _sizes_of(self, weight: Tensor) -> tuple[int, ...]:
-        return *(_bytes(options, weight) for options in self._options), weight.numel() * (
-            self._dtype or weight.dtype
-        ).itemsize
 
     def quantized(self, weight: Tensor, format: str) -> QuantizedWeight:
         """Round a weight to the nearest levels of one of the formats."""
@@ -220,9 +219,8 @@ class Spending:
         taken = self._least
         for (number, each), item, index in zip(weights.items(), items, choose(items, self._spare), strict=True):
             if index > 0:
-                formats = (*(options.format for options in self._options), self._dtypes[each.name])
-                chosen[each.name] = formats[index]
-                report.weights[number] = replace(each, format=formats[index], fallback=None)
+                chosen[each.name] = self._formats[each.name][index]
+                report.weights[number] = replace(each, format=chosen[each.name], fallback=None)
                 taken += item.sizes[index] - item.sizes[0]
         report.bits = 8 * taken / self._elements
         return chosen

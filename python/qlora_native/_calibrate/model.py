@@ -63,9 +63,9 @@ def calibrate(
         progress: show the progress on stderr.
         bits: a budget: the bits that an element of the weights may have on average, with scales and tables, such as
             4.5. Weights whose rounding moves the output of their transformer layer most get 8 bits ("int8"), or stay as
-            they are. A model with "int8" in it has no file; `python -m qlora_native quantize --bits` writes files, in
-            which 4 and 16 bits stand beside each other. Experts, and weights outside the layers that are run one after
-            another, are counted and stay in `format`. None: all weights have `format`.
+            they are. Experts, and weights that are not in one of the layers that are run one after another, count and
+            stay in `format`. There are no files of a model with "int8" in it: `python -m qlora_native quantize --bits`
+            writes 4 and 16 bits beside each other. None: all weights have `format`.
 
     Returns:
         What was done, with the error of each layer's output before and after. A weight that no batch reached, or whose
@@ -197,8 +197,8 @@ class Calibration:
     def run(self, stage: Stage) -> None:
         """Observe the inputs of a stage, and put quantized layers into the model."""
         if self.spending is not None and stage.index is not None:
-            probe = Probe(self.layers, stage.index, self._batches)
-            self.spending.measure(probe, {name: self._model.get_submodule(name) for name in stage.names})
+            dense = {name: self._model.get_submodule(name) for name in stage.names}
+            self.spending.measure(Probe(self.layers, stage.index, self._batches), dense)
         modules: dict[str, nn.Module] = {}
         for name in stage.names:
             module = self._model.get_submodule(name)
@@ -368,7 +368,9 @@ class Calibration:
 
     def spend(self) -> None:
         """Give weights more bits, as far as the budget reaches, and put their layers into the model."""
-        for path, format in {} if self.spending is None else self.spending.choose(self.report).items():
+        if self.spending is None:
+            return
+        for path, format in self.spending.choose(self.report).items():
             weight = self._dense[path].weight
             dense = {other: layer for other, layer in self._dense.items() if layer.weight is weight}
             if format == "int8":
