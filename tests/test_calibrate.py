@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 
@@ -16,6 +17,7 @@ import qlora_native as qn  # noqa: E402
 from qlora_native._calibrate.layers import Layers, checked_batches  # noqa: E402
 from qlora_native._calibrate.observe import Inputs  # noqa: E402
 from qlora_native._calibrate.weight import Options, calibrated, decoded_scales, factored  # noqa: E402
+from qlora_native.convert._compressed_tensors import with_rounded_scales  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMATS = ["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
@@ -56,12 +58,22 @@ def nibbles(q):
 
 
 @pytest.mark.parametrize("columns", [64, 72])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_codes_are_those_of_the_method_in_float64(columns, double_quant):
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options("nf4", 32, True, None),
+        Options("nf4", 32, False, None),
+        Options("int4", 32, False, None, partial(with_rounded_scales, dtype=torch.bfloat16)),
+    ],
+    ids=["8-bit scales", "fp32 scales", "bf16 scales"],
+)
+def test_codes_are_those_of_the_method_in_float64_for_the_stored_scales(columns, options):
     x = inputs_of_rank(400, columns)
     weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(1))
     found = factored(x.T @ x)
-    q = calibrated(weight, [found], Options("nf4", 32, double_quant, None))
+    q = calibrated(weight, [found], options)
+    if options.stored is not None:
+        assert torch.equal(options.stored(q).absmax, q.absmax)
     expected = oracle(weight, found, decoded_scales(q), q.code, 32)
     assert torch.equal(nibbles(q), expected)
 

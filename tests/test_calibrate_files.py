@@ -8,12 +8,15 @@ import pytest
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import moe  # noqa: E402
+import process  # noqa: E402
 import torch  # noqa: E402
 from models import tensors_of, tokenizer  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.convert import _calibration  # noqa: E402
+from qlora_native.convert import _calibration, merge  # noqa: E402
 from qlora_native.convert.merge import convert  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,21 +48,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def in_memory(folder, texts):
+def in_memory(folder, texts, skip=("lm_head",)):
     """The state dict of a model that `calibrate` has quantized."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    qn.calibrate(model, texts, progress=False)
+    qn.calibrate(model, texts, skip, progress=False)
     model.save_pretrained(folder.with_name(f"{folder.name}-in-memory"))
     return tensors_of(folder.with_name(f"{folder.name}-in-memory"))
 
 
-def assert_same_weights(folder, expected):
+def assert_same_weights(folder, expected, count=7 * LAYERS):
     found = tensors_of(folder)
-    codes = [name for name in expected if name.endswith("_proj.weight")]
-    assert len(codes) == 7 * LAYERS
-    for name in codes:
-        for part in ("", ".absmax", ".nested_absmax", ".quant_map"):
-            assert torch.equal(found[name + part].view(-1), expected[name + part].view(-1)), name + part
+    assert found.keys() == expected.keys() and sum(name.endswith(".quant_map") for name in expected) == count
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(-1), tensor.view(-1)), name
 
 
 def calibrated(folder, out, text="text.txt", **options):
@@ -98,6 +99,35 @@ def test_stock_transformers_loads_the_files(folder, tmp_path):
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
+@pytest.mark.parametrize(("to", "largest"), [("int4", 7), ("int8", 127)])
+def test_compressed_tensors_have_the_codes_and_scales_that_were_chosen(folder, tmp_path, monkeypatch, to, largest):
+    pytest.importorskip("compressed_tensors")
+    chosen, get = {}, _calibration.CalibratedWeights.__getitem__
+    monkeypatch.setattr(
+        _calibration.CalibratedWeights, "__getitem__", lambda self, path: chosen.setdefault(path, get(self, path))
+    )
+    command = ["export", "--model", str(folder / "model"), "--to", to, "--blocksize", "32"]
+    main([*command, "--out", str(tmp_path / "plain")])
+    main([*command, "--out", str(tmp_path / "out"), "--calibrate", str(folder / "text.txt")])
+    files = tensors_of(tmp_path / "out")
+    assert len(chosen) == 7 * LAYERS
+    dense, plain, out = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        for path in (folder / "model", tmp_path / "plain", tmp_path / "out")
+    )
+    given = {"input_ids": _calibration.read_texts(folder / "pairs.jsonl", folder / "model", 96)[0]}
+    with torch.no_grad():
+        expected = dense(**given).logits
+        errors = [(model(**given).logits - expected).norm() for model in (plain, out)]
+        assert errors[1] < 0.8 * errors[0]
+        for path, q in chosen.items():
+            scale = files[f"{path}.weight_scale"].float().view(-1, 1)
+            assert torch.equal(scale.view(-1) * largest, q.absmax), path
+            steps = (q.dequantize(torch.float32).view(-1, 32) / scale).round()
+            dense.get_submodule(path).weight.copy_((steps * scale).view(q.shape))
+        assert torch.equal(out(**given).logits, dense(**given).logits)
+
+
 def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch):
     load, held = _calibration._Loader._load, []
 
@@ -132,6 +162,20 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(folder, tmp_path, 
     whole, again = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_bytes(folder):
+    print(process.succeed("killed_calibration.py", folder, OMP_NUM_THREADS="1").stdout)
+
+
+def test_report_has_what_was_done_before_an_interruption(folder, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge._Conversion, "tensors", interrupted)
+        calibrated(folder, tmp_path / "out")
+    assert f"calibrated {7 * LAYERS} of {7 * LAYERS} weights" in str(calibrated(folder, tmp_path / "out"))
 
 
 def test_run_with_other_text_begins_anew(folder, tmp_path, monkeypatch):
@@ -176,15 +220,79 @@ def test_bad_line_is_named(folder, tmp_path, line):
         convert(folder / "model", tmp_path / "out", to="nf4", progress=False, calibrate=path)
 
 
-@pytest.mark.parametrize("to", ["bf16", "int4", None])
-def test_format_that_only_memory_calibrates_is_refused(folder, tmp_path, to):
-    with pytest.raises(ValueError, match="calibrate: expected a file with nf4 or fp4 alone, got"):
+@pytest.mark.parametrize("to", ["bf16", None])
+def test_file_without_a_format_is_refused(folder, tmp_path, to):
+    with pytest.raises(
+        ValueError, match="calibrate: expected a file with one of the formats nf4, fp4, int4, int8, got"
+    ):
         convert(folder / "model", tmp_path / "out", to=to, progress=False, calibrate=folder / "text.txt")
 
 
-def test_experts_are_refused_by_name(folder, tmp_path):
-    import moe
+@pytest.mark.parametrize("to", [["--to", "q4_0"], []])
+def test_calibrated_export_to_gguf_is_refused_by_name(folder, tmp_path, to, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--model", str(folder / "model"), "--out", str(tmp_path / "m.gguf"), "--calibrate", "x", *to])
+    expected = "export: --calibrate: expected --model and --to int4 or int8: the codes of a GGUF file are made by"
+    assert expected in capsys.readouterr().err
 
-    moe.make("mixtral", torch.bfloat16).save_pretrained(tmp_path / "experts")
-    with pytest.raises(ValueError, match=r"expected a model without experts \(in memory qn.calibrate takes them\)"):
-        convert(tmp_path / "experts", tmp_path / "out", to="nf4", progress=False, calibrate=folder / "text.txt")
+
+def test_result_that_exists_is_refused_before_the_work(folder, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("mine")
+    monkeypatch.setattr(_calibration.CalibratedWeights, "make", lambda *args: pytest.fail("the work has begun"))
+    with pytest.raises(FileExistsError, match="out: expected a new or empty folder"):
+        calibrated(folder, tmp_path / "out")
+
+
+def test_model_without_a_tokenizer_is_refused_in_one_sentence(folder, tmp_path):
+    moe.make("mixtral", torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="calibrate: .*model: expected the model's tokenizer, got none [^\n]*$"):
+        convert(tmp_path / "model", tmp_path / "out", to="nf4", progress=False, calibrate=folder / "text.txt")
+
+
+def mixture(family, folder, out):
+    """A mixture of experts, which is saved in the folder `out` with the tokenizer of another folder."""
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": _calibration.SEQUENCE}
+    model = moe.make(family, torch.bfloat16, vocab_size=len(made), **sizes)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if re.search("|".join(model._keep_in_fp32_modules_strict) or "$^", name):
+            tensor.data = torch.randn(tensor.shape) * 0.1
+    for each in (model, made):
+        each.save_pretrained(out)
+    return model
+
+
+# Files that have experts one by one, under other names, in one tensor, and with a buffer and weights in fp32.
+@pytest.mark.parametrize("family", ["mixtral", "llama4", "gpt-oss", "deepseek-v3"])
+def test_linear_layers_of_a_mixture_are_calibrated_and_experts_stay(folder, tmp_path, family):
+    model = mixture(family, folder / "model", tmp_path / "model")
+    report = convert(tmp_path / "model", tmp_path / "out", to="nf4", progress=False, calibrate=folder / "text.txt")
+    assert re.search(r"tensors of experts, [\d,]+ elements, stay in 16 bits", str(report))
+    assert f"calibrated {report.quantized} of {report.quantized} weights" in str(report)
+    widest = max(layer.in_features for layer in model.modules() if type(layer) is torch.nn.Linear)
+    texts = _calibration.read_texts(folder / "text.txt", tmp_path / "model", widest)
+    expected = in_memory(tmp_path / "model", texts, ("lm_head", "experts"))
+    assert_same_weights(tmp_path / "out", expected, report.quantized)
+
+
+def test_experts_are_merged_before_the_layers_around_them_are_calibrated(folder, tmp_path):
+    model = mixture("qwen3-moe", folder / "model", tmp_path / "model")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **targets))
+    adapted.save_pretrained(tmp_path / "adapter")
+    calibrate = {"calibrate": folder / "text.txt", "progress": False}
+    report = convert(tmp_path / "model", tmp_path / "out", tmp_path / "adapter", "nf4", **calibrate)
+    convert(tmp_path / "model", tmp_path / "merged", tmp_path / "adapter", "bf16", progress=False)
+    texts = _calibration.read_texts(folder / "text.txt", tmp_path / "model", 64)
+    expected = in_memory(tmp_path / "merged", texts, ("lm_head", "experts"))
+    assert_same_weights(tmp_path / "out", expected, report.quantized)
+
+
+def test_missing_expert_is_named(folder, tmp_path):
+    mixture("mixtral", folder / "model", tmp_path / "model")
+    tensors = tensors_of(tmp_path / "model")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj: expected parts of a tensor \[4, 64, 32\]"):
+        convert(tmp_path / "model", tmp_path / "out", to="nf4", progress=False, calibrate=folder / "text.txt")

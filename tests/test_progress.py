@@ -86,17 +86,19 @@ def test_bar_over_a_gguf_file_is_shown_on_a_terminal_alone(tmp_path):
     assert b"GGUF tensors" in on_a_terminal(*command)
 
 
-def test_long_loop_has_a_line_every_half_minute(monkeypatch):
+def test_long_loop_has_a_line_with_the_time_left_every_half_minute(monkeypatch):
     clock, log = [0.0], io.StringIO()
     monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", log)
     progress = Progress(100, True, "convert", "tensor")
-    for count in (60, 40):
+    for count, seconds in ((60, 1.0), (40, 2.5)):
         for _ in progress.over(range(count)):
-            clock[0] += 1.0
+            clock[0] += seconds
     assert log.getvalue().splitlines() == [
-        "convert: 30 of 100 tensors, 30 s",
-        "convert: 60 of 100 tensors, 60 s",
-        "convert: 90 of 100 tensors, 90 s",
-        "convert: 100 of 100 tensors, 100 s",
+        "convert: 30 of 100 tensors, 30 s, about 70 s left",
+        "convert: 60 of 100 tensors, 60 s, about 40 s left",
+        "convert: 72 of 100 tensors, 90 s, about 35 s left",
+        "convert: 84 of 100 tensors, 120 s, about 23 s left",
+        "convert: 96 of 100 tensors, 150 s, about 6 s left",
+        "convert: 100 of 100 tensors, 160 s",
     ]

@@ -89,13 +89,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for command in (merge, quantize):
         command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
         command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
-        command.add_argument(
-            "--calibrate",
-            type=Path,
-            metavar="FILE",
-            help="choose the 4-bit weights by text of the kind that the model will see: a file of it, or .jsonl with a "
-            '"prompt" and a "response" in each line',
-        )
+        _add_calibrate(command)
         command.add_argument(
             "--bits",
             type=float,
@@ -110,7 +104,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         given = [name for name in ("model", "base", "adapter") if getattr(args, name) is not None]
         if given not in (["model"], ["base", "adapter"]):
             parser.error("export: expected --model, or --base and --adapter")
+        if args.calibrate is not None and (args.model is None or args.to not in PACKED):
+            expected = f"expected --model and --to {' or '.join(PACKED)}"
+            parser.error(f"export: --calibrate: {expected}: the codes of a GGUF file are made by the package gguf")
     return args
+
+
+def _add_calibrate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="choose the quantized weights by text of the kind that the model will see: a file of it, or .jsonl with a "
+        '"prompt" and a "response" in each line',
+    )
 
 
 def _stored_format(name: str) -> str:
@@ -136,6 +143,7 @@ def _add_export(commands: Any) -> None:
         "an adapter f32). A folder of compressed-tensors, of a model: int4, int8",
     )
     export.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, for int4 and int8")
+    _add_calibrate(export)
 
 
 def convert(args: argparse.Namespace) -> Any:
@@ -152,7 +160,7 @@ def convert(args: argparse.Namespace) -> Any:
             args.to,
             args.blocksize,
             double_quant,
-            calibrate=getattr(args, "calibrate", None),
+            calibrate=args.calibrate,
             bits=getattr(args, "bits", None),
         )
     from .convert import gguf

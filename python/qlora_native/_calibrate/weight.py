@@ -3,13 +3,13 @@
 What is minimized is ‖X (W − Q)ᵀ‖², which depends on X by its Gram matrix H = XᵀX alone. Scales come first: each block
 gets the scale whose rounding has the least weighted error. Then the codes are chosen column by column, the most
 important first, and each error is fed back into the columns that are still to come (Frantar et al., "GPTQ", 2023,
-algorithm 1). The scales are those that are stored, so the error of double quantization is fed back too.
+algorithm 1). The scales are those that are stored, so the error of rounding them is fed back too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -31,12 +31,18 @@ MEASURED_ROWS = 32  # of W, in the report's error
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are quantized, as in `qlora_native.quantize`."""
+    """How weights are quantized.
+
+    Attributes:
+        format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+        stored: rounds fp32 scales to those of a file that stores them otherwise; without double quantization alone.
+    """
 
     format: str
     blocksize: int | None
     double_quant: bool
     codebook: Tensor | Sequence[float] | None
+    stored: Callable[[QuantizedWeight], QuantizedWeight] | None = None
 
     @property
     def chosen_blocksize(self) -> int:
@@ -46,7 +52,17 @@ class Options:
     def plain(self, weight: Tensor, double_quant: bool | None = None) -> QuantizedWeight:
         """Round to the nearest level, without calibration."""
         double_quant = self.double_quant if double_quant is None else double_quant
-        return plain.quantize(weight, self.format, self.blocksize, double_quant, self.codebook)
+        q = plain.quantize(weight, self.format, self.blocksize, double_quant, self.codebook)
+        return q if self.stored is None else self.stored(q)
+
+    def with_scales(self, q: QuantizedWeight, scales: Tensor) -> QuantizedWeight:
+        """Replace the scales of `q` by others, fp32 [blocks], in the form in which they are stored."""
+        if q.format in MICROSCALED:
+            return replace(q, absmax=_nearest_by_ratio(scales, q.nested_code[: len(MICROSCALED[q.format])]))
+        q = replace(q, absmax=scales)
+        if self.stored is not None:
+            return self.stored(q)
+        return plain.double_quantized(q) if self.double_quant else q
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,7 @@ def calibrated(weight: Tensor, inputs: Sequence[Factored | None], options: Optio
     Args:
         weight: W [N, K], or [E, N, K] of experts, whose blocks lie within an expert.
         inputs: those of W, or of each expert; an expert with None is rounded to the nearest level.
-        options: as in `qlora_native.quantize`.
+        options: the format, and how its scales are stored.
     """
     q = options.plain(weight, double_quant=False)  # also checks the weight
     experts = weight.detach().reshape(len(inputs), *weight.shape[-2:])
@@ -131,21 +147,13 @@ def calibrated(weight: Tensor, inputs: Sequence[Factored | None], options: Optio
                 steps=count,
             )
     codes = q.codes.view(len(inputs), -1).clone()
-    q = _with_scales(q, scales.view(-1), options.double_quant)
+    q = options.with_scales(q, scales.view(-1))
     scales = decoded_scales(q).view(len(inputs), -1)
     for e, found in enumerate(inputs):
         if found is not None:
             rows = experts[e].float().contiguous()
             codes[e] = quantize_with_feedback(rows, found.order, found.factor, scales[e], q.code, blocksize=q.blocksize)
     return replace(q, codes=codes.view(q.codes.shape))
-
-
-def _with_scales(q: QuantizedWeight, scales: Tensor, double_quant: bool) -> QuantizedWeight:
-    """`q` with other scales, fp32 [blocks], stored as the format has them."""
-    if q.format in MICROSCALED:
-        return replace(q, absmax=_nearest_by_ratio(scales, q.nested_code[: len(MICROSCALED[q.format])]))
-    q = replace(q, absmax=scales)
-    return plain.double_quantized(q) if double_quant else q
 
 
 def _nearest_by_ratio(scales: Tensor, levels: Tensor) -> Tensor:

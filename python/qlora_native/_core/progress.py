@@ -14,7 +14,8 @@ class Progress:
     """Counts what has been done and shows it on stderr.
 
     On a terminal, and in a notebook, it shows a bar of tqdm, if tqdm is installed. Elsewhere it prints a line every
-    SECONDS and one at the end, so that a log file does not fill with bars.
+    SECONDS and one at the end, so that a log file does not fill with bars. The time left assumes that an item takes as
+    long as those before it.
 
     Args:
         total: the number of items.
@@ -51,6 +52,6 @@ class Progress:
         now = time.monotonic()
         if self._wanted and (self._done == self._total or now - self._shown >= SECONDS):
             self._shown = now
-            sys.stderr.write(
-                f"{self._action}: {self._done} of {self._total} {self._unit}s, {now - self._started:.0f} s\n"
-            )
+            seconds, left = now - self._started, self._total - self._done
+            more = f", about {seconds / self._done * left:.0f} s left" if left else ""
+            sys.stderr.write(f"{self._action}: {self._done} of {self._total} {self._unit}s, {seconds:.0f} s{more}\n")

@@ -62,6 +62,23 @@ class Part:
         return part[0] if isinstance(part, list) else part
 
 
+def assembled(parts: list[tuple[Part, Tensor]]) -> Tensor:
+    """Make a tensor of the model of the values of all its parts, as transformers does when it loads the files."""
+    first = parts[0][0]
+    converter = copy.deepcopy(first.converter)
+    for part, tensor in sorted(parts, key=lambda each: each[0].expert or 0):
+        converter.add_tensor(part.own, part.source, part.source, tensor)
+    expected = list(first.model.get_parameter(first.own).shape)
+    try:
+        (made,) = converter.convert(first.own, model=first.model, config=first.model.config).values()
+    except RuntimeError as error:
+        raise bad(first.own, f"parts of a tensor {expected}", f"others ({error})") from None
+    made = made[0] if isinstance(made, list) else made
+    if list(made.shape) != expected:
+        raise bad(first.own, f"parts of a tensor {expected}", f"parts of one {list(made.shape)}")
+    return made
+
+
 class Skeleton:
     """The modules of a checkpoint's model without weights: which are linear layers, and what the files call them.
 
@@ -135,7 +152,12 @@ class Skeleton:
     def without_values(self) -> nn.Module:
         """A new model: its parameters are on the meta device, and its buffers have their values."""
         with parameters_on_meta():
-            return type(self._model)(self.config).eval()
+            return type(self._model)._from_config(self.config, dtype=self.dtype).eval()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which transformers loads the model's tensor `name`, some of which it keeps in fp32."""
+        plan = self._model._get_dtype_plan(self.dtype).items()
+        return next((dtype for part, dtype in plan if re.search(part.replace("*", ".*"), name)), self.dtype)
 
     def name_of(self, name: str) -> str:
         """The name in the model of the file's tensor `name`."""
@@ -147,6 +169,14 @@ class Skeleton:
         """{name in the model: name in the file} of the tensors that transformers reads unchanged."""
         names = {self.name_of(name): name for shard in checkpoint.shards.values() for name in shard}
         return {own: name for own, name in names.items() if own in self._state}
+
+    def sources(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
+        """{name in the model: names in the files} of the tensors that are read unchanged, or made of parts."""
+        found: dict[str, list[str]] = {}
+        for name in (name for shard in checkpoint.shards.values() for name in shard):
+            part = self.part_of(name)
+            found.setdefault(self.name_of(name) if part is None else part.own, []).append(name)
+        return {own: names for own, names in found.items() if own in self._state}
 
     def names_made_of(self, name: str) -> set[str]:
         """The names in the model of what the file's tensor `name` becomes, with others (experts are stacked)."""

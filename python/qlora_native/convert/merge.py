@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ require("transformers")
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .._calibrate.budget import Budget
 from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
@@ -39,7 +39,7 @@ from ._adapters import Adapter
 from ._calibration import CalibratedWeights, digest, read_texts
 from ._checkpoints import Checkpoint, other_files, rounded, write_shards
 from ._report import Report
-from ._skeleton import Skeleton
+from ._skeleton import Skeleton, assembled
 from ._staging import new_folder
 
 __all__ = ["TARGETS", "Report", "convert"]
@@ -83,10 +83,11 @@ def convert(
         progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
             then.
         calibrate: a file of text of the kind that the model will see, or JSON Lines with a "prompt" and a "response" in
-            each line. "nf4" and "fp4" weights are chosen by it, as by `qlora_native.calibrate`: the model is run layer
-            by layer in the folder `.<out>.calibration` beside `out`, with which an interrupted run goes on.
+            each line. Quantized weights are chosen by it, as by `qlora_native.calibrate`: the model is run layer by
+            layer, and the folder `.<out>.calibration` beside `out` holds what is done, with which an interrupted run
+            goes on. Experts that are stacked in one tensor stay in 16 bits.
         bits: a budget, as in `qlora_native.calibrate`: the mean bits of an element of the layers that are quantized,
-            such as 4.5. Layers whose rounding moves the model most stay in 16 bits and are named in the config's
+            such as 4.5. Those whose rounding moves the model most stay in 16 bits, and the config names them in
             `llm_int8_skip_modules`; the format has no 8 bits beside 4.
 
     Returns:
@@ -100,8 +101,9 @@ def convert(
     if to is not None and to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
     target = None if to is None else TARGETS[to]
-    if calibrate is not None and to not in ("nf4", "fp4"):
-        raise bad("calibrate", "a file with nf4 or fp4 alone", f"one with {to or 'no format'}")
+    if calibrate is not None and not isinstance(target, str):
+        formats = ", ".join(name for name, made in TARGETS.items() if isinstance(made, str))
+        raise bad("calibrate", f"a file with one of the formats {formats}", f"one with {to or 'none'}")
     if bits is not None and calibrate is None:
         raise bad("bits", "None without a file to calibrate by", bits)
     checkpoint = Checkpoint(base)
@@ -114,8 +116,6 @@ def convert(
         loaded = Adapter(adapter, model)
     conversion = _Conversion(checkpoint, model, loaded, target, blocksize, double_quant)
     conversion.check(there)
-    if calibrate is not None:
-        conversion.calibrate(calibrate, Path(out), progress, bits)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
@@ -123,6 +123,8 @@ def convert(
             yield file, {key: tensor for name in bar.over(names) for key, tensor in conversion.tensors(name).items()}
 
     with new_folder(out) as folder:
+        if calibrate is not None:
+            conversion.calibrate(calibrate, folder.with_name(f".{Path(out).name}.calibration"), progress, bits)
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
@@ -136,7 +138,7 @@ def convert(
     conversion.note_dtypes()
     if conversion.calibrated is not None:
         conversion.calibrated.remove()
-    elif loaded is not None and to in ("nf4", "fp4") and (lost := conversion.report.error_of_delta) is not None:
+    elif loaded is not None and to in ("nf4", "fp4", "int4") and (lost := conversion.report.error_of_delta) is not None:
         conversion.report.notes.append(
             f"rounding to 4 bits moved the weights {lost:.1f} times as far as the adapter did, so much of what it had "
             "learned may be lost: --calibrate FILE keeps it, and so does --to bf16 (docs/quality.md)"
@@ -183,43 +185,73 @@ class _Conversion:
         """The layers that a budget leaves unquantized."""
         return set() if self.calibrated is None else self.calibrated.kept
 
-    def calibrate(self, path: str | Path, out: Path, progress: bool, bits: float | None) -> None:
-        """Choose the weights of the layers that are quantized by the text of a file."""
-        model = self.model if self.adapter is None else self.adapter.model
-        if model.stacks():
-            raise bad("calibrate", "a model without experts (in memory qn.calibrate takes them)", model.architecture)
-        files = model.file_names(self.checkpoint)
+    @property
+    def options(self) -> Options:
+        """How weights are quantized."""
+        if not self.packed:
+            return Options(self.format, self.blocksize, self.double_quant, None)
+        rounded_scales = partial(compressed_tensors.with_rounded_scales, dtype=self.model.dtype)
+        return Options(self.format, self.blocksize, False, None, rounded_scales)
 
-        def value(own: str) -> Tensor:
-            source = next((files[name] for name in (own, *sorted(model.tied(own))) if name in files), None)
-            if source is None or model.is_transposed(own):
-                raise bad("calibrate", f"files with {own} as the model has it (or qn.calibrate, in memory)", "others")
-            base = self.checkpoint.dense(source)
-            adapted = self.adapter is not None and own in self.adapter.names
-            return (self.adapter.merged(own, base)[0] if adapted else base).to(model.dtype, copy=True)
-
+    def calibrate(self, path: str | Path, folder: Path, progress: bool, bits: float | None) -> None:
+        """Choose the weights of the layers that are quantized by the text of a file, with a folder for what is done."""
+        skeleton = self.model if self.adapter is None else self.adapter.model
+        sources = self.model.sources(self.checkpoint)
+        model = skeleton.without_values()
+        for name, buffer in model.named_buffers():
+            if name in sources:
+                buffer.copy_(self._value(name, sources))
         texts = read_texts(
-            path, self.checkpoint.folder, max(model.shape(f"{name}.weight")[1] for name in model.linears)
+            path, self.checkpoint.folder, max(skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears)
         )
-        options = Options(self.format, self.blocksize, self.double_quant, None)
         run = {
-            "base": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._sources()],
-            "format": [self.format, self.blocksize, self.double_quant],
+            "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
+            "format": [self.format, self.blocksize, self.options.double_quant],
             "texts": digest(texts),
         }
         budget = None
         if bits is not None:
-            run["measured"] = True
-            budget = Budget(bits, eight=False, dtype=model.dtype)
-        self.calibrated = CalibratedWeights(out.absolute().with_name(f".{out.name}.calibration"))
-        skip = tuple(model.other_linears())
-        self.calibrated.make(model.without_values(), value, model.linears, skip, texts, options, run, progress, budget)
+            run["measured"] = True  # the calibration is the same for each budget
+            budget = Budget(bits, eight=False, dtype=self.model.dtype)
+        self.calibrated = CalibratedWeights(folder)
+        self.calibrated.make(
+            model,
+            lambda own: self._value(own, sources),
+            skeleton.linears,
+            (*skeleton.other_linears(), *skeleton.stacks()),
+            texts,
+            self.options,
+            run,
+            progress,
+            budget,
+        )
         self.report.notes.append(str(self.calibrated.report))
 
-    def _sources(self) -> list[Path]:
-        """The files whose tensors are converted."""
-        files = [self.checkpoint.folder / name for name in self.checkpoint.shards]
-        return files + ([] if self.adapter is None else [self.adapter.folder / "adapter_model.safetensors"])
+    def _value(self, own: str, sources: dict[str, list[str]]) -> Tensor:
+        """The value that the model's tensor `own` has before it is quantized, in the dtype that transformers loads.
+
+        Args:
+            own: the name.
+            sources: what the files have, `Skeleton.sources`.
+        """
+        names = next((sources[name] for name in (own, *sorted(self.model.tied(own))) if name in sources), [])
+        parts = [part for name in names if (part := self.model.part_of(name)) is not None]
+        if not names or self.model.is_transposed(own) or (parts and own.removesuffix(".weight") in self.model.linears):
+            raise bad("calibrate", f"files with {own} as the model has it (or qn.calibrate, in memory)", "others")
+        adapted = self.adapter is not None and own in self.adapter.names
+        dtype = self.model.dtype_of(own)
+        if not parts:
+            base = self.checkpoint.dense(names[0])
+            return (self.adapter.merged(own, base)[0] if adapted else base).to(dtype, copy=True)
+        stored = [self.checkpoint[name] for name in names]
+        merged = map(self.adapter.merged_part, parts, stored) if adapted else stored
+        return assembled([(part, tensor.to(dtype)) for part, tensor in zip(parts, merged, strict=True)])
+
+    def _files(self) -> list[Path]:
+        """The files that are converted."""
+        files = [self.checkpoint.folder / name for name in ("config.json", *self.checkpoint.shards)]
+        adapters = ("adapter_config.json", "adapter_model.safetensors") if self.adapter is not None else ()
+        return files + [self.adapter.folder / name for name in adapters]
 
     def quantization_config(self) -> dict[str, Any]:
         """The quantization_config of config.json."""
@@ -305,7 +337,7 @@ class _Conversion:
         quantize = self.format is not None and kind == "weight" and path in self.model.linears - self.kept
         if quantize and quantized and not adapted and self.calibrated is None:
             q = self.checkpoint.quantized_weight(name)
-            if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
+            if (q.format, q.blocksize, q.nested_absmax is not None) == (self.format, self.blocksize, self.double_quant):
                 return q.to_bitsandbytes(key.removesuffix("weight"))  # unchanged bytes
         stored = self.checkpoint.dense(name)
         # Conv1D has a weight [in, out]; in 4 bits it is stored as [out, in], as in nn.Linear.
@@ -316,11 +348,9 @@ class _Conversion:
             return {key: self._rounded(name, own, weight, base, trained)}
         weight = weight.t() if transposed else weight
         try:
-            q = functional.quantize(weight, *self._options()) if self.calibrated is None else self.calibrated[path]
+            q = self.options.plain(weight) if self.calibrated is None else self.calibrated[path]
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
-        if self.packed:
-            q = compressed_tensors.with_rounded_scales(q, self.model.dtype)
         decoded = q.dequantize(torch.float32)
         self.report.add_rounding(path, decoded, weight)
         self._measure(own, decoded.t() if transposed else decoded, base, trained)
@@ -353,9 +383,6 @@ class _Conversion:
             self.report.add_written(written, base, trained)
             for other in self.shared.get(name, ()):
                 self.report.add_written(written, base, self.adapter.merged(other, base)[1])
-
-    def _options(self) -> tuple[str, int, bool]:
-        return self.format, self.blocksize, self.double_quant and not self.packed
 
 
 def _counts(dtypes: Counter[torch.dtype]) -> str:
