@@ -21,7 +21,8 @@ from qlora_native.convert import _calibration, _staging, merge
 
 OUT = Path("out")
 COMMAND = ["quantize", "--model", "model", "--out", str(OUT), "--calibrate", "text.txt", "--blocksize", "32"]
-# The process is killed when a function is called for the given time; the layers that are then finished.
+# {moment: (the owner and the name of a function, the number of the call at which the process is killed, the layers that
+# are then finished)}.
 MOMENTS = {
     "in the first layer": (model, "calibrated", 3, 0),
     "while the first layer is written": (_calibration, "save_file", 1, 0),
@@ -64,8 +65,8 @@ def run(owner=None, name="", at=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def moved(folder):
-    """The contents of a complete result, which is then removed."""
+def removed(folder):
+    """Remove a complete result. Returns what its contents were."""
     found = contents(folder)
     for path in folder.iterdir():
         path.unlink()
@@ -78,12 +79,12 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     names = set(os.listdir())
     assert run() == 3
-    expected = moved(OUT)
+    expected = removed(OUT)
     assert set(os.listdir()) == names
     for moment, (owner, name, at, finished) in MOMENTS.items():
         assert run(owner, name, at) == -signal.SIGKILL, moment
         assert not OUT.exists(), moment
         assert run() == 3 - finished, moment
-        assert moved(OUT) == expected, moment
+        assert removed(OUT) == expected, moment
         assert set(os.listdir()) == names, f"{moment}: {set(os.listdir()) - names}"
         print(f"{moment}: {finished} layers were not repeated", flush=True)

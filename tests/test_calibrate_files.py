@@ -83,12 +83,31 @@ def test_merged_files_have_the_weights_that_calibrate_makes_of_the_merged_model(
     assert_same_weights(tmp_path / "out", in_memory(tmp_path / "merged", texts))
 
 
-def test_plain_merge_says_what_is_lost_and_what_to_type(folder, tmp_path):
-    plain = convert(folder / "model", tmp_path / "out", adapter=folder / "adapter", to="nf4", progress=False)
+def test_model_whose_output_layer_the_adapter_unties_is_calibrated(folder, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(folder / "model", tie_word_embeddings=True)
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    for each in (model, transformers.AutoTokenizer.from_pretrained(folder / "model")):
+        each.save_pretrained(tmp_path / "model")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapted.get_output_embeddings().weight.data *= 1.5
+    adapted.save_pretrained(tmp_path / "adapter")
+    options = {"adapter": tmp_path / "adapter", "progress": False}
+    convert(tmp_path / "model", tmp_path / "out", to="nf4", calibrate=folder / "text.txt", **options)
+    convert(tmp_path / "model", tmp_path / "merged", to="bf16", **options)
+    texts = _calibration.read_texts(folder / "text.txt", folder / "model", 96)
+    assert_same_weights(tmp_path / "out", in_memory(tmp_path / "merged", texts))
+
+
+@pytest.mark.parametrize("to", ["nf4", "int4"])
+def test_plain_merge_into_4_bits_says_what_is_lost_and_what_to_type(folder, tmp_path, to):
+    options = {"adapter": folder / "adapter", "blocksize": 32, "progress": False}
+    plain = convert(folder / "model", tmp_path / "out", to=to, **options)
     assert re.search(
         r"rounding to 4 bits moved the weights \d+\.\d times as far .*: --calibrate FILE keeps", str(plain)
     )
-    assert "--calibrate" not in str(calibrated(folder, tmp_path / "calibrated", adapter=folder / "adapter"))
+    better = convert(folder / "model", tmp_path / "better", to=to, calibrate=folder / "text.txt", **options)
+    assert "--calibrate" not in str(better)
 
 
 def test_stock_transformers_loads_the_files(folder, tmp_path):

@@ -381,9 +381,8 @@ def trained(shapes):
 @each_of(FUNCTIONS)
 def test_compiled_function_gives_the_bits_of_eager(name, function, shapes):
     inputs = trained(shapes)
-    calls = [function, torch.compile(function, fullgraph=True, backend="aot_eager")]
-    if name == "attention":
-        calls.append(torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True))
+    compiles = (torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=each) for each in (None, True))
+    calls = [function, *compiles]
     expected, *compiled = ((y := f(*inputs), *torch.autograd.grad(y.sum(), inputs)) for f in calls)
     for results in compiled:
         assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))

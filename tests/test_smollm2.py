@@ -1,6 +1,7 @@
 """Guards SmolLM2-135M from end to end: the usual snippet with its import changed, and merging."""
 
 import importlib.util
+import pathlib
 
 import pytest
 import torch
@@ -128,3 +129,24 @@ def test_merged_model_has_the_loss_of_its_adapter(folder, trained, tmp_path, mon
     merged = load(tmp_path / "nf4")
     assert len(models.layers_of(merged)) == LINEARS
     assert loss(merged, tokenizer) == pytest.approx(loss(adapted, tokenizer), abs=0.1)
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_stock_bitsandbytes_is_as_near_as_ours_over_a_calibrated_file(folder, tmp_path):
+    models.bitsandbytes()
+    text = tmp_path / "text.txt"
+    pages = sorted(pathlib.Path(__file__).parents[1].glob("docs/*.md"))
+    text.write_text("\n".join(page.read_text(encoding="utf-8") for page in pages)[:12_000], encoding="utf-8")
+    convert(folder, tmp_path / "calibrated", to="nf4", calibrate=text, progress=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = {}
+    for name, options in (("ours", {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}), ("stock", {})):
+        model = models.load(tmp_path / "calibrated", **options)
+        found[name] = logits(model, tokenizer).float()
+        if name == "ours":
+            for layer in models.layers_of(model).values():
+                layer.compute_dtype = torch.float32
+            exact = logits(model.float(), tokenizer)
+    errors = {name: ((each - exact).norm() / exact.norm()).item() for name, each in found.items()}
+    assert 0 < errors["ours"] <= 1.1 * errors["stock"] and errors["stock"] <= 2**-5  # 30 layers in bf16 (2**-9 each)

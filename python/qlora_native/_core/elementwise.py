@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (registers the ops)
-from .errors import bad, bad_type, check_float_dtype, check_memory, checks_memory
+from .errors import bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
 from .ops import Recompute, differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
@@ -78,9 +78,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, shift: float = 0.0
         )
     if weight.shape != x.shape[-1:] or weight.device != x.device:
         raise bad("weight", f"{list(x.shape[-1:])} on {x.device}", f"{list(weight.shape)} on {weight.device}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not (is_finite(eps) and eps >= 0):
         raise bad("eps", "a number of at least 0", eps)
-    if not math.isfinite(shift):
+    if not is_finite(shift):
         raise bad("shift", "a finite number", shift)
     return _norm_op(x, weight.contiguous(), shift, eps)[0]
 

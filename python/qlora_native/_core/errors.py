@@ -25,9 +25,14 @@ def bad_type(argument: str, expected: str, got: Any) -> TypeError:
     return TypeError(f"{argument}: expected {expected}, got {got}")
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is finite. torch.compile(dynamic=True) can trace this, and cannot trace math.isfinite."""
+    return abs(value) <= sys.float_info.max
+
+
 def is_finite_number(value: Any) -> bool:
     """Whether `value` is an int or a float that is finite as a float."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and is_finite(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, is_finite
 from .weight import QuantizedWeight
 
 
@@ -91,6 +89,6 @@ def checked_lora(
         if scaling.dim() or not scaling.is_floating_point():
             raise bad("lora_scaling", "a number or a tensor [] of one", f"{scaling.dtype} {list(scaling.shape)}")
         lora_b, scaling = lora_b * scaling, 1.0
-    elif not math.isfinite(scaling):
+    elif not is_finite(scaling):
         raise bad("lora_scaling", "a finite number", scaling)
     return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import ceil_div
-from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
+from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
 from .inputs import checked_bias, checked_input, checked_lora
 from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
 from .weight import QuantizedWeight, op_arguments
@@ -93,7 +93,7 @@ def linear_cross_entropy(
         raise bad("reduction", "'mean', 'sum' or 'none'", repr(reduction))
     if not 0 <= label_smoothing <= 1:
         raise bad("label_smoothing", "a number in [0, 1]", label_smoothing)
-    if not math.isfinite(logit_scale):
+    if not is_finite(logit_scale):
         raise bad("logit_scale", "a finite number", logit_scale)
     if softcap is not None and not 0 < softcap < math.inf:
         raise bad("softcap", "a number above 0, or None", softcap)

@@ -30,6 +30,7 @@ from .._calibrate.weight import Options
 from .._core.errors import bad
 from .._core.progress import Progress
 from .._core.weight import QuantizedWeight
+from ._skeleton import Skeleton
 
 SEQUENCE, BATCH = 512, 4  # tokens of a sequence, and sequences that are run together
 _TENSORS = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code")
@@ -52,10 +53,9 @@ class CalibratedWeights:
 
     def make(
         self,
+        skeleton: Skeleton,
         model: nn.Module,
         value: Callable[[str], Tensor],
-        linears: set[str],
-        skip: tuple[str, ...],
         texts: list[Tensor],
         options: Options,
         run: dict[str, Any],
@@ -65,21 +65,20 @@ class CalibratedWeights:
         """Calibrate, or go on with it.
 
         Args:
-            model: the model. The parameters of its layers are on the meta device; all others have their values.
+            skeleton: says which linear layers are quantized. Stacked experts are not.
+            model: the model. Its parameters are on the meta device, and its buffers have their values.
             value: returns the value of a parameter by its name in the model.
-            linears: the paths of the layers to quantize.
-            skip: those of the other linear layers, and of stacked experts, which are not quantized.
             texts: token ids [B, T].
             options: the format.
             run: what a run that goes on must have in common with the one that was interrupted.
             progress: show it on stderr.
             budget: what the weights may take, without 8 bits.
         """
-        loader = _Loader(model, value)
+        loader, skip = _Loader(model, value), (*skeleton.other_linears(), *skeleton.stacks())
         calibration = Calibration(model, texts, skip, options, True, loader.attach, budget)
         stages = calibration.stages()
         found = {name for stage in stages if stage.index is not None for name in stage.names}
-        if left := sorted(linears - found):
+        if left := sorted(skeleton.linears - found):
             raise bad(f"calibrate: {left[0]}", "a linear layer in one of the model's layers", "another (qn.calibrate)")
         text = json.dumps(run, sort_keys=True)
         start = self._begin(text, calibration)

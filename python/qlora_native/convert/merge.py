@@ -200,10 +200,9 @@ class _Conversion:
         model = skeleton.without_values()
         for name, buffer in model.named_buffers():
             if name in sources:
-                buffer.copy_(self._value(name, sources))
-        texts = read_texts(
-            path, self.checkpoint.folder, max(skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears)
-        )
+                buffer.copy_(self._value(sources, name))
+        widest = max(skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears)
+        texts = read_texts(path, self.checkpoint.folder, widest)
         run = {
             "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
             "format": [self.format, self.blocksize, self.options.double_quant],
@@ -214,25 +213,16 @@ class _Conversion:
             run["measured"] = True  # the calibration is the same for each budget
             budget = Budget(bits, eight=False, dtype=self.model.dtype)
         self.calibrated = CalibratedWeights(folder)
-        self.calibrated.make(
-            model,
-            lambda own: self._value(own, sources),
-            skeleton.linears,
-            (*skeleton.other_linears(), *skeleton.stacks()),
-            texts,
-            self.options,
-            run,
-            progress,
-            budget,
-        )
+        value = partial(self._value, sources)
+        self.calibrated.make(skeleton, model, value, texts, self.options, run, progress, budget)
         self.report.notes.append(str(self.calibrated.report))
 
-    def _value(self, own: str, sources: dict[str, list[str]]) -> Tensor:
+    def _value(self, sources: dict[str, list[str]], own: str) -> Tensor:
         """The value that the model's tensor `own` has before it is quantized, in the dtype that transformers loads.
 
         Args:
-            own: the name.
-            sources: what the files have, `Skeleton.sources`.
+            sources: what the files have, as `Skeleton.sources` says.
+            own: the name of the tensor.
         """
         names = next((sources[name] for name in (own, *sorted(self.model.tied(own))) if name in sources), [])
         parts = [part for name in names if (part := self.model.part_of(name)) is not None]
