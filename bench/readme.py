@@ -104,7 +104,7 @@ def finetune_runs() -> str:
 
 def calibration_report() -> str:
     """The report of quality/calibration.py, for docs/quality.md."""
-    return (report.RESULTS / "quality-calibration.md").read_text()
+    return (report.RESULTS / "quality-calibration.md").read_text().replace("](", "](../bench/results/")
 
 
 def fidelity() -> str:

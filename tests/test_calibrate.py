@@ -376,6 +376,18 @@ def test_refusal_puts_experts_back():
     assert model.config._experts_implementation != "qlora_native"
 
 
+def test_model_with_adapters_gets_the_weights_that_it_gets_without():
+    peft = pytest.importorskip("peft")
+    model, given = small()
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear"))
+    qn.calibrate(model, given, progress=False)
+    qn.calibrate(adapted, given, progress=False)
+    expected = [layer.quantized_weight for layer in model.modules() if isinstance(layer, qn.nn.Linear4bit)]
+    found = [layer.quantized_weight for layer in adapted.modules() if isinstance(layer, qn.nn.Linear4bit)]
+    assert len(found) == len(expected) == 14
+    assert all(torch.equal(ours.codes, theirs.codes) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_training_mode_is_kept():
     model, given = small()
     model.train()

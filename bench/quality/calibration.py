@@ -6,30 +6,42 @@ Before the fine-tune the loss is measured on three kinds of text: pairs that wer
 English of another kind, which are the pages of this project; and another language, which are the French manual pages of
 Debian's package manpages-fr, if it is installed. After the fine-tune it is measured on the held-out pairs, and again
 after the adapter is merged: into 16 bits, and into NF4 by plain rounding and by calibration.
+
+Over plain NF4 the adapter starts with B = 0, with LoftQ's values, and with those of CLoQ for the training pairs.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import gzip
-import itertools
 import statistics
+import textwrap
 from pathlib import Path
 
 import qlora_native as qn
 import torch
 import training
+from qlora_native.integrations.cloq import initialize_cloq
+from qlora_native.integrations.loftq import initialize_loftq
 from torch import nn
 from training import finetune
 
+import plots
 import tables
 
-BASES = ("bf16", "nf4", "nf4, calibrated")
+BASES = ("bf16", "nf4", "nf4, LoftQ", "nf4, CLoQ", "nf4, calibrated")
 FRENCH = Path("/usr/share/man/fr/man7")
 TEXTS = {"English": "another kind", "French": "another language"}
 TOKENS, SEQUENCE = 8192, 512  # of a text
 BATCH_SIZE = 4
+MERGES = {
+    "plain": "merged into NF4 by plain rounding",
+    "calibrated": "by calibration",
+    "16 bits": "merged into 16 bits",
+}
+COLOURS = ("tab:blue", "tab:orange")  # of what is left, and of what is kept
 
 
 @functools.cache
@@ -70,10 +82,21 @@ def base(name: str) -> nn.Module:
     return training.base(**({} if name == "bf16" else training.NF4))
 
 
+def start(name: str, args: argparse.Namespace) -> nn.Module:
+    """The model with its adapter before training."""
+    model = training.lora(base(name), args)
+    if name == "nf4, LoftQ":
+        initialize_loftq(model, training.base().state_dict())
+    elif name == "nf4, CLoQ":
+        texts = finetune.calibration_batches(args, model, training.step.tokenizer(), training_pairs())
+        initialize_cloq(model, training.base().state_dict(), texts, progress=False)
+    return model
+
+
 @functools.cache
 def losses_before(name: str) -> dict[str, float]:
-    """{text: loss of the base on it}."""
-    model = base(name).eval()
+    """{text: loss on it before training}."""
+    model = start(name, finetune.arguments([])).eval()
     return {kind: loss_on(model, ids) for kind in TEXTS if (ids := text(kind)) is not None}
 
 
@@ -103,49 +126,89 @@ def run(base_is: str, seed: int, steps: int) -> dict[str, object]:
     """Train, measure, merge and measure again."""
     made = []
 
-    def build(args: object) -> nn.Module:
-        made.append(training.lora(base(base_is), args))
+    def build(args: argparse.Namespace) -> nn.Module:
+        made.append(start(base_is, args))
         return made[0]
 
     done = losses_before(base_is) | training.fine_tune(build, seed=seed, steps=steps, batch_size=BATCH_SIZE)
     return done | ({} if base_is == "bf16" else {"merged": merged_losses(made[0])})
 
 
+def runs_of(found: dict, name: str) -> list[dict]:
+    """The runs over a base."""
+    return [done for done in found["runs"] if done["base_is"] == name]
+
+
+def columns(found: dict) -> dict[str, str]:
+    """{where the loss was measured: its title}, the farthest kind of text first."""
+    kinds = sorted((kind for kind in TEXTS if all(kind in done for done in found["runs"])), reverse=True)
+    titles = {kind: f"before: {TEXTS[kind]} ({kind})" for kind in kinds}
+    after = f"after the fine-tune, mean of {len(runs_of(found, 'nf4'))} seeds"
+    return titles | {"before": "before: the same kind", "after": after}
+
+
+def loss(found: dict, name: str, column: str) -> float:
+    """The mean over the seeds."""
+    return statistics.mean(done[column] for done in runs_of(found, name))
+
+
+def left(found: dict, name: str, column: str) -> float:
+    """The part of the gap between 16 bits and NF4 that is left."""
+    dense, plain = loss(found, "bf16", column), loss(found, "nf4", column)
+    return (loss(found, name, column) - dense) / (plain - dense)
+
+
+def kept(found: dict, name: str, how: str) -> list[float]:
+    """How much of what training gained a merge keeps, for each seed."""
+    return [(done["before"] - done["merged"][how]) / (done["before"] - done["after"]) for done in runs_of(found, name)]
+
+
 def table(found: dict) -> str:
-    """The table as Markdown. In parentheses is the share of the gap between 16 bits and NF4 that is left."""
-    runs = {name: [done for done in found["runs"] if done["base_is"] == name] for name in BASES}
-    kinds = {kind: what for kind, what in TEXTS.items() if all(kind in done for done in found["runs"])}
-    columns = [*sorted(kinds, reverse=True), "before", "after"]  # the farthest kind of text first
-    losses = {
-        (name, column): statistics.mean(done[column] for done in runs[name])
-        for name, column in itertools.product(BASES, columns)
-        if runs[name]
-    }
+    """The tables as Markdown."""
 
-    def cell(name: str, column: str) -> str:
-        loss = losses[name, column]
-        if name == "bf16":
-            return f"{loss:.3f}"
-        dense, plain = losses["bf16", column], losses["nf4", column]
-        return f"{loss:.3f} ({(loss - dense) / (plain - dense):.0%})"
+    def loss_cell(name: str, column: str) -> str:
+        text = f"{loss(found, name, column):.3f}"
+        return text if name == "bf16" else f"{text} ({left(found, name, column):.0%})"
 
-    def kept(name: str, how: str) -> str:
-        """The loss after a merge, and how much of what training gained is kept."""
-        parts = [(done["before"] - done["merged"][how]) / (done["before"] - done["after"]) for done in runs[name]]
-        loss = statistics.mean(done["merged"][how] for done in runs[name])
-        return f"{loss:.3f} ({statistics.mean(parts):.0%}; worst {min(parts):.0%})"
+    def kept_cell(name: str, how: str) -> str:
+        merged = statistics.mean(done["merged"][how] for done in runs_of(found, name))
+        parts = kept(found, name, how)
+        return f"{merged:.3f} ({statistics.mean(parts):.0%}; worst {min(parts):.0%})"
 
-    header = ("linears in", *(f"before: {kinds[kind]} ({kind})" for kind in columns[:-2]))
-    header = (*header, "before: the same kind", f"after the fine-tune, mean of {len(runs['nf4'])} seeds")
-    rows = [(name, *(cell(name, column) for column in columns)) for name in BASES if runs[name]]
-    note = "In parentheses: the part of the gap between NF4 and 16 bits that is left."
-    merges = ("16 bits", "plain", "calibrated")
-    merge_header = ("trained over", "merged into NF4 by plain rounding", "by calibration", "merged into 16 bits")
-    merge_rows = [(name, *(kept(name, how) for how in (*merges[1:], merges[0]))) for name in BASES[1:] if runs[name]]
-    kept_note = "The adapter merged. In parentheses: how much of what training gained is kept."
-    tables_of = (tables.table(header, rows).rstrip(), kept_note, tables.table(merge_header, merge_rows))
-    return "\n\n".join((f"{training.provenance(found)} {note}", *tables_of))
+    bases = [name for name in BASES if runs_of(found, name)]
+    rows = [(name, *(loss_cell(name, column) for column in columns(found))) for name in bases]
+    merge_rows = [(name, *(kept_cell(name, how) for how in MERGES)) for name in bases if name != "bf16"]
+    return "\n\n".join((
+        f"{training.provenance(found)} In parentheses: the part of the gap between NF4 and 16 bits that is left.",
+        tables.table(("linears in", *columns(found).values()), rows).rstrip(),
+        "The adapter merged. In parentheses: how much of what training gained is kept.",
+        tables.table(("trained over", *MERGES.values()), merge_rows).rstrip(),
+        "![The parts of the gap that are left, and of the training that are kept, as bars](quality-calibration.png)\n",
+    ))  # fmt: skip
+
+
+def draw(found: dict, path: Path) -> None:
+    """The chart: a bar for each base, by where the loss was measured, and by the kind of merge."""
+    bases = [name for name in BASES if name != "bf16" and runs_of(found, name)]
+    panels = [
+        [(title, [left(found, name, column) for name in bases]) for column, title in columns(found).items()],
+        [(title, [statistics.mean(kept(found, name, how)) for name in bases]) for how, title in MERGES.items()],
+    ]
+    labels = ("% of NF4's gap left: less is better", "% of the training kept: more is better")
+    figure, axes = plots.subplots(2, max(map(len, panels)), figsize=(12, 1.8 + 0.6 * len(bases)))
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for row, parts in enumerate(panels):
+        for column, (title, shares) in enumerate(parts):
+            axis = axes[row, column]
+            bars = axis.barh(bases, [100 * share for share in shares], color=COLOURS[row])
+            axis.bar_label(bars, fmt="%.0f", padding=3)
+            axis.invert_yaxis()
+            axis.set(visible=True, title=textwrap.fill(title, 26), xlabel=labels[row], xlim=(0, 119))
+            axis.tick_params(labelleft=column == 0)
+            axis.spines[["top", "right"]].set_visible(False)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":
-    training.make_table("calibration", __doc__, [{"base_is": name} for name in BASES], run, table)
+    training.make_table("calibration", __doc__, [{"base_is": name} for name in BASES], run, table, draw=draw)

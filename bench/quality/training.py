@@ -116,6 +116,7 @@ def make_table(
     run: Callable[..., dict[str, object]],
     table: Callable[[dict], str],
     seeds: Sequence[int] = (0, 1, 2),
+    draw: Callable[[dict, Path], None] | None = None,
 ) -> dict:
     """The program of a table: make the runs that out/quality/NAME.json lacks, and print the table.
 
@@ -126,6 +127,7 @@ def make_table(
         run: makes a run.
         table: makes Markdown of what this returns.
         seeds: the default of --seeds.
+        draw: draws the chart of what this returns, which --output writes into bench/results/quality-NAME.png.
 
     Returns:
         {"machine": ..., "runs": [{arguments ..., what `run` returned ...}, ...]}
@@ -146,6 +148,8 @@ def make_table(
     print(table(found))
     if args.output:
         report.write(report.RESULTS / f"quality-{name}.md", table(found))
+        if draw is not None:
+            draw(found, report.RESULTS / f"quality-{name}.png")
     return found
 
 

@@ -141,6 +141,8 @@ class Layers:
                     args = (self._inputs[number], *args[1:])
                 else:
                     kwargs = {**kwargs, "hidden_states": self._inputs[number]}
+            # A cache of transformers would get the keys of each run of the layer.
+            kwargs = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
             found.append((args, kwargs))
             raise Stop
 

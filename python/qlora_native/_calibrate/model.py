@@ -167,7 +167,7 @@ class Calibration:
                 self.layers = Layers(model, self._batches, wanted, prepare)
                 if budget is not None and not self.layers.modules:
                     raise bad("bits", "None for a model without layers that are run one after another", budget.bits)
-                self._check_tokens()
+                check_tokens(self._batches, max(map(self._width, self._names), default=0))
                 self._check_memory()
         except BaseException:
             self._restore_modes()
@@ -398,18 +398,6 @@ class Calibration:
         for module, training in self._modes.items():
             module.training = training
 
-    def _check_tokens(self) -> None:
-        """Raise ValueError if the batches have fewer tokens than the widest weight has columns."""
-        tokens = 0
-        for batch in self._batches:
-            counted = batch.get("attention_mask", batch.get("input_ids"))
-            if not isinstance(counted, Tensor):
-                return  # it is unknown how many rows such a batch makes
-            tokens += int((counted != 0).sum()) if "attention_mask" in batch else counted.numel()
-        widest = max(map(self._width, self._names), default=0)
-        if tokens < widest:
-            raise bad("batches", f"at least {widest} tokens ({ENOUGH * widest} are enough)", tokens)
-
     def _check_memory(self) -> None:
         """Raise ValueError if the matrices of a layer cannot fit in the memory that is available."""
         needed = 0
@@ -431,6 +419,18 @@ class Calibration:
 
     def _width(self, name: str) -> int:
         return self._model.get_submodule(name).weight.shape[1]
+
+
+def check_tokens(batches: list[dict[str, Any]], widest: int) -> None:
+    """Raise ValueError if the batches have fewer tokens than the widest weight has columns."""
+    tokens = 0
+    for batch in batches:
+        counted = batch.get("attention_mask", batch.get("input_ids"))
+        if not isinstance(counted, Tensor):
+            return  # it is unknown how many rows such a batch makes
+        tokens += int((counted != 0).sum()) if "attention_mask" in batch else counted.numel()
+    if tokens < widest:
+        raise bad("batches", f"at least {widest} tokens ({ENOUGH * widest} are enough)", tokens)
 
 
 def available_memory() -> int | None:

@@ -87,26 +87,57 @@ def initialize_loftq(
         ValueError: the model has no such layer or adapter, or `weights` lacks the weight of a layer; the layers before
             it have been initialized.
     """
-    source = Checkpoint(weights) if isinstance(weights, str | Path) else weights
+    source = source_of(weights)
     errors = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLinear4bit) or adapter_name not in layer.lora_A:
-            continue
-        key = f"{name.removeprefix('base_model.model.')}.weight"
-        if key not in source:
-            raise bad("weights", f"the key {key!r}", "none")
+    for name, layer in adapted_layers(model, adapter_name).items():
         base = layer.get_base_layer()
-        weight = _as_stored_in_a_linear(source[key].to(base.weight.device), base.dequantize(torch.float32))
-        scaling, a, b = layer.scaling[adapter_name], layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        weight = weight_of(source, name, layer)
+        scaling = layer.scaling[adapter_name]
         before = _error(weight, base.dequantize(torch.float32))
-        q, new_a, new_b = loftq(weight, base.quantized_weight, layer.r[adapter_name], scaling, iterations)
+        q, a, b = loftq(weight, base.quantized_weight, layer.r[adapter_name], scaling, iterations)
         if iterations > 1:
             base.replace_weight(q)
-        a.weight.data, b.weight.data = new_a.to(a.weight.dtype), new_b.to(b.weight.dtype)
-        errors[name] = before, _error(weight, q.dequantize(torch.float32) + scaling * (new_b @ new_a))
-    if not errors:
-        raise bad("model", f"LoRA layers over Linear4bit with an adapter {adapter_name!r}", "none")
+        set_adapter(layer, adapter_name, a, b)
+        errors[name] = before, _error(weight, q.dequantize(torch.float32) + scaling * (b @ a))
     return errors
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLinear4bit]:
+    """The quantized layers with an adapter of that name, by their path."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear4bit) and adapter_name in module.lora_A
+    }
+    if not layers:
+        raise bad("model", f"LoRA layers over Linear4bit with an adapter {adapter_name!r}", "none")
+    return layers
+
+
+def source_of(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor] | Checkpoint:
+    """The weights of the 16-bit model by their names."""
+    return Checkpoint(weights) if isinstance(weights, str | Path) else weights
+
+
+def key_of(source: Mapping[str, Tensor] | Checkpoint, name: str) -> str:
+    """The key of the weight of the layer at `name`."""
+    key = f"{name.removeprefix('base_model.model.')}.weight"
+    if key not in source:
+        raise bad("weights", f"the key {key!r}", "none")
+    return key
+
+
+def weight_of(source: Mapping[str, Tensor] | Checkpoint, name: str, layer: LoraLinear4bit) -> Tensor:
+    """The 16-bit weight [N, K] of the layer at `name`."""
+    base = layer.get_base_layer()
+    weight = source[key_of(source, name)].to(base.weight.device)
+    return _as_stored_in_a_linear(weight, base.dequantize(torch.float32))
+
+
+def set_adapter(layer: LoraLinear4bit, adapter_name: str, a: Tensor, b: Tensor) -> None:
+    """Set A and B of an adapter, in its own dtype."""
+    for module, value in ((layer.lora_A[adapter_name], a), (layer.lora_B[adapter_name], b)):
+        module.weight.data = value.to(module.weight.dtype)
 
 
 def _as_stored_in_a_linear(weight: Tensor, quantized: Tensor) -> Tensor:
