@@ -3,7 +3,8 @@
 How much a weight matters is measured: its transformer layer is run over some of the text with this weight alone
 rounded, and what counts is the mean over tokens of ‖ΔY‖² / ‖Y‖², where Y is the layer's output for a token. It is
 relative, because what follows normalizes each token; and for each token, because a few are hundreds of times as large
-as the others. Only one layer is needed for it, and no gradients.
+as the others. Only one layer is needed for it, and no gradients. The weight is rounded to the nearest levels: that
+ranks weights as well as calibrated rounding, and can be done before the layer is calibrated.
 
 The errors of different weights are nearly uncorrelated, so their squares add up. Weights are then the items of a
 knapsack, and are taken by what each gains for a byte (Dantzig, "Discrete-variable extremum problems", 1957).
