@@ -90,6 +90,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
         command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
         _add_calibrate(command)
+        command.add_argument(
+            "--bits",
+            type=float,
+            metavar="MEAN",
+            help="with --calibrate: the bits that an element may have on average, such as 4.5; the layers that matter "
+            "most stay in 16 bits",
+        )
         command.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, in 4 bits")
     _add_export(commands)
     args = parser.parse_args(argv)
@@ -154,6 +161,7 @@ def convert(args: argparse.Namespace) -> Any:
             args.blocksize,
             double_quant,
             calibrate=args.calibrate,
+            bits=getattr(args, "bits", None),
         )
     from .convert import gguf
 

@@ -19,12 +19,13 @@ from .._layers import callbacks
 from .._layers.experts import Experts4bit
 from .._layers.linear import linear_class
 from .._layers.quantize_model import find
+from .budget import Budget, Probe, Spending
 from .experts import ObservedExperts
 from .layers import Layers, checked_batches
 from .observe import Inputs, check_finite_gram
 from .pieces import Replay, order_of_calls
 from .report import Calibrated, CalibrationReport
-from .weight import Factored, Options, calibrated, factored, output_errors
+from .weight import Factored, Options, calibrated, factored, output_errors, weight_named
 
 FEW_TOKENS = 4  # an expert needs a token for so many of its columns
 ENOUGH = 16  # tokens for each column of the widest weight; docs/quality.md has what fewer cost
@@ -40,6 +41,7 @@ def calibrate(
     codebook: Tensor | Sequence[float] | None = None,
     sequential: bool = True,
     progress: bool = True,
+    bits: float | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place as `quantize_model` does, so that its layers' outputs change least on given text.
 
@@ -59,6 +61,11 @@ def calibrate(
         sequential: each weight sees the inputs that the quantized ones before it give, in its own layer too. Otherwise
             it sees those of the 16-bit model.
         progress: show the progress on stderr.
+        bits: a budget: the bits that an element of the weights may have on average, with scales and tables, such as
+            4.5. Weights whose rounding moves the output of their transformer layer most get 8 bits ("int8"), or stay as
+            they are. Experts, and weights that are not in one of the layers that are run one after another, count and
+            stay in `format`. There are no files of a model with "int8" in it: `python -m qlora_native quantize --bits`
+            writes 4 and 16 bits beside each other. None: all weights have `format`.
 
     Returns:
         What was done, with the error of each layer's output before and after. A weight that no batch reached, or whose
@@ -66,9 +73,10 @@ def calibrate(
         reached as it has columns. The report names them, and a warning the first.
 
     Raises:
-        TypeError: `model` is not a module, or a batch is neither a tensor nor a mapping.
+        TypeError: `model` is not a module, a batch is neither a tensor nor a mapping, or `bits` is not a number.
         ValueError: there are no batches, or fewer tokens than the widest weight has columns; the ids are not of the
-            model's vocabulary; an input has a NaN or Inf; or memory does not suffice. The model is then as it was.
+            model's vocabulary; an input has a NaN or Inf; memory does not suffice; or `bits` is less than `format`
+            needs, more than 16, or for a format other than "nf4" and "fp4". The model is then as it was.
         NotImplementedError: the model is not on the CPU.
     """
     if not isinstance(model, nn.Module):
@@ -76,13 +84,14 @@ def calibrate(
     if isinstance(skip, str):
         raise bad_type("skip", "a sequence of names", "a string")
     started = time.monotonic()
-    calibration = Calibration(
-        model, batches, tuple(skip), Options(format, blocksize, double_quant, codebook), sequential
-    )
+    options = Options(format, blocksize, double_quant, codebook)
+    budget = None if bits is None else Budget(bits)
+    calibration = Calibration(model, batches, tuple(skip), options, sequential, budget=budget)
     stages = calibration.stages()
     try:
         for stage in Progress(len(stages), progress, "calibrate", "layer").over(stages):
             calibration.run(stage)
+        calibration.spend()
     except BaseException:
         calibration.undo()
         raise
@@ -122,6 +131,7 @@ class Calibration:
         options: Options,
         sequential: bool,
         prepare: Callable[[list[nn.Module]], None] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Find the weights and the layers, and check the arguments. `prepare` is called before a layer is run."""
         for load in callbacks.load_integrations:
@@ -141,6 +151,10 @@ class Calibration:
         others = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
         if prepare is None and others:
             raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {min(others)}")
+        linears = {name: model.get_submodule(name) for name in self._names}
+        parameters = [getattr(each.module, name) for each in self._experts for name in each.names]
+        self.spending = None if budget is None else Spending(budget, options, linears, parameters)
+        self._dense: dict[str, nn.Module] = {}  # the layer that was at a path before
         self._layer_of: dict[int, nn.Module] = {}  # the quantized layer, by the id of the one that it replaces
         self._undo: list[Callable[[], object]] = []
         self._modes = {module: module.training for module in model.modules()}
@@ -151,6 +165,8 @@ class Calibration:
                 self._batches = checked_batches(model, batches)
                 wanted = [*map(model.get_submodule, self._names), *(each.module for each in self._experts)]
                 self.layers = Layers(model, self._batches, wanted, prepare)
+                if budget is not None and not self.layers.modules:
+                    raise bad("bits", "None for a model without layers that are run one after another", budget.bits)
                 check_tokens(self._batches, max(map(self._width, self._names), default=0))
                 self._check_memory()
         except BaseException:
@@ -180,6 +196,9 @@ class Calibration:
     @torch.no_grad()
     def run(self, stage: Stage) -> None:
         """Observe the inputs of a stage, and put quantized layers into the model."""
+        if self.spending is not None and stage.index is not None:
+            dense = {name: self._model.get_submodule(name) for name in stage.names}
+            self.spending.measure(Probe(self.layers, stage.index, self._batches), dense)
         modules: dict[str, nn.Module] = {}
         for name in stage.names:
             module = self._model.get_submodule(name)
@@ -283,11 +302,9 @@ class Calibration:
         self, prefix: str, weight: Tensor, inputs: Sequence[Factored | None]
     ) -> tuple[QuantizedWeight, QuantizedWeight]:
         """A weight rounded plainly, and calibrated where it can be."""
-        try:
+        with weight_named(prefix):
             plain = self._options.plain(weight)
             return plain, calibrated(weight, inputs, self._options) if any(inputs) else plain
-        except ValueError as error:
-            raise ValueError(f"{prefix}{error}" if str(error).startswith("weight") else str(error)) from None
 
     def _report(
         self,
@@ -314,7 +331,8 @@ class Calibration:
             reason = "its blocks reach into the next expert"
         else:
             reason = "the Gram matrix of its inputs is singular"
-        self.report.weights.append(Calibrated(name, tokens, *errors, reason))
+        moved = None if self.spending is None else self.spending.moved.get(name)
+        self.report.weights.append(Calibrated(name, tokens, *errors, reason, q.format, moved))
 
     def _observe(self, experts: callbacks.Experts, name: str) -> ObservedExperts:
         """Put experts that observe their inputs in the place of a parameter."""
@@ -339,7 +357,7 @@ class Calibration:
         """Put a quantized layer at `name`."""
         path, _, child = name.rpartition(".")
         parent = self._model.get_submodule(path)
-        dense = parent.get_submodule(child)
+        dense = self._dense.setdefault(name, parent.get_submodule(child))
         if id(dense) not in self._layer_of:
             q = self._weights[id(dense.weight)]
             layer = linear_class(q).from_quantized(q, dense.bias).train(self._modes[dense])
@@ -347,6 +365,22 @@ class Calibration:
             self._weights[id(dense.weight)] = layer.quantized_weight  # a layer tied to this one shares its parameters
         self._undo.append(partial(setattr, parent, child, dense))
         setattr(parent, child, self._layer_of[id(dense)])
+
+    def spend(self) -> None:
+        """Give weights more bits, as far as the budget reaches, and put their layers into the model."""
+        if self.spending is None:
+            return
+        for path, format in self.spending.choose(self.report).items():
+            weight = self._dense[path].weight
+            dense = {other: layer for other, layer in self._dense.items() if layer.weight is weight}
+            if format == "int8":
+                self._weights[id(weight)] = self.spending.quantized(weight, format)
+                for layer in dense.values():
+                    self._layer_of.pop(id(layer), None)
+            else:
+                self._layer_of |= {id(layer): layer for layer in dense.values()}
+            for other in dense:
+                self._replace(other)
 
     def undo(self) -> None:
         """Put every module back."""

@@ -64,8 +64,7 @@ class Inputs:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Begin a batch. Rows whose attention_mask is 0 are padding, and do not count."""
-        mask = batch.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+        self._mask = mask_of(batch)
         self._last.clear()
 
     def _observing(self, name: str, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,16 +87,26 @@ class Inputs:
         if isinstance(module, ObservedExperts):
             module.observe(x, *args)
             return
-        rows = x.detach()
-        if self._mask is not None and rows.shape[:2] == self._mask.shape:
-            rows = rows[self._mask]
-        rows = rows.reshape(-1, rows.shape[-1])
+        rows = rows_within(self._mask, x.detach())
         self.tokens[name] += len(rows)
         if self._leader.setdefault(name, self._leader.get(leader, leader)) != name:
             return
         if name not in self._grams:
             self._grams[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         add_gram(self._grams[name], rows)
+
+
+def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """The rows of a batch that are not padding, bool [B, T]; None if all are, or if it is not said."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+
+
+def rows_within(mask: Tensor | None, x: Tensor) -> Tensor:
+    """The rows [tokens, K] of x [B, T, K] that `mask` [B, T] has; all rows of an x of another shape."""
+    if mask is not None and x.shape[:2] == mask.shape:
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1])
 
 
 def check_finite_gram(gram: Tensor | None, name: str) -> None:

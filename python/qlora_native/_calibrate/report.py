@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 
 SHOWN = 10  # fallbacks
@@ -15,8 +16,13 @@ class Calibrated:
     Attributes:
         name: the path of its layer; of an expert, with its index.
         tokens: the rows of X that were observed.
-        before, after: the error of the layer's output by plain rounding and as it is, ‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖.
-        fallback: why the weight was rounded plainly; None if it was calibrated.
+        before, after: the error of the layer's output by plain rounding and by calibration, ‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖; of a
+            weight that a budget gave more bits, as it was before it got them.
+        fallback: why the weight was rounded plainly; None if it was calibrated, or if a budget gave it more bits.
+        format: of the weight as it is: one of `qlora_native.quantize`, or the dtype of a weight that was not quantized.
+        moved: with a budget, how far the output of its transformer layer moves if this weight alone is rounded plainly,
+            as the mean over tokens of ‖ΔY‖² / ‖Y‖²: in the format of the model, and in 8 bits if it may have them. None
+            for experts, and for weights outside the layers that are run one after another.
     """
 
     name: str
@@ -24,6 +30,8 @@ class Calibrated:
     before: float
     after: float
     fallback: str | None = None
+    format: str = "nf4"
+    moved: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -33,10 +41,12 @@ class CalibrationReport:
     Attributes:
         weights: every quantized weight, in the order in which they were quantized.
         seconds: how long it took.
+        bits: with a budget, the mean bits of an element of all weights, with scales and tables.
     """
 
     weights: list[Calibrated] = field(default_factory=list)
     seconds: float = 0.0
+    bits: float | None = None
 
     @property
     def fallbacks(self) -> list[Calibrated]:
@@ -44,12 +54,16 @@ class CalibrationReport:
         return [each for each in self.weights if each.fallback is not None]
 
     def __str__(self) -> str:
-        """A few lines: how many weights, the median error of their outputs, and the first fallbacks."""
+        """A few lines: how many weights, the median error of their outputs, their formats, and the first fallbacks."""
         done = [each for each in self.weights if each.fallback is None]
         lines = [f"calibrated {len(done)} of {len(self.weights)} weights in {self.seconds:.0f} s"]
         if done:
             before, after = (statistics.median(getattr(each, name) for each in done) for name in ("before", "after"))
             lines.append(f"error of a layer's output, median: {before:.2%} by plain rounding, {after:.2%} calibrated")
+        if self.bits is not None:
+            formats = Counter(each.format for each in self.weights).most_common()
+            counted = ", ".join(f"{count} weights in {name}" for name, count in formats)
+            lines.append(f"{self.bits:.2f} bits an element: {counted}")
         lines += [f"rounded plainly: {each.name}: {each.fallback}" for each in self.fallbacks[:SHOWN]]
         if self.fallbacks[SHOWN:]:
             lines.append(f"rounded plainly: {len(self.fallbacks) - SHOWN} more (report.fallbacks has them)")

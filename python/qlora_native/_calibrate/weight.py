@@ -9,7 +9,8 @@ algorithm 1). The scales are those that are stored, so the error of rounding the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -168,6 +169,15 @@ def decoded_scales(q: QuantizedWeight) -> Tensor:
         return q.absmax
     nested = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: q.absmax.numel()]
     return q.nested_code[q.absmax.long()] * nested + q.offset
+
+
+@contextmanager
+def weight_named(prefix: str) -> Iterator[None]:
+    """Put the path of a weight in front of an error about it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}" if str(error).startswith("weight") else str(error)) from None
 
 
 def output_errors(weight: Tensor, gram: Tensor, *weights: QuantizedWeight, first: int = 0) -> list[float]:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from .._calibrate.budget import Budget
 from .._calibrate.model import ENOUGH, Calibration
 from .._calibrate.report import Calibrated, CalibrationReport
 from .._calibrate.weight import Options
@@ -40,12 +41,14 @@ class CalibratedWeights:
 
     Attributes:
         report: what was done, also before an interruption.
+        kept: the paths of the layers that a budget leaves unquantized.
     """
 
     def __init__(self, folder: Path) -> None:
         """Use a folder, which need not exist yet."""
         self.folder = folder
         self.report = CalibrationReport()
+        self.kept: set[str] = set()
         self._file_of: dict[str, Path] = {}
 
     def make(
@@ -57,6 +60,7 @@ class CalibratedWeights:
         options: Options,
         run: dict[str, Any],
         progress: bool,
+        budget: Budget | None = None,
     ) -> None:
         """Calibrate, or go on with it.
 
@@ -68,9 +72,10 @@ class CalibratedWeights:
             options: the format.
             run: what a run that goes on must have in common with the one that was interrupted.
             progress: show it on stderr.
+            budget: what the weights may take, without 8 bits.
         """
         loader, skip = _Loader(model, value), (*skeleton.other_linears(), *skeleton.stacks())
-        calibration = Calibration(model, texts, skip, options, sequential=True, prepare=loader.attach)
+        calibration = Calibration(model, texts, skip, options, True, loader.attach, budget)
         stages = calibration.stages()
         found = {name for stage in stages if stage.index is not None for name in stage.names}
         if left := sorted(skeleton.linears - found):
@@ -83,6 +88,8 @@ class CalibratedWeights:
             weights = {name: model.get_submodule(name).quantized_weight for name in stage.names}
             report = CalibrationReport(calibration.report.weights[done:], time.monotonic() - started)
             self._save(stage.index, weights, report, calibration.layers.inputs)
+        if calibration.spending is not None:
+            self.kept = set(calibration.spending.choose(self.report))
 
     def __getitem__(self, path: str) -> QuantizedWeight:
         """The weight of the layer at `path`."""

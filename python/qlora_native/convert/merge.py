@@ -1,7 +1,7 @@
 """Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
-    python -m qlora_native quantize --model DIR --out DIR [--to nf4]
+    python -m qlora_native quantize --model DIR --out DIR [--to nf4] [--calibrate FILE [--bits 4.5]]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
 may be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is
@@ -27,10 +27,12 @@ require("transformers")
 import torch
 from torch import Tensor, nn
 
+from .._calibrate.budget import Budget
 from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
 from .._core.errors import bad, dtype_name
 from .._core.progress import Progress
+from ..integrations.transformers._new_layers import names_to_skip
 from ..integrations.transformers._quantizer import BitsAndBytesConfig
 from . import _compressed_tensors as compressed_tensors
 from ._adapters import Adapter
@@ -63,6 +65,7 @@ def convert(
     double_quant: bool = True,
     progress: bool = True,
     calibrate: str | Path | None = None,
+    bits: float | None = None,
 ) -> Report:
     """Convert the model of `base`, with `adapter` merged into it, and write it to the new folder `out`.
 
@@ -83,6 +86,9 @@ def convert(
             each line. Quantized weights are chosen by it, as by `qlora_native.calibrate`: the model is run layer by
             layer, and the folder `.<out>.calibration` beside `out` holds what is done, with which an interrupted run
             goes on. Experts that are stacked in one tensor stay in 16 bits.
+        bits: a budget, as in `qlora_native.calibrate`: the mean bits of an element of the layers that are quantized,
+            such as 4.5. Those whose rounding moves the model most stay in 16 bits, and the config names them in
+            `llm_int8_skip_modules`; the format has no 8 bits beside 4.
 
     Returns:
         What was done, and the error of rounding.
@@ -98,6 +104,8 @@ def convert(
     if calibrate is not None and not isinstance(target, str):
         formats = ", ".join(name for name, made in TARGETS.items() if isinstance(made, str))
         raise bad("calibrate", f"a file with one of the formats {formats}", f"one with {to or 'none'}")
+    if bits is not None and calibrate is None:
+        raise bad("bits", "None without a file to calibrate by", bits)
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     model = Skeleton(checkpoint)
@@ -116,7 +124,7 @@ def convert(
 
     with new_folder(out) as folder:
         if calibrate is not None:
-            conversion.calibrate(calibrate, folder.with_name(f".{Path(out).name}.calibration"), progress)
+            conversion.calibrate(calibrate, folder.with_name(f".{Path(out).name}.calibration"), progress, bits)
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
@@ -173,6 +181,11 @@ class _Conversion:
         return self.format in compressed_tensors.MAX_CODES
 
     @property
+    def kept(self) -> set[str]:
+        """The layers that a budget leaves unquantized."""
+        return set() if self.calibrated is None else self.calibrated.kept
+
+    @property
     def options(self) -> Options:
         """How weights are quantized."""
         if not self.packed:
@@ -180,7 +193,7 @@ class _Conversion:
         rounded_scales = partial(compressed_tensors.with_rounded_scales, dtype=self.model.dtype)
         return Options(self.format, self.blocksize, False, None, rounded_scales)
 
-    def calibrate(self, path: str | Path, folder: Path, progress: bool) -> None:
+    def calibrate(self, path: str | Path, folder: Path, progress: bool, bits: float | None) -> None:
         """Choose the weights of the layers that are quantized by the text of a file, with a folder for what is done."""
         skeleton = self.model if self.adapter is None else self.adapter.model
         sources = self.model.sources(self.checkpoint)
@@ -195,8 +208,13 @@ class _Conversion:
             "format": [self.format, self.blocksize, self.options.double_quant],
             "texts": digest(texts),
         }
+        budget = None
+        if bits is not None:
+            run["measured"] = True  # the calibration is the same for each budget
+            budget = Budget(bits, eight=False, dtype=self.model.dtype)
         self.calibrated = CalibratedWeights(folder)
-        self.calibrated.make(skeleton, model, partial(self._value, sources), texts, self.options, run, progress)
+        value = partial(self._value, sources)
+        self.calibrated.make(skeleton, model, value, texts, self.options, run, progress, budget)
         self.report.notes.append(str(self.calibrated.report))
 
     def _value(self, sources: dict[str, list[str]], own: str) -> Tensor:
@@ -229,11 +247,14 @@ class _Conversion:
         """The quantization_config of config.json."""
         if self.packed:
             return compressed_tensors.quantization_config(self.format, self.blocksize, self.model.other_linears())
+        model = self.model if self.adapter is None else self.adapter.model
+        dense = [*model.other_linears(), *sorted(self.kept)]
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.format,
             bnb_4bit_use_double_quant=self.double_quant,
             blocksize=self.blocksize,
+            llm_int8_skip_modules=names_to_skip(dense, model.linears - self.kept) if self.kept else None,
         ).to_dict()
 
     def check(self, there: set[str]) -> None:
@@ -303,7 +324,7 @@ class _Conversion:
         path, _, kind = own.rpartition(".")
         adapted = self.adapter is not None and own in self.adapter.names
         quantized = self.checkpoint.quantized(name)
-        quantize = self.format is not None and kind == "weight" and path in self.model.linears
+        quantize = self.format is not None and kind == "weight" and path in self.model.linears - self.kept
         if quantize and quantized and not adapted and self.calibrated is None:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == (self.format, self.blocksize, self.double_quant):
@@ -338,7 +359,8 @@ class _Conversion:
         """
         if not tensor.is_floating_point():
             return tensor.contiguous()
-        dtype = self.dtype or self.checkpoint.dtype(name)
+        kept = own.removesuffix(".weight") in self.kept
+        dtype = self.dtype or (self.model.dtype if kept else self.checkpoint.dtype(name))
         self.stored[dtype] += 1
         self.decoded[dtype] += self.checkpoint.quantized(name)
         written = rounded(self.checkpoint.describe(name), tensor, dtype)
