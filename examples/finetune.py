@@ -50,6 +50,7 @@ from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 IGNORED = -100  # the label of a token that has no loss, in transformers
 CALIBRATION_TOKENS = 16  # for each input of the widest layer; docs/quality.md says what fewer cost
+CALIBRATION_BATCH = 16  # pairs that are run together
 LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 FORMATS = ["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
@@ -135,7 +136,7 @@ def calibration_batches(
     widest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
     made: list[dict[str, Tensor]] = []
     tokens = 0
-    for batch in batches(encode(tokenizer, pairs, args.seq_len), len(pairs), args.batch_size, args.seed):
+    for batch in batches(encode(tokenizer, pairs, args.seq_len), len(pairs), CALIBRATION_BATCH, args.seed):
         ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True)
         mask = pad_sequence([torch.ones(len(e.ids), dtype=torch.long) for e in batch], batch_first=True)
         made.append({"input_ids": ids, "attention_mask": mask})
@@ -158,6 +159,7 @@ def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Pa
         if stored:
             raise SystemExit("--calibrate: expected a model in 16 bits, got one that is quantized already")
         texts = calibration_batches(args, model, tokenizer, pairs)
+        qn.fuse(model)  # its passes over the texts take less time
         options: dict[str, Any] = {"format": args.format or "nf4", "double_quant": not args.no_double_quant}
         print(qn.calibrate(model, texts, **options), flush=True)
         with replaced(folder) as new:

@@ -231,20 +231,18 @@ class Calibration:
         order = order_of_calls(self.layers, stage.index, modules)
         if order.pieces is None:
             self._run_layer(stage, modules, advance=False)
-        done: set[str] = set()
         with Replay(self._has_room) as replay:
-            for piece in order.pieces or ():
+            for number, piece in enumerate(order.pieces or ()):
+                replay.add(module for module, pieces in order.others if pieces <= number)
                 inputs = Inputs({path: modules[path] for path in piece})
                 with inputs.observed(stop=True):
-                    for number in self.layers.run(stage.index, advance=False):
-                        inputs.begin(self._batches[number])
-                        replay.batch = number
+                    for batch in self.layers.run(stage.index, advance=False):
+                        inputs.begin(self._batches[batch])
+                        replay.begin(batch)
                 self._quantize(stage, inputs, {path: modules[path] for path in piece})
-                done |= set(piece)
                 replay.add(map(self._model.get_submodule, piece))
-                replay.add(module for module, paths in order.around if paths <= done)
-            for number in self.layers.run(stage.index, advance=True):
-                replay.batch = number
+            for batch in self.layers.run(stage.index, advance=True):
+                replay.begin(batch)
 
     def _quantize(self, stage: Stage, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:
         """Quantize observed weights, and put the quantized layers into the model."""

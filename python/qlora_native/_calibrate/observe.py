@@ -80,17 +80,17 @@ class Inputs:
         return x.new_zeros(*x.shape[:-1], self._modules[name].out_features)
 
     def _add(self, name: str, x: Tensor, *args: Any) -> None:
-        of_call = x, version_of(x)
-        leader = next((other for other, seen in self._last.items() if seen[0] is x and seen[1] == of_call[1]), name)
-        self._last[name] = of_call
+        version = version_of(x)
+        leader = next((other for other, seen in self._last.items() if seen[0] is x and seen[1] == version), name)
+        self._last[name] = x, version
         module = self._modules[name]
         if isinstance(module, ObservedExperts):
             module.observe(x, *args)
             return
-        rows = rows_within(self._mask, x.detach())
-        self.tokens[name] += len(rows)
+        self.tokens[name] += count_within(self._mask, x)
         if self._leader.setdefault(name, self._leader.get(leader, leader)) != name:
             return
+        rows = rows_within(self._mask, x.detach())
         if name not in self._grams:
             self._grams[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         add_gram(self._grams[name], rows)
@@ -100,6 +100,11 @@ def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
     """The rows of a batch that are not padding, bool [B, T]; None if all are, or if it is not said."""
     mask = batch.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+
+
+def count_within(mask: Tensor | None, x: Tensor) -> int:
+    """How many rows `rows_within` has."""
+    return int(mask.sum()) if mask is not None and x.shape[:2] == mask.shape else x.numel() // x.shape[-1]
 
 
 def rows_within(mask: Tensor | None, x: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ class Order:
     Attributes:
         pieces: the paths of the weights' modules, in the order in which they are quantized. None: they cannot be taken
             apart, because one is not called exactly once, or two in different pieces share a weight.
-        around: the modules around weights that are called exactly once, and the paths of the weights in each.
+        others: the layer's other modules that are called exactly once, and how many pieces each one's output depends
+            on: those that are called before it ends.
     """
 
     pieces: list[list[str]] | None
-    around: list[tuple[nn.Module, set[str]]]
+    others: list[tuple[nn.Module, int]]
 
 
 def order_of_calls(layers: Layers, index: int, wanted: Mapping[str, nn.Module]) -> Order:
@@ -46,8 +47,9 @@ def order_of_calls(layers: Layers, index: int, wanted: Mapping[str, nn.Module]) 
     calls: Counter[nn.Module] = Counter()
     pieces: list[list[str]] = []
     inputs: list[tuple[Tensor, int]] = []  # of each piece, with its version: a tensor may be changed in place
+    before_end: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[module] += 1
         if module in path_of:
             of_call = args[0], version_of(args[0])
@@ -58,32 +60,29 @@ def order_of_calls(layers: Layers, index: int, wanted: Mapping[str, nn.Module]) 
                 inputs.append(of_call)
             pieces[place].append(path_of[module])
 
-    inside = list(layers.modules[index].modules())[1:]
+    def end(module: nn.Module, *_: Any) -> None:
+        before_end[module] = len(pieces)
+
     with ExitStack() as stack:
-        for module in inside:
-            stack.enter_context(module.register_forward_pre_hook(note))
+        for module in list(layers.modules[index].modules())[1:]:
+            stack.enter_context(module.register_forward_pre_hook(begin))
+            stack.enter_context(module.register_forward_hook(end))
         for _ in layers.run(index, advance=False, batches=1):
             pass
     weights = [{id(module.weight) for module in map(wanted.__getitem__, piece)} for piece in pieces]
     apart = sum(map(len, weights)) == len(set().union(*weights)) and len(pieces) <= MAX_PIECES
     if not apart or any(calls[module] != 1 for module in path_of):
         return Order(None, [])
-    around = [module for module in inside if calls[module] == 1 and module not in path_of]
-    paths = [{path_of[each] for each in module.modules() if each in path_of} for module in around]
-    return Order(pieces, [each for each in zip(around, paths, strict=True) if each[1]])
+    others = before_end.items()
+    return Order(pieces, [(each, count) for each, count in others if calls[each] == 1 and each not in path_of])
 
 
 class Replay:
-    """Gives outputs of quantized modules again, batch by batch, instead of computing them again.
-
-    Attributes:
-        batch: the number of the batch that is run.
-    """
+    """Gives outputs of modules again, batch by batch, instead of computing them again."""
 
     def __init__(self, has_room: Callable[[], bool]) -> None:
         """Keep outputs as long as `has_room()`. What is not kept is computed again, with the same bits."""
-        self.batch = 0
-        self._has_room = has_room
+        self._batch, self._has_room, self._keep = 0, has_room, False
         self._kept: dict[nn.Module, dict[int, tuple[Any, list[int]]]] = {}
         self._patched = ExitStack()
 
@@ -94,8 +93,12 @@ class Replay:
         self._patched.close()
         self._kept.clear()
 
+    def begin(self, batch: int) -> None:
+        """Begin a batch, by its number."""
+        self._batch, self._keep = batch, self._has_room()
+
     def add(self, modules: Iterable[nn.Module]) -> None:
-        """Keep the outputs of more modules. All weights in them have been quantized."""
+        """Keep the outputs of more modules, which are what they will be in the quantized model."""
         for module in modules:
             if module not in self._kept:
                 self._kept[module] = {}
@@ -105,17 +108,17 @@ class Replay:
         kept = self._kept[module]
 
         def replay(*args: Any, **kwargs: Any) -> Any:
-            output, versions = kept.get(self.batch, (None, None))
+            output, versions = kept.get(self._batch, (None, None))
             # What has been changed in place, by who got it, is computed again.
             if versions is not None and versions == _versions(output):
                 return output
             output = forward(*args, **kwargs)
             versions = _versions(output)
-            if versions is not None and self._has_room():
-                kept[self.batch] = output, versions
+            if versions is not None and self._keep:
+                kept[self._batch] = output, versions
                 for inner in module.modules():
                     if inner is not module and inner in self._kept:
-                        self._kept[inner].pop(self.batch, None)
+                        self._kept[inner].pop(self._batch, None)
             return output
 
         return replay
