@@ -2,10 +2,10 @@
 
     python bench/layer_calibration.py [--shape llama-7b] [--tokens 32768] [--output]
 
-The layer has random weights, because neither time nor memory depends on them. Beside `qn.calibrate` stand the times of
-what the method cannot do without: one forward of the layer over all tokens in bf16, by torch; the Cholesky factors of
-the Gram matrices of its inputs, in fp32; and the error feedback, at the rate of an fp32 product with as many
-operations. --output writes bench/results/<machine>/calibration.md.
+The layer has random weights, because neither time nor memory depends on them. Beside `qn.calibrate` stand the times
+that torch takes for one forward of the layer over all tokens in bf16; for the Cholesky factors of the Gram matrices of
+its inputs, in fp32; and for a product [N, K] by [K, K] in fp32 for each weight, which is as large as the error feedback
+if half of each matrix is not left out. --output writes bench/results/<machine>/calibration.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def cholesky(K: int) -> float:
 
 @torch.no_grad()
 def measure(shape: str, tokens: int) -> dict:
-    """Time the forward of a layer, and its calibration."""
+    """Time the forward of a layer, and its calibration.
+
+    Raises:
+        RuntimeError: the calibration made no error of an output smaller.
+    """
     torch.manual_seed(0)
     config = large.config_of(shape, 1)
     model = large.empty_model(config).eval()
@@ -66,6 +70,8 @@ def measure(shape: str, tokens: int) -> dict:
     needed["error feedback"] = feedback / fp32_rate()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calibration = qn.calibrate(model, batches, progress=False)
+    if calibration.fallbacks or any(each.after >= each.before for each in calibration.weights):
+        raise RuntimeError(f"expected smaller errors of all outputs, got:\n{calibration}")
     return {
         "shape": shape,
         "layers": large.SHAPES[shape][1],
@@ -85,7 +91,7 @@ def page(found: dict) -> str:
     whole = found["layers"] * found["calibrate_s"] / 60
     return (
         f"One layer of {found['shape']}, {found['tokens']:,} tokens. qn.calibrate takes "
-        f"{found['calibrate_s'] / needed:.2f} times as long as what it cannot do without; all {found['layers']} layers "
+        f"{found['calibrate_s'] / needed:.2f} times as long as the three parts by torch; all {found['layers']} layers "
         f"would take {whole:.0f} minutes. Peak of the process: {found['peak_bytes'] / 2**30:.1f} GiB "
         f"({found['peak_before_bytes'] / 2**30:.1f} GiB before).\n\n{table(('part', 'seconds'), rows)}"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qlora_native.__main__ import main
-from qlora_native._calibrate import model
+from qlora_native._calibrate import model, quantizer
 from qlora_native.convert import _calibration, _staging, merge
 
 OUT = Path("out")
@@ -24,11 +24,11 @@ COMMAND = ["quantize", "--model", "model", "--out", str(OUT), "--calibrate", "te
 # {moment: (the owner and the name of a function, the number of the call at which the process is killed, the layers that
 # are then finished)}.
 MOMENTS = {
-    "in the first layer": (model, "calibrated", 3, 0),
+    "in the first layer": (quantizer, "calibrated", 3, 0),
     "while the first layer is written": (_calibration, "save_file", 1, 0),
     "after the first layer's weights": (_calibration, "save_file", 2, 0),
     "between the first two layers": (model.Calibration, "run", 2, 1),
-    "in the last layer": (model, "calibrated", 15, 2),
+    "in the last layer": (quantizer, "calibrated", 15, 2),
     "while tensors are converted": (merge._Conversion, "tensors", 20, 3),
     "before the result gets its name": (_staging, "_sync", 1, 3),
 }
@@ -60,7 +60,10 @@ def run(owner=None, name="", at=None):
         if owner is not None:
             count(owner, name, at)
         layers = count(model.Calibration, "run")
-        main(COMMAND)
+        try:
+            main(COMMAND)
+        except BaseException:
+            os._exit(99)
         os._exit(len(layers))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -109,7 +109,7 @@ def test_measure_is_how_far_the_layers_output_moves_when_one_weight_is_rounded()
             assert moved == pytest.approx(ratio.mean().item(), rel=1e-2)  # fp32 outputs of which little changes
 
 
-def test_padding_does_not_count():
+def test_weights_are_measured_by_the_rows_within_the_mask():
     text, mask = batches(), torch.ones(4, 16, dtype=torch.long)
     mask[:, 12:] = 0
     padded = qn.calibrate(small(), [{"input_ids": t, "attention_mask": mask} for t in text], bits=6, progress=False)
@@ -217,7 +217,7 @@ def test_experts_stay_in_4_bits_and_count():
     assert report.bits <= 6
 
 
-def test_model_with_8_bits_is_trained_and_is_not_saved(tmp_path):
+def test_model_with_8_bits_is_trained_and_names_what_saving_it_lacks(tmp_path):
     model, report = calibrated(7)
     assert "int8" in {each.format for each in report.weights}
     with pytest.raises(ValueError, match="format: expected one of nf4, .*, which have files, got int8"):
@@ -250,7 +250,7 @@ def test_impossible_budget_is_refused_before_anything_is_run(options, error, mes
     assert dict(model.named_modules()) == before
 
 
-def test_model_without_layers_has_no_budget():
+def test_budget_of_a_model_without_layers_is_refused():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.raises(ValueError, match="bits: expected None for a model without layers that are run one after"):
         qn.calibrate(model, [{"input": torch.randn(200, 64)}], bits=9, progress=False)
@@ -354,7 +354,7 @@ def test_interrupted_run_makes_the_same_choice(folder, tmp_path, monkeypatch, la
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
-def test_run_without_a_budget_is_not_gone_on_with(folder, tmp_path, monkeypatch):
+def test_run_with_a_budget_begins_anew_after_one_without(folder, tmp_path, monkeypatch):
     save = _calibration.CalibratedWeights._save
 
     def interrupted(self, index, *args):

@@ -161,7 +161,7 @@ def test_memory_holds_one_layer_at_a_time(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [0, 5, 7, 16, 20])
 def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(folder, tmp_path, monkeypatch, at):
-    from qlora_native._calibrate import model as module
+    from qlora_native._calibrate import quantizer as module
 
     calibrated(folder, tmp_path / "whole")
     quantize, calls = module.calibrated, []

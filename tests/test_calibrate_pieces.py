@@ -1,6 +1,6 @@
 """Guards the order of a calibration: each weight is quantized for what the quantized ones before it give."""
 
-from collections import Counter
+from collections import Counter, UserDict
 
 import pytest
 
@@ -12,8 +12,10 @@ from models import ids, make  # noqa: E402
 from torch import nn  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native._calibrate import model as calibration  # noqa: E402
+from qlora_native._calibrate.memory import available_memory  # noqa: E402
+from qlora_native._calibrate.model import Calibration  # noqa: E402
 from qlora_native._calibrate.observe import Inputs  # noqa: E402
+from qlora_native._calibrate.quantizer import Quantizer  # noqa: E402
 from qlora_native._layers.experts import Experts4bit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,14 +28,14 @@ def batches(count=4):
 
 def calibrate(model, given, monkeypatch):
     """Calibrate. Returns {path: the Gram matrix that its weight was quantized for}, of linear layers."""
-    used, quantized = {}, calibration.Calibration._quantized
+    used, quantized = {}, Quantizer.linear
 
     def noted(self, name, weight, gram, *others):
         used[name] = gram
         return quantized(self, name, weight, gram, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration.Calibration, "_quantized", noted)
+        patch.setattr(Quantizer, "linear", noted)
         qn.calibrate(model, given, progress=False)
     return used
 
@@ -55,7 +57,7 @@ def codes(model):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-neox", "falcon", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "falcon", "mixtral", "qwen3-next", "deepseek-v3"])
 def test_weight_is_quantized_for_the_inputs_that_it_gets_in_the_quantized_model(family, monkeypatch):
     model = (moe.make(family) if family in moe.FAMILIES else make(family)).eval()
     given = batches(16)
@@ -87,7 +89,7 @@ def test_each_quantized_weight_is_multiplied_by_once_for_each_batch(monkeypatch)
 def test_bits_are_the_same_where_memory_keeps_no_outputs(family, monkeypatch):
     first, second = (moe.make(family) if family in moe.FAMILIES else make(family) for _ in range(2))
     qn.calibrate(first, batches(8), progress=False)
-    monkeypatch.setattr(calibration.Calibration, "_has_room", lambda self: False)
+    monkeypatch.setattr(Calibration, "_has_room", lambda self: False)
     qn.calibrate(second, batches(8), progress=False)
     first, second = codes(first), codes(second)
     assert all(torch.equal(first[path], second[path]) for path in first)
@@ -128,28 +130,40 @@ def shared_by_two(block, x):
     return block.second(block.first(x).tanh())
 
 
+def called_once(block, x):
+    return block.second(block.first(x).tanh())
+
+
 def called_twice(block, x):
     return block.second(block.first(block.first(x).tanh()))
 
 
-def chosen_by_the_input(block, x):
-    return block.second(block.first(x) if x.sum() > 0 else x)
+def called_for_the_first_batch(block, x):
+    return block.second(block.first(x) if x[0, 0] > 0 else x)
 
 
-@pytest.mark.parametrize("call", [changed_in_place, shared_by_two, called_twice, chosen_by_the_input])
+def called_for_others(block, x):
+    return block.second(block.first(x) if x[0, 0] < 0 else x)
+
+
+FORMS = [changed_in_place, shared_by_two, called_twice, called_for_the_first_batch, called_for_others]
+
+
+@pytest.mark.parametrize("call", FORMS)
 @pytest.mark.parametrize("room", [True, False])
 def test_layers_of_any_form_are_nearer_to_their_16_bits_than_by_plain_rounding(call, room, monkeypatch):
-    monkeypatch.setattr(calibration.Calibration, "_has_room", lambda self: room)
+    monkeypatch.setattr(Calibration, "_has_room", lambda self: room)
     dense, plain, better = (Model(call) for _ in range(3))
     random = torch.Generator().manual_seed(0)
     given = [{"x": torch.randn(100, 64, generator=random) @ torch.randn(64, 64, generator=random)} for _ in range(8)]
-    held = torch.cat([batch["x"] for batch in given])
-    dense(held)
+    for number, batch in enumerate(given):
+        batch["x"][0, 0] = 1 if number == 0 else -1
+    dense(given[0]["x"])  # shares what is shared
     qn.nn.quantize_model(plain, progress=False)
     used = calibrate(better, given, monkeypatch)
     assert len(used) == (4 if call is shared_by_two else 6)
     with torch.no_grad():
-        wanted, rounded, ours = (model(held) for model in (dense, plain, better))
+        wanted, rounded, ours = (torch.cat([model(**x) for x in given]) for model in (dense, plain, better))
     assert (ours - wanted).norm() < 0.9 * (rounded - wanted).norm()
 
 
@@ -157,7 +171,78 @@ def test_outputs_that_were_changed_in_place_are_computed_again(monkeypatch):
     first, second = Model(changed_in_place), Model(changed_in_place)
     given = [{"x": torch.randn(100, 64, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
     qn.calibrate(first, given, progress=False)
-    monkeypatch.setattr(calibration.Calibration, "_has_room", lambda self: False)
+    monkeypatch.setattr(Calibration, "_has_room", lambda self: False)
     qn.calibrate(second, given, progress=False)
     first, second = codes(first), codes(second)
     assert all(torch.equal(first[path], second[path]) for path in first)
+
+
+class Shared(nn.Module):
+    """Layers that share a mapping, which the first one fills for the others, as Gemma 3n shares keys and values."""
+
+    class Layer(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.number, self.first, self.second = number, nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x, shared):
+            if self.number == 0:
+                shared["first"] = self.first(x)
+            return x + self.second(shared["first"] + self.number * self.first(x))
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Shared.Layer(number) for number in range(3))
+
+    def forward(self, x):
+        shared = UserDict()
+        for layer in self.layers:
+            x = layer(x, shared=shared)
+        return x
+
+
+class Halved(Model):
+    """A model that does something between its layers."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x / 2)
+        return x
+
+
+class Overwritten(Model):
+    """A model whose layers change their input in place."""
+
+    def forward(self, x):
+        x = x.clone()
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def overwritten(block, x):
+    return block.second(block.first(x.mul_(0.5)).tanh())
+
+
+@pytest.mark.parametrize("make", [Shared, lambda: Halved(called_once), lambda: Overwritten(overwritten)])
+def test_layers_that_depend_on_more_than_their_input_are_calibrated_for_what_they_get(make, monkeypatch):
+    given = [{"x": torch.randn(100, 64, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
+    dense, plain, better = (make() for _ in range(3))
+    qn.nn.quantize_model(plain, progress=False)
+    report = qn.calibrate(better, given, progress=False)
+    assert len(report.weights) == 6 and not report.fallbacks
+    with torch.no_grad():
+        wanted, rounded, ours = (torch.cat([model(**x) for x in given]) for model in (dense, plain, better))
+    assert (ours - wanted).norm() < 0.9 * (rounded - wanted).norm()
+
+
+def test_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    whole = available_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert abs(available_memory(tmp_path) - whole) < 2**30  # the system's own, which other programs change
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_memory(tmp_path) == 100
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\nactive_file 7\n")
+    assert available_memory(tmp_path) == 400

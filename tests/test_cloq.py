@@ -39,7 +39,7 @@ def norm(x, error):
 
 @pytest.mark.parametrize("tokens", [400, 20])  # with 20 the matrix of the inputs is singular
 @pytest.mark.parametrize("shape", [(72, 96), (96, 72)])
-def test_no_other_product_of_the_rank_has_a_smaller_error(tokens, shape):
+def test_product_has_the_least_error_of_its_rank(tokens, shape):
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random)
     x = torch.randn(tokens, shape[1], generator=random) * torch.logspace(-1, 1, shape[1])

@@ -26,12 +26,12 @@ from .._core.errors import bad, bad_type, dtype_name, is_finite_number
 from .._core.weight import QuantizedWeight
 from .._layers.base import zero_weight
 from .._layers.linear import linear_class
+from .batches import mask_of
 from .layers import Layers, patched_forward
-from .observe import mask_of, rows_within
-from .report import CalibrationReport
+from .observe import rows_within
+from .report import BUDGETED, CalibrationReport
 from .weight import Options, weight_named
 
-FORMATS = ("nf4", "fp4")  # that a model may have under a budget, beside 8 and 16 bits
 MAX_BITS = 16
 MEASURED_TOKENS = 2048  # that a layer is measured on
 
@@ -232,8 +232,8 @@ def _check(bits: Any, format: str) -> None:
         raise bad_type("bits", "a number or None", type(bits).__name__)
     if not is_finite_number(bits) or bits > MAX_BITS:
         raise bad("bits", f"a number up to {MAX_BITS}", bits)
-    if format not in FORMATS:
-        raise bad("bits", f"None with a format other than {' and '.join(FORMATS)}", f"{bits} with {format}")
+    if format not in BUDGETED:
+        raise bad("bits", f"None with a format other than {' and '.join(BUDGETED)}", f"{bits} with {format}")
 
 
 def _bytes(options: Options, weight: Tensor) -> int:

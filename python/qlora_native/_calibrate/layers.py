@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._core.errors import bad, bad_type
+from .._core.errors import bad
 
 
 class Stop(Exception):
@@ -22,11 +21,11 @@ class Layers:
     A transformer's layers lie in an `nn.ModuleList`. Layer i is first reached by a call of the whole model in which the
     layers before it pass their input on. The arguments of that call are kept until the next layer's turn, with the
     stored input in its place: so masks and positions are those that the model itself makes for this layer, and memory
-    holds the input of one layer.
+    holds the input, the masks and the positions of one layer for all batches.
 
     Attributes:
         modules: the layers in the order in which they are called. Empty if the model has none that are called once
-            each, in order; then only whole passes are possible.
+            each, in order, with the output of the one before; then only whole passes are possible.
     """
 
     def __init__(
@@ -45,10 +44,15 @@ class Layers:
             prepare: is called with the layers before any of them is run.
         """
         self._model, self._batches = model, batches
-        self._inputs: list[Tensor] = []  # of the next layer, for each batch
-        self._tails: list[tuple[Any, ...] | None] = []  # what a layer returned beside its output; None: a bare tensor
-        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of the next layer, by batch
         self._next = 0
+        # These hold for each batch the input of the next layer, what the layer before returned beside its output (None
+        # is for a bare tensor), and the arguments with which the next layer is called.
+        self._inputs: list[Tensor] = []
+        self._tails: list[tuple[Any, ...] | None] = []
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # Some models give all layers one mapping, which a layer fills for those after it (keys and values of Gemma 3n).
+        self._mappings: dict[str, int] | None = None
+        self._filled: dict[tuple[int, str], Any] = {}
         self.modules: list[nn.Module] = self._find({id(module) for module in wanted}, prepare)
 
     def _find(self, wanted: set[int], prepare: Callable[[list[nn.Module]], None] | None) -> list[nn.Module]:
@@ -62,17 +66,29 @@ class Layers:
         if prepare is not None:
             prepare(found)
         called: list[nn.Module] = []
+        inputs: list[tuple[Any, int]] = []
+        outputs: list[Any] = []
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) and output else output
-            called.append(module if isinstance(tensor, Tensor) else self._model)
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            follows = isinstance(hidden, Tensor) and (not outputs or hidden is outputs[-1])
+            called.append(module if follows else self._model)
+            inputs.append((hidden, version_of(hidden) if follows else 0))
+            mappings = {name: id(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+            same = mappings if self._mappings is None else self._mappings
+            self._mappings = dict(mappings.items() & same.items())
 
-        hooks = [layer.register_forward_hook(note) for layer in found]
-        try:
+        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) and output else output)
+            hidden, version = inputs[-1]
+            if not isinstance(outputs[-1], Tensor) or not isinstance(hidden, Tensor) or version_of(hidden) != version:
+                called.append(self._model)  # a layer that changes its input cannot be run again over it
+
+        with ExitStack() as stack:
+            for layer in found:
+                stack.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
+                stack.enter_context(layer.register_forward_hook(end))
             self.whole_pass(self._batches[:1])
-        finally:
-            for hook in hooks:
-                hook.remove()
         return found if called == found else []
 
     def whole_pass(self, batches: list[dict[str, Any]] | None = None) -> None:
@@ -83,7 +99,7 @@ class Layers:
     @property
     def inputs(self) -> list[Tensor] | None:
         """The inputs of the next layer, for each batch; None if layers hand on more than their output."""
-        return self._inputs if all(tail is None for tail in self._tails) else None
+        return None if self._mappings or any(tail is not None for tail in self._tails) else self._inputs
 
     def resume(self, index: int, inputs: list[Tensor]) -> None:
         """Go on with layer `index` and its inputs, as they were when the layers before it had been run."""
@@ -143,6 +159,8 @@ class Layers:
                     kwargs = {**kwargs, "hidden_states": self._inputs[number]}
             # A cache of transformers would get the keys of each run of the layer.
             kwargs = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+            for name in self._mappings or ():
+                kwargs[name] = self._filled.setdefault((number, name), kwargs[name])
             found.append((args, kwargs))
             raise Stop
 
@@ -170,49 +188,6 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = own
 
 
-def checked_batches(model: nn.Module, batches: Any) -> list[dict[str, Any]]:
-    """The keyword arguments of the model's calls, with a check of token ids.
-
-    Args:
-        model: the model.
-        batches: tensors of token ids [B, T], or mappings with the arguments of the model's `forward`.
-
-    Raises:
-        TypeError: a batch is neither.
-        ValueError: there is none, or ids lie outside the model's vocabulary.
-    """
-    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        raise bad_type("batches", "an iterable of tensors or mappings", type(batches).__name__)
-    takes = inspect.signature(model.forward).parameters
-    vocabulary = _vocabulary(model)
-    made = []
-    for number, batch in enumerate(batches):
-        name = f"batches[{number}]"
-        if isinstance(batch, Tensor):
-            batch = {"input_ids": batch}
-        elif not isinstance(batch, Mapping):
-            raise bad_type(name, "a tensor or a mapping", type(batch).__name__)
-        arguments = dict(batch)
-        arguments.pop("labels", None)
-        ids = arguments.get("input_ids")
-        if isinstance(ids, Tensor) and ids.numel():
-            if ids.is_floating_point() or ids.dim() != 2:
-                raise bad(f"{name}: input_ids", "integers [B, T]", f"{ids.dtype} {list(ids.shape)}")
-            low, high = (end.item() for end in ids.aminmax())
-            if vocabulary is not None and not 0 <= low <= high < vocabulary:
-                got = f"{low if low < 0 else high}: the tokenizer is another model's"
-                raise bad(f"{name}: input_ids", f"ids of the model's vocabulary, 0 ... {vocabulary - 1}", got)
-        if "use_cache" in takes:
-            arguments["use_cache"] = False
-        made.append(arguments)
-    if not made:
-        raise bad("batches", "at least one batch of the model's own text", "none")
-    return made
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """How many tokens the model has, or None if it has no embedding of tokens."""
-    try:
-        return model.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        return None
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; 0 for one of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version

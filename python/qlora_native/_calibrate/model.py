@@ -19,16 +19,16 @@ from .._layers import callbacks
 from .._layers.experts import Experts4bit
 from .._layers.linear import linear_class
 from .._layers.quantize_model import find
+from .batches import check_tokens, checked_batches
 from .budget import Budget, Probe, Spending
 from .experts import ObservedExperts
-from .layers import Layers, checked_batches
-from .observe import Inputs, check_finite_gram
+from .layers import Layers
+from .memory import available_memory
+from .observe import Inputs
 from .pieces import Replay, order_of_calls
-from .report import Calibrated, CalibrationReport
-from .weight import Factored, Options, calibrated, factored, output_errors, weight_named
-
-FEW_TOKENS = 4  # an expert needs a token for so many of its columns
-ENOUGH = 16  # tokens for each column of the widest weight; docs/quality.md has what fewer cost
+from .quantizer import Quantizer
+from .report import CalibrationReport
+from .weight import Options, factored
 
 
 def calibrate(
@@ -49,17 +49,18 @@ def calibrate(
     the scales are others: scales that weigh the errors by the layer's inputs, and codes that make up for the errors of
     those before them (Frantar et al., "GPTQ", 2023).
 
-    Layers are quantized one after another, so memory holds the inputs of one, and one matrix [K, K] of fp32 for each
-    different input in it. The result does not depend on the number of threads.
+    Layers are quantized one after another, so memory holds the inputs of one, and a matrix [K, K] of fp32 for the input
+    that is observed. Weights outside of the layers follow in one pass. The result does not depend on the number of
+    threads.
 
     Args:
         model: a model in 16 or 32 bits, in eval or training mode; it is run in eval mode, without gradients.
         batches: some of the text that it will see: token ids [B, T], or the keyword arguments of the model's `forward`.
-            Rows that an `attention_mask` [B, T] excludes do not count. 16 tokens for each column of the widest weight
-            are enough; see docs/quality.md.
+            Rows that an `attention_mask` [B, T] excludes do not count, but for routed experts, which get them in
+            another order. 16 tokens for each column of the widest weight are enough; see docs/quality.md.
         skip, format, blocksize, double_quant, codebook: as in `quantize_model`.
-        sequential: each weight sees the inputs that the quantized ones before it give, in its own layer too. Otherwise
-            it sees those of the 16-bit model.
+        sequential: a weight in one of the layers sees the inputs that the quantized ones before it give, in its own
+            layer too. Otherwise it sees those of the 16-bit model.
         progress: show the progress on stderr.
         bits: a budget: the bits that an element of the weights may have on average, with scales and tables, such as
             4.5. Weights whose rounding moves the output of their transformer layer most get 8 bits ("int8"), or stay as
@@ -78,6 +79,7 @@ def calibrate(
             model's vocabulary; an input has a NaN or Inf; memory does not suffice; or `bits` is less than `format`
             needs, more than 16, or for a format other than "nf4" and "fp4". The model is then as it was.
         NotImplementedError: the model is not on the CPU.
+        RuntimeError: a layer calls its modules in another way than for the first batch. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise bad_type("model", "an nn.Module", type(model).__name__)
@@ -136,8 +138,7 @@ class Calibration:
         """Find the weights and the layers, and check the arguments. `prepare` is called before a layer is run."""
         for load in callbacks.load_integrations:
             load()
-        self.report = CalibrationReport()
-        self._model, self._options, self._sequential = model, options, sequential
+        self._model, self._sequential = model, sequential
         found = find(model, skip, strict=False, embeddings=False)
         if not found.names and not found.experts:
             raise bad("model", "nn.Linear layers to quantize", "a model without any")
@@ -154,6 +155,8 @@ class Calibration:
         linears = {name: model.get_submodule(name) for name in self._names}
         parameters = [getattr(each.module, name) for each in self._experts for name in each.names]
         self.spending = None if budget is None else Spending(budget, options, linears, parameters)
+        self._quantizer = Quantizer(options, {} if self.spending is None else self.spending.moved)
+        self.report = self._quantizer.report
         self._dense: dict[str, nn.Module] = {}  # the layer that was at a path before
         self._layer_of: dict[int, nn.Module] = {}  # the quantized layer, by the id of the one that it replaces
         self._undo: list[Callable[[], object]] = []
@@ -241,8 +244,9 @@ class Calibration:
                         replay.begin(batch)
                 self._quantize(stage, inputs, {path: modules[path] for path in piece})
                 replay.add(map(self._model.get_submodule, piece))
+                del inputs  # and its matrices
             for batch in self.layers.run(stage.index, advance=True):
-                replay.begin(batch)
+                replay.begin(batch, last=True)
 
     def _quantize(self, stage: Stage, inputs: Inputs, modules: Mapping[str, nn.Module]) -> None:
         """Quantize observed weights, and put the quantized layers into the model."""
@@ -260,7 +264,7 @@ class Calibration:
             if keys != last:
                 found, last = None if gram is None else factored(gram), keys
             tokens = sum(inputs.tokens[key] for key in keys)
-            self._weights[id(weight)] = self._quantized(names[0], weight, gram, found, tokens)
+            self._weights[id(weight)] = self._quantizer.linear(names[0], weight, gram, found, tokens)
         for name in stage.names:
             if self._model.get_submodule(name) in linears.values():
                 self._replace(name)
@@ -268,69 +272,10 @@ class Calibration:
             for name in each.names:
                 path = f"{each.path}.{name}"
                 if path in modules:
-                    q = self._quantized_experts(path, modules[path])
+                    q = self._quantizer.experts(path, modules[path])
                     layer = Experts4bit.from_quantized(q, each.transposed).train(self._modes[each.module])
                     setattr(each.module, name, layer)
-
-    def _quantized(
-        self, name: str, weight: Tensor, gram: Tensor | None, found: Factored | None, tokens: int
-    ) -> QuantizedWeight:
-        """Quantize a linear layer's weight, and report it."""
-        plain, q = self._both(f"{name}.", weight, [found])
-        self._report(name, weight, gram, found, tokens, plain, q)
-        return q
-
-    def _quantized_experts(self, name: str, experts: ObservedExperts) -> QuantizedWeight:
-        """Quantize the weights of observed experts, and report each."""
-        weight = experts.dense()
-        E, N, K = weight.shape
-        inputs = []
-        for e, gram in enumerate(experts.grams):
-            check_finite_gram(gram, f"{name}[{e}]")
-            usable = gram is not None and experts.tokens[e] >= K // FEW_TOKENS
-            inputs.append(factored(gram) if usable else None)
-        if N * K % self._options.chosen_blocksize:
-            inputs = [None] * E  # blocks would belong to two experts
-        plain, q = self._both(f"{name}, ", weight, inputs)
-        for e, found in enumerate(inputs):
-            self._report(f"{name}[{e}]", weight[e], experts.grams[e], found, experts.tokens[e], plain, q, e * N)
-        return q
-
-    def _both(
-        self, prefix: str, weight: Tensor, inputs: Sequence[Factored | None]
-    ) -> tuple[QuantizedWeight, QuantizedWeight]:
-        """A weight rounded plainly, and calibrated where it can be."""
-        with weight_named(prefix):
-            plain = self._options.plain(weight)
-            return plain, calibrated(weight, inputs, self._options) if any(inputs) else plain
-
-    def _report(
-        self,
-        name: str,
-        weight: Tensor,
-        gram: Tensor | None,
-        found: Factored | None,
-        tokens: int,
-        plain: QuantizedWeight,
-        q: QuantizedWeight,
-        first: int = 0,
-    ) -> None:
-        """Add a weight [N, K] to the report. In `plain` and `q` its rows begin at `first`."""
-        reason, errors = None, [0.0, 0.0]
-        if gram is None:
-            reason = "no batch reached it"
-        elif found is not None:
-            errors = output_errors(weight, gram, plain, q, first=first)
-        elif not gram.diagonal().any():
-            reason = "its inputs are all 0"
-        elif tokens < weight.shape[1] // FEW_TOKENS:
-            reason = f"{tokens} tokens reached it, and {weight.shape[1] // FEW_TOKENS} are needed"
-        elif weight.numel() % q.blocksize:
-            reason = "its blocks reach into the next expert"
-        else:
-            reason = "the Gram matrix of its inputs is singular"
-        moved = None if self.spending is None else self.spending.moved.get(name)
-        self.report.weights.append(Calibrated(name, tokens, *errors, reason, q.format, moved))
+        self._weights.clear()
 
     def _observe(self, experts: callbacks.Experts, name: str) -> ObservedExperts:
         """Put experts that observe their inputs in the place of a parameter."""
@@ -403,8 +348,12 @@ class Calibration:
             # Layers of one width in one module usually have one input.
             widths = {(name.rpartition(".")[0], self._width(name)) for name in stage.names}
             squares = [width**2 for _, width in widths]
+            for each in stage.experts:
+                for E, *sizes in (getattr(each.module, name).shape for name in each.names):
+                    squares.append(E * sizes[0 if each.transposed else 1] ** 2)
             # fp32 for each, and for the largest two of float64 while it is factored, besides its factor.
-            needed = max(needed, 4 * sum(squares) + 20 * max(squares, default=0))
+            largest = max((width**2 for _, width in widths), default=0)
+            needed = max(needed, 4 * sum(squares) + 20 * largest)
         self._needed = needed
         available = available_memory()
         if available is not None and needed > available:
@@ -417,24 +366,3 @@ class Calibration:
 
     def _width(self, name: str) -> int:
         return self._model.get_submodule(name).weight.shape[1]
-
-
-def check_tokens(batches: list[dict[str, Any]], widest: int) -> None:
-    """Raise ValueError if the batches have fewer tokens than the widest weight has columns."""
-    tokens = 0
-    for batch in batches:
-        counted = batch.get("attention_mask", batch.get("input_ids"))
-        if not isinstance(counted, Tensor):
-            return  # it is unknown how many rows such a batch makes
-        tokens += int((counted != 0).sum()) if "attention_mask" in batch else counted.numel()
-    if tokens < widest:
-        raise bad("batches", f"at least {widest} tokens ({ENOUGH * widest} are enough)", tokens)
-
-
-def available_memory() -> int | None:
-    """The bytes that the system can give without swapping, or None if it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    except OSError:
-        return None

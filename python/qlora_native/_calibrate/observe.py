@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .._core.calibrate import add_gram
 from .._core.errors import bad
+from .batches import mask_of
 from .experts import ObservedExperts
-from .layers import Stop, patched_forward
-from .pieces import version_of
+from .layers import Stop, patched_forward, version_of
 
 
 class Inputs:
@@ -96,22 +96,19 @@ class Inputs:
         add_gram(self._grams[name], rows)
 
 
-def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """The rows of a batch that are not padding, bool [B, T]; None if all are, or if it is not said."""
-    mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
-
-
 def count_within(mask: Tensor | None, x: Tensor) -> int:
     """How many rows `rows_within` has."""
-    return int(mask.sum()) if mask is not None and x.shape[:2] == mask.shape else x.numel() // x.shape[-1]
+    return int(mask.sum()) if _fits(mask, x) else x.numel() // x.shape[-1]
 
 
 def rows_within(mask: Tensor | None, x: Tensor) -> Tensor:
-    """The rows [tokens, K] of x [B, T, K] that `mask` [B, T] has; all rows of an x of another shape."""
-    if mask is not None and x.shape[:2] == mask.shape:
-        x = x[mask]
-    return x.reshape(-1, x.shape[-1])
+    """The rows [tokens, K] of x [B, T, K] or [B * T, K] that `mask` [B, T] has; all rows of an x of another shape."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[mask.flatten()] if _fits(mask, x) else rows
+
+
+def _fits(mask: Tensor | None, x: Tensor) -> bool:
+    return mask is not None and (x.shape[:2] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()))
 
 
 def check_finite_gram(gram: Tensor | None, name: str) -> None:

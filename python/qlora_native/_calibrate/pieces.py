@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import Layers, patched_forward
+from .layers import Layers, patched_forward, version_of
 
 MAX_PIECES = 16  # a layer with more has experts as modules of their own, whose calls depend on the tokens
 
@@ -83,6 +83,7 @@ class Replay:
     def __init__(self, has_room: Callable[[], bool]) -> None:
         """Keep outputs as long as `has_room()`. What is not kept is computed again, with the same bits."""
         self._batch, self._has_room, self._keep = 0, has_room, False
+        self._called: set[nn.Module] = set()  # in this batch
         self._kept: dict[nn.Module, dict[int, tuple[Any, list[int]]]] = {}
         self._patched = ExitStack()
 
@@ -93,9 +94,13 @@ class Replay:
         self._patched.close()
         self._kept.clear()
 
-    def begin(self, batch: int) -> None:
-        """Begin a batch, by its number."""
-        self._batch, self._keep = batch, self._has_room()
+    def begin(self, batch: int, last: bool = False) -> None:
+        """Begin a batch, by its number. In the last pass nothing more is kept, and what was kept is given up."""
+        if last:
+            for kept in self._kept.values():
+                kept.pop(batch - 1, None)
+        self._batch, self._keep = batch, not last and self._has_room()
+        self._called.clear()
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Keep the outputs of more modules, which are what they will be in the quantized model."""
@@ -108,6 +113,9 @@ class Replay:
         kept = self._kept[module]
 
         def replay(*args: Any, **kwargs: Any) -> Any:
+            if module in self._called:  # a second time, which the first batch did not have
+                return forward(*args, **kwargs)
+            self._called.add(module)
             output, versions = kept.get(self._batch, (None, None))
             # What has been changed in place, by who got it, is computed again.
             if versions is not None and versions == _versions(output):
@@ -124,14 +132,9 @@ class Replay:
         return replay
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place; 0 for one of inference mode, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _versions(output: Any) -> list[int] | None:
-    """Those of an output's tensors; None if it is neither a tensor nor a tuple of tensors and None."""
+    """Those of an output's tensors; None if they are not counted, or if it has something else than tensors and None."""
     parts = output if isinstance(output, tuple) else (output,)
-    if any(part is not None and not isinstance(part, Tensor) for part in parts):
+    if any(part is not None and (not isinstance(part, Tensor) or part.is_inference()) for part in parts):
         return None
     return [version_of(part) for part in parts if part is not None]

@@ -6,7 +6,8 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 
-SHOWN = 10  # fallbacks
+SHOWN = 10  # So many fallbacks are printed.
+BUDGETED = ("nf4", "fp4")  # These formats take a budget; what it gives more bits has another.
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CalibrationReport:
     """What `qlora_native.calibrate` has done. `print` shows a summary.
 
     Attributes:
-        weights: every quantized weight, in the order in which they were quantized.
+        weights: every weight, in the order in which they were quantized; with a budget some have a format of more bits.
         seconds: how long it took.
         bits: with a budget, the mean bits of an element of all weights, with scales and tables.
     """
@@ -55,7 +56,8 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         """A few lines: how many weights, the median error of their outputs, their formats, and the first fallbacks."""
-        done = [each for each in self.weights if each.fallback is None]
+        raised = [] if self.bits is None else [each for each in self.weights if each.format not in BUDGETED]
+        done = [each for each in self.weights if each.fallback is None and each not in raised]
         lines = [f"calibrated {len(done)} of {len(self.weights)} weights in {self.seconds:.0f} s"]
         if done:
             before, after = (statistics.median(getattr(each, name) for each in done) for name in ("before", "after"))

@@ -97,8 +97,11 @@ def factored(gram: Tensor) -> Factored | None:
         damped = gram[backwards][:, backwards].double()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # a matrix of float64 may take a gigabyte
         if not failed:
-            exact = _inverse(lower.flip(0, 1))
+            upper = lower.flip(0, 1)
+            del lower
+            exact = _inverse(upper)
             importance = torch.empty_like(diagonal)
             importance[order] = exact.diagonal() ** -2.0
             factor = exact.float().contiguous()

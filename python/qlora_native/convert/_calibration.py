@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from .._calibrate.batches import ENOUGH
 from .._calibrate.budget import Budget
-from .._calibrate.model import ENOUGH, Calibration
+from .._calibrate.model import Calibration
 from .._calibrate.report import Calibrated, CalibrationReport
 from .._calibrate.weight import Options
 from .._core.errors import bad
@@ -88,6 +89,8 @@ class CalibratedWeights:
             weights = {name: model.get_submodule(name).quantized_weight for name in stage.names}
             report = CalibrationReport(calibration.report.weights[done:], time.monotonic() - started)
             self._save(stage.index, weights, report, calibration.layers.inputs)
+            for name in stage.names:
+                model.get_submodule(name).to("meta")
         if calibration.spending is not None:
             self.kept = set(calibration.spending.choose(self.report))
 

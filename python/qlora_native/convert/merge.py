@@ -1,11 +1,12 @@
 """Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
-    python -m qlora_native quantize --model DIR --out DIR [--to nf4] [--calibrate FILE [--bits 4.5]]
+    python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
-Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
-may be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is
-an ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
+Both take `--calibrate FILE [--bits 4.5]` with a quantized format. Memory holds one shard of the result and two weights
+in fp32, so any model that fits on the disk can be merged; a calibration needs what docs/quality.md says. The base may
+be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is an
+ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
 compressed-tensors.
 """
 
@@ -27,6 +28,7 @@ require("transformers")
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from .._calibrate.budget import Budget
 from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
@@ -96,7 +98,7 @@ def convert(
     Raises:
         FileNotFoundError, FileExistsError: a file is missing, or `out` exists and is not empty.
         TypeError, ValueError: a file is damaged, a tensor of the model is missing, or the adapter cannot be merged or
-            does not fit the base. Nothing is written.
+            does not fit the base. Nothing is written but the folder of a calibration that has begun.
     """
     if to is not None and to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
@@ -204,9 +206,10 @@ class _Conversion:
         widest = max(skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears)
         texts = read_texts(path, self.checkpoint.folder, widest)
         run = {
-            "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
+            "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
             "format": [self.format, self.blocksize, self.options.double_quant],
             "texts": digest(texts),
+            "version": __version__,
         }
         budget = None
         if bits is not None:

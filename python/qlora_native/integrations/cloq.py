@@ -20,8 +20,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .._calibrate.layers import Layers, checked_batches
-from .._calibrate.model import check_tokens
+from .._calibrate.batches import check_tokens, checked_batches
+from .._calibrate.layers import Layers
 from .._calibrate.observe import Inputs
 from .._core.errors import bad
 from .._core.progress import Progress
