@@ -81,7 +81,7 @@ def test_weight_whose_rounding_moves_its_layer_most_gets_more_bits(layer):
     _, report = calibrated(5.6, model)
     found = {each.name: each for each in report.weights}
     name = f"model.layers.{layer}.mlp.down_proj"
-    assert max(found, key=lambda each: found[each].moved[0]) == name
+    assert max(found, key=lambda each: found[each].sensitivity[0]) == name
     assert found[name].format == "int8"
 
 
@@ -100,13 +100,13 @@ def test_measure_is_how_far_the_layers_output_moves_when_one_weight_is_rounded()
         rounded = copy.deepcopy(model)
         parent, _, child = each.name.rpartition(".")
         dense = rounded.get_submodule(each.name)
-        for format, moved in zip(("nf4", "int8"), each.moved, strict=True):
+        for format, sensitivity in zip(("nf4", "int8"), each.sensitivity, strict=True):
             q = qn.quantize(dense.weight, format)
             layer = (qn.nn.Linear4bit if format == "nf4" else qn.nn.Linear8bit).from_quantized(q)
             setattr(rounded.get_submodule(parent), child, layer)
             y = output(model)
             ratio = (output(rounded) - y).square().sum(-1) / y.square().sum(-1)
-            assert moved == pytest.approx(ratio.mean().item(), rel=1e-2)  # fp32 outputs of which little changes
+            assert sensitivity == pytest.approx(ratio.mean().item(), rel=1e-2)  # fp32 outputs of which little changes
 
 
 def test_weights_are_measured_by_the_rows_within_the_mask():
@@ -115,7 +115,7 @@ def test_weights_are_measured_by_the_rows_within_the_mask():
     padded = qn.calibrate(small(), [{"input_ids": t, "attention_mask": mask} for t in text], bits=6, progress=False)
     plain = qn.calibrate(small(), [t[:, :12] for t in text], bits=6, progress=False)
     for ours, theirs in zip(padded.weights, plain.weights, strict=True):
-        assert ours.moved[0] == pytest.approx(theirs.moved[0], rel=0.1)  # outputs are rounded to bf16
+        assert ours.sensitivity[0] == pytest.approx(theirs.sensitivity[0], rel=0.1)  # outputs are rounded to bf16
 
 
 def items(seed, formats=3):
@@ -129,8 +129,8 @@ def items(seed, formats=3):
     ]
 
 
-def moved_in_all(items, chosen):
-    return sum(item.moved[index] for item, index in zip(items, chosen, strict=True))
+def sensitivity_in_all(items, chosen):
+    return sum(item.sensitivity[index] for item, index in zip(items, chosen, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -141,9 +141,9 @@ def test_larger_budget_never_moves_the_outputs_more(seed):
     for spare in range(100):
         chosen = choose(weights, spare)
         assert sum(item.sizes[index] for item, index in zip(weights, chosen, strict=True)) <= least + spare
-        moved = moved_in_all(weights, chosen)
-        assert moved <= before + 1e-12
-        before = moved
+        sensitivity = sensitivity_in_all(weights, chosen)
+        assert sensitivity <= before + 1e-12
+        before = sensitivity
     assert before == 0
 
 
@@ -152,12 +152,12 @@ def test_choice_is_within_one_weight_of_the_best(seed):
     weights = items(seed)
     for spare in range(0, 60, 5):
         possible = [
-            moved_in_all(weights, chosen)
+            sensitivity_in_all(weights, chosen)
             for chosen in itertools.product(range(3), repeat=len(weights))
             if sum(w.sizes[i] - w.sizes[0] for w, i in zip(weights, chosen, strict=True)) <= spare
         ]
-        largest = max(max(item.moved) for item in weights)
-        assert moved_in_all(weights, choose(weights, spare)) <= min(possible) + largest
+        largest = max(max(item.sensitivity) for item in weights)
+        assert sensitivity_in_all(weights, choose(weights, spare)) <= min(possible) + largest
 
 
 def test_equal_weights_are_chosen_in_the_order_of_the_model():
@@ -212,7 +212,7 @@ def test_experts_stay_in_4_bits_and_count():
     model = moe.make("mixtral")
     report = qn.calibrate(model, batches(16), bits=6, progress=False)
     experts = [each for each in report.weights if each.name.endswith("]")]
-    assert experts and all(each.format == "nf4" and each.moved is None for each in experts)
+    assert experts and all(each.format == "nf4" and each.sensitivity is None for each in experts)
     assert {each.format for each in report.weights} > {"nf4"}
     assert report.bits <= 6
 

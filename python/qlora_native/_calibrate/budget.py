@@ -57,21 +57,21 @@ class Item:
 
     Attributes:
         sizes: its bytes in each format that it may have.
-        moved: how far the output of its transformer layer moves in each of them.
+        sensitivity: how far the output of its transformer layer moves in each of them.
     """
 
     sizes: tuple[int, ...]
-    moved: tuple[float, ...]
+    sensitivity: tuple[float, ...]
 
     def gain(self, before: int, after: int) -> float:
         """How much less the output moves in format `after`, for each byte that it takes more than `before`."""
         cost = self.sizes[after] - self.sizes[before]
-        return (self.moved[before] - self.moved[after]) / cost if cost > 0 else math.inf
+        return (self.sensitivity[before] - self.sensitivity[after]) / cost if cost > 0 else math.inf
 
     def steps(self) -> list[tuple[int, int]]:
         """The formats that it goes through, as pairs: each step gains less for a byte than the one before it."""
         steps, at = [], 0
-        while better := [to for to in range(at + 1, len(self.sizes)) if self.moved[to] < self.moved[at]]:
+        while better := [to for to in range(at + 1, len(self.sizes)) if self.sensitivity[to] < self.sensitivity[at]]:
             steps.append((at, max(better, key=partial(self.gain, at))))
             at = steps[-1][1]
         return steps
@@ -121,7 +121,7 @@ class Probe:
                     break
                 mask = mask_of(batches[number])
 
-    def moved(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> float:
+    def sensitivity(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> float:
         """How far the outputs move: the mean over tokens of ‖ΔY‖² / ‖Y‖².
 
         Args:
@@ -143,12 +143,12 @@ def _rows(output: Any, mask: Tensor | None) -> Tensor:
     return rows_within(mask, output[0] if isinstance(output, tuple) else output).float()
 
 
-class Spending:
-    """Spends a budget on the weights of a model.
+class BudgetAllocator:
+    """Gives the weights of a model what a budget has.
 
     Attributes:
-        moved: {path of a layer: how far the output of its transformer layer moves if its weight alone is rounded to the
-            nearest levels; one value for each quantized format that it may have}.
+        sensitivity: {path of a layer: how far the output of its transformer layer moves if its weight alone is rounded
+            to the nearest levels; one value for each quantized format that it may have}.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Spending:
             TypeError, ValueError: the bits are no number, too many or not enough, or do not go with the format.
         """
         _check(budget.bits, options.format)
-        self.moved: dict[str, tuple[float, ...]] = {}
+        self.sensitivity: dict[str, tuple[float, ...]] = {}
         self._options = [options, *([replace(options, format="int8")] if budget.eight else [])]
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, tuple[str, ...]] = {}
@@ -188,7 +188,7 @@ class Spending:
         return next(options for options in self._options if options.format == format).plain(weight)
 
     def measure(self, probe: Probe, layers: Mapping[str, nn.Module]) -> None:
-        """Set `moved` of the linear layers in a transformer layer, which is run for it.
+        """Set `sensitivity` of the linear layers in a transformer layer, which is run for it.
 
         Args:
             probe: of the transformer layer.
@@ -199,14 +199,14 @@ class Spending:
             weight = layer.weight
             if id(weight) not in found:
                 own = [other for other in layers.values() if other.weight is weight]
-                moved = []
+                sensitivity = []
                 for options in self._options:
                     with weight_named(f"{path}."):
                         q = options.plain(weight)
                     rounded = {other: linear_class(q).from_quantized(q, other.bias).forward for other in own}
-                    moved.append(probe.moved(rounded))
-                found[id(weight)] = tuple(moved)
-            self.moved[path] = found[id(weight)]
+                    sensitivity.append(probe.sensitivity(rounded))
+                found[id(weight)] = tuple(sensitivity)
+            self.sensitivity[path] = found[id(weight)]
 
     def choose(self, report: CalibrationReport) -> dict[str, str]:
         """Choose the weights that get more bits, and note them in the report of all weights.
@@ -214,8 +214,8 @@ class Spending:
         Returns:
             {path of the layer: "int8", or the dtype of a weight that is not quantized}.
         """
-        weights = {number: each for number, each in enumerate(report.weights) if each.moved is not None}
-        items = [Item(self._sizes[each.name], (*each.moved, 0.0)) for each in weights.values()]
+        weights = {number: each for number, each in enumerate(report.weights) if each.sensitivity is not None}
+        items = [Item(self._sizes[each.name], (*each.sensitivity, 0.0)) for each in weights.values()]
         chosen: dict[str, str] = {}
         taken = self._least
         for (number, each), item, index in zip(weights.items(), items, choose(items, self._spare), strict=True):

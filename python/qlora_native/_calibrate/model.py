@@ -20,7 +20,7 @@ from .._layers.experts import Experts4bit
 from .._layers.linear import linear_class
 from .._layers.quantize_model import find
 from .batches import check_tokens, checked_batches
-from .budget import Budget, Probe, Spending
+from .budget import Budget, BudgetAllocator, Probe
 from .experts import ObservedExperts
 from .layers import Layers
 from .memory import available_memory
@@ -93,7 +93,7 @@ def calibrate(
     try:
         for stage in Progress(len(stages), progress, "calibrate", "layer").over(stages):
             calibration.run(stage)
-        calibration.spend()
+        calibration.allocate()
     except BaseException:
         calibration.undo()
         raise
@@ -154,8 +154,8 @@ class Calibration:
             raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {min(others)}")
         linears = {name: model.get_submodule(name) for name in self._names}
         parameters = [getattr(each.module, name) for each in self._experts for name in each.names]
-        self.spending = None if budget is None else Spending(budget, options, linears, parameters)
-        self._quantizer = Quantizer(options, {} if self.spending is None else self.spending.moved)
+        self.allocator = None if budget is None else BudgetAllocator(budget, options, linears, parameters)
+        self._quantizer = Quantizer(options, {} if self.allocator is None else self.allocator.sensitivity)
         self.report = self._quantizer.report
         self._dense: dict[str, nn.Module] = {}  # the layer that was at a path before
         self._layer_of: dict[int, nn.Module] = {}  # the quantized layer, by the id of the one that it replaces
@@ -199,9 +199,9 @@ class Calibration:
     @torch.no_grad()
     def run(self, stage: Stage) -> None:
         """Observe the inputs of a stage, and put quantized layers into the model."""
-        if self.spending is not None and stage.index is not None:
+        if self.allocator is not None and stage.index is not None:
             dense = {name: self._model.get_submodule(name) for name in stage.names}
-            self.spending.measure(Probe(self.layers, stage.index, self._batches), dense)
+            self.allocator.measure(Probe(self.layers, stage.index, self._batches), dense)
         modules: dict[str, nn.Module] = {}
         for name in stage.names:
             module = self._model.get_submodule(name)
@@ -309,15 +309,15 @@ class Calibration:
         self._undo.append(partial(setattr, parent, child, dense))
         setattr(parent, child, self._layer_of[id(dense)])
 
-    def spend(self) -> None:
+    def allocate(self) -> None:
         """Give weights more bits, as far as the budget reaches, and put their layers into the model."""
-        if self.spending is None:
+        if self.allocator is None:
             return
-        for path, format in self.spending.choose(self.report).items():
+        for path, format in self.allocator.choose(self.report).items():
             weight = self._dense[path].weight
             dense = {other: layer for other, layer in self._dense.items() if layer.weight is weight}
             if format == "int8":
-                self._weights[id(weight)] = self.spending.quantized(weight, format)
+                self._weights[id(weight)] = self.allocator.quantized(weight, format)
                 for layer in dense.values():
                     self._layer_of.pop(id(layer), None)
             else:

@@ -22,10 +22,10 @@ class Quantizer:
         report: of each weight.
     """
 
-    def __init__(self, options: Options, moved: Mapping[str, tuple[float, ...]]) -> None:
+    def __init__(self, options: Options, sensitivity: Mapping[str, tuple[float, ...]]) -> None:
         """Take the format, and how far each weight moves its layer, as far as that is known when it is quantized."""
         self.report = CalibrationReport()
-        self._options, self._moved = options, moved
+        self._options, self._sensitivity = options, sensitivity
 
     def linear(
         self, name: str, weight: Tensor, gram: Tensor | None, found: Factored | None, tokens: int
@@ -68,8 +68,8 @@ class Quantizer:
             return plain, calibrated(weight, inputs, self._options) if any(inputs) else plain
 
     def _report(self, name: str, tokens: int, errors: list[float], fallback: str | None, q: QuantizedWeight) -> None:
-        moved = self._moved.get(name)
-        self.report.weights.append(Calibrated(name, tokens, *errors, fallback, q.format, moved))
+        sensitivity = self._sensitivity.get(name)
+        self.report.weights.append(Calibrated(name, tokens, *errors, fallback, q.format, sensitivity))
 
 
 def _why_not(gram: Tensor | None) -> str:

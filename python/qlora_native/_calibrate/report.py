@@ -21,9 +21,9 @@ class Calibrated:
             weight that a budget gave more bits, as it was before it got them.
         fallback: why the weight was rounded plainly; None if it was calibrated, or if a budget gave it more bits.
         format: of the weight as it is: one of `qlora_native.quantize`, or the dtype of a weight that was not quantized.
-        moved: with a budget, how far the output of its transformer layer moves if this weight alone is rounded plainly,
-            as the mean over tokens of ‖ΔY‖² / ‖Y‖²: in the format of the model, and in 8 bits if it may have them. None
-            for experts, and for weights outside the layers that are run one after another.
+        sensitivity: with a budget, how far the output of its transformer layer moves if this weight alone is rounded
+            plainly, as the mean over tokens of ‖ΔY‖² / ‖Y‖²: in the format of the model, and in 8 bits if it may have
+            them. None for experts, and for weights outside the layers that are run one after another.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Calibrated:
     after: float
     fallback: str | None = None
     format: str = "nf4"
-    moved: tuple[float, ...] | None = None
+    sensitivity: tuple[float, ...] | None = None
 
 
 @dataclass

@@ -91,8 +91,8 @@ class CalibratedWeights:
             self._save(stage.index, weights, report, calibration.layers.inputs)
             for name in stage.names:
                 model.get_submodule(name).to("meta")
-        if calibration.spending is not None:
-            self.kept = set(calibration.spending.choose(self.report))
+        if calibration.allocator is not None:
+            self.kept = set(calibration.allocator.choose(self.report))
 
     def __getitem__(self, path: str) -> QuantizedWeight:
         """The weight of the layer at `path`."""
