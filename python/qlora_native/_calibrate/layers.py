@@ -88,13 +88,8 @@ class Layers:
             for layer in found:
                 stack.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(end))
-            self.whole_pass(self._batches[:1])
+            self._model(**self._batches[0])
         return found if called == found else []
-
-    def whole_pass(self, batches: list[dict[str, Any]] | None = None) -> None:
-        """Call the model with each batch."""
-        for batch in self._batches if batches is None else batches:
-            self._model(**batch)
 
     @property
     def inputs(self) -> list[Tensor] | None:
@@ -107,14 +102,20 @@ class Layers:
             raise bad("inputs", f"those of {len(self._batches)} batches", len(inputs))
         self._next, self._inputs, self._tails = index, inputs, [None] * len(inputs)
 
-    def run(self, index: int, *, advance: bool, batches: int | None = None) -> Iterator[int]:
+    def run(self, index: int | None, *, advance: bool, batches: int | None = None) -> Iterator[int]:
         """Run layer `index` over the batches, and yield the number of each before it is run.
 
         Args:
-            index: of the layer. Layers are run in order, each as often as wanted. A module in it may raise `Stop`.
-            advance: store the outputs, as the inputs of the next layer.
+            index: of the layer. Layers are run in order, each as often as wanted. A module in it may raise `Stop`. None
+                is the whole model.
+            advance: store the outputs of a layer, as the inputs of the next one.
             batches: how many are run, all unless given.
         """
+        if index is None:
+            for number, batch in enumerate(self._batches):
+                yield number
+                self._model(**batch)
+            return
         assert index == self._next
         for number in range(len(self._batches) if batches is None else batches):
             yield number

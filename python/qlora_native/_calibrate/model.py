@@ -209,20 +209,13 @@ class Calibration:
                 modules[name] = module
         experts = {f"{each.path}.{name}": each for each in stage.experts for name in each.names}
         modules |= {path: self._observe(each, path.rpartition(".")[2]) for path, each in experts.items()}
-        if stage.index is None:
-            inputs = Inputs(modules)
-            with inputs.observed():
-                for batch in self._batches:
-                    inputs.begin(batch)
-                    self.layers.whole_pass([batch])
-            self._quantize(stage, inputs, modules)
-        elif self._sequential:
+        if self._sequential and stage.index is not None:
             self._run_by_pieces(stage, modules)
         else:
-            self._run_layer(stage, modules, advance=True)
+            self._run_at_once(stage, modules, advance=True)
 
-    def _run_layer(self, stage: Stage, modules: Mapping[str, nn.Module], advance: bool) -> None:
-        """Observe all weights of a layer in one pass, and quantize them."""
+    def _run_at_once(self, stage: Stage, modules: Mapping[str, nn.Module], advance: bool) -> None:
+        """Observe all weights of a stage in one pass, and quantize them."""
         inputs = Inputs(modules)
         with inputs.observed():
             for number in self.layers.run(stage.index, advance=advance):
@@ -233,7 +226,7 @@ class Calibration:
         """Observe each piece of a layer when those before it have been quantized."""
         order = order_of_calls(self.layers, stage.index, modules)
         if order.pieces is None:
-            self._run_layer(stage, modules, advance=False)
+            self._run_at_once(stage, modules, advance=False)
         with Replay(self._has_room) as replay:
             for number, piece in enumerate(order.pieces or ()):
                 replay.add(module for module, pieces in order.others if pieces <= number)

@@ -146,13 +146,8 @@ def initialize_cloq(
         for index, own in counted.over(enumerate(stages)):
             inputs = Inputs(own)
             with inputs.observed():
-                if index < len(inside):
-                    for number in layers.run(index, advance=True):
-                        inputs.begin(given[number])
-                else:  # of the layers that are not called one after another
-                    for batch in given:
-                        inputs.begin(batch)
-                        layers.whole_pass([batch])
+                for number in layers.run(index if index < len(inside) else None, advance=True):
+                    inputs.begin(given[number])
             for name, layer in own.items():
                 gram = inputs.gram([inputs.key(name)], name)
                 if gram is None:
