@@ -28,7 +28,7 @@ require("transformers")
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import _C
 from .._calibrate.budget import Budget
 from .._calibrate.weight import Options
 from .._core.blocks import check_blocksize
@@ -209,7 +209,7 @@ class _Conversion:
             "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
             "format": [self.format, self.blocksize, self.options.double_quant],
             "texts": digest(texts),
-            "version": __version__,
+            "version": _C.version(),
         }
         budget = None
         if bits is not None:
