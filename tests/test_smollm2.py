@@ -133,20 +133,22 @@ def test_merged_model_has_the_loss_of_its_adapter(folder, trained, tmp_path, mon
 
 @pytest.mark.thorough
 @torch.no_grad()
-def test_stock_bitsandbytes_is_as_near_as_ours_over_a_calibrated_file(folder, tmp_path):
+def test_stock_bitsandbytes_gives_the_logits_of_a_calibrated_file_within_rounding(folder, tmp_path):
     models.bitsandbytes()
     text = tmp_path / "text.txt"
     pages = sorted(pathlib.Path(__file__).parents[1].glob("docs/*.md"))
     text.write_text("\n".join(page.read_text(encoding="utf-8") for page in pages)[:12_000], encoding="utf-8")
     convert(folder, tmp_path / "calibrated", to="nf4", calibrate=text, progress=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    held = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :512]
     found = {}
     for name, options in (("ours", {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}), ("stock", {})):
         model = models.load(tmp_path / "calibrated", **options)
-        found[name] = logits(model, tokenizer).float()
+        found[name] = model.eval()(held).logits.float()
         if name == "ours":
             for layer in models.layers_of(model).values():
                 layer.compute_dtype = torch.float32
-            exact = logits(model.float(), tokenizer)
+            exact = torch.nn.Module.float(model)(held).logits  # transformers refuses model.float()
     errors = {name: ((each - exact).norm() / exact.norm()).item() for name, each in found.items()}
-    assert 0 < errors["ours"] <= 1.1 * errors["stock"] and errors["stock"] <= 2**-5  # 30 layers in bf16 (2**-9 each)
+    # Each of the products rounds to bf16 once, and their errors add up like random ones.
+    assert all(0 < error <= 2**-9 * LINEARS**0.5 for error in errors.values()), errors
