@@ -54,6 +54,23 @@ def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
     return model
 
 
+def save_with_adapter(folder, text, width, inner, layers, **options):
+    """Save a Llama in bf16 with a tokenizer of `text` in FOLDER/model, and an adapter of its layers in FOLDER/adapter.
+
+    `options` are those of save_pretrained.
+    """
+    peft = pytest.importorskip("peft")
+    made = tokenizer([text])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(made), num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "model", **options)
+    made.save_pretrained(folder / "model")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+
+
 def load(folder, family="llama", **options):
     return AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
 

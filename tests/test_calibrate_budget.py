@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 
 import moe  # noqa: E402
 import torch  # noqa: E402
-from models import ids, load, make, tensors_of  # noqa: E402
+from models import ids, load, make, save_with_adapter, tensors_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -265,19 +265,9 @@ def words(count):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Llama with a tokenizer, text, and an adapter."""
-    from models import tokenizer
-
     folder = tmp_path_factory.mktemp("budget")
-    made = tokenizer([words(2000)])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=len(made), num_key_value_heads=2, **sizes)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "model")
-    made.save_pretrained(folder / "model")
+    save_with_adapter(folder, words(2000), width=128, inner=192, layers=LAYERS)
     (folder / "text.txt").write_text(words(4000))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    adapted.save_pretrained(folder / "adapter")
     return folder
 
 

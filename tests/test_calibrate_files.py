@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 import moe  # noqa: E402
 import process  # noqa: E402
 import torch  # noqa: E402
-from models import tensors_of, tokenizer  # noqa: E402
+from models import save_with_adapter, tensors_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -33,18 +33,10 @@ def words(count):
 def folder(tmp_path_factory):
     """A Llama in shards, with a tokenizer; text; and an adapter."""
     folder = tmp_path_factory.mktemp("calibrate")
-    made = tokenizer([words(2000)])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=len(made), num_key_value_heads=2, **sizes)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "model", max_shard_size="60KB")
-    made.save_pretrained(folder / "model")
+    save_with_adapter(folder, words(2000), width=64, inner=96, layers=LAYERS, max_shard_size="60KB")
     (folder / "text.txt").write_text(words(3000))
     pairs = [{"prompt": words(20), "response": words(20)} for _ in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    adapted.save_pretrained(folder / "adapter")
     return folder
 
 

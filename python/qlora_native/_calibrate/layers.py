@@ -189,6 +189,11 @@ def patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             module.forward = own
 
 
+def is_same(seen: tuple[Tensor, int], tensor: Tensor) -> bool:
+    """Whether a tensor is the one that was seen, with its version, and has not been changed since."""
+    return seen[0] is tensor and seen[1] == version_of(tensor)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been changed in place; 0 for one of inference mode, which does not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -14,7 +14,7 @@ from .._core.calibrate import add_gram
 from .._core.errors import bad
 from .batches import mask_of
 from .experts import ObservedExperts
-from .layers import Stop, patched_forward, version_of
+from .layers import Stop, is_same, patched_forward, version_of
 
 
 class Inputs:
@@ -80,9 +80,8 @@ class Inputs:
         return x.new_zeros(*x.shape[:-1], self._modules[name].out_features)
 
     def _add(self, name: str, x: Tensor, *args: Any) -> None:
-        version = version_of(x)
-        leader = next((other for other, seen in self._last.items() if seen[0] is x and seen[1] == version), name)
-        self._last[name] = x, version
+        leader = next((other for other, seen in self._last.items() if is_same(seen, x)), name)
+        self._last[name] = x, version_of(x)
         module = self._modules[name]
         if isinstance(module, ObservedExperts):
             module.observe(x, *args)

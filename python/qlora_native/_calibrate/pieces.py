@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import Layers, patched_forward, version_of
+from .layers import Layers, is_same, patched_forward, version_of
 
 MAX_PIECES = 16  # a layer with more has experts as modules of their own, whose calls depend on the tokens
 
@@ -52,12 +52,11 @@ def order_of_calls(layers: Layers, index: int, wanted: Mapping[str, nn.Module]) 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[module] += 1
         if module in path_of:
-            of_call = args[0], version_of(args[0])
-            place = next((i for i, seen in enumerate(inputs) if seen[0] is of_call[0] and seen[1] == of_call[1]), None)
+            place = next((i for i, seen in enumerate(inputs) if is_same(seen, args[0])), None)
             if place is None:
                 place = len(pieces)
                 pieces.append([])
-                inputs.append(of_call)
+                inputs.append((args[0], version_of(args[0])))
             pieces[place].append(path_of[module])
 
     def end(module: nn.Module, *_: Any) -> None:
