@@ -165,12 +165,14 @@ SHOWN = {
             for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
             for direction, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
         },
-        "GEMV, up to 8 rows": "gemv_kernel<Bf16, 8, 4, true, false>",
-        "GEMV, up to 8 rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
+        "GEMV, up to 8 rows": "gemv_kernel<Bf16, 8, 4, true, true, false>",
+        "GEMV, up to 8 rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true, true>",
         "small-M GEMM, 16 × 128, forward, in groups": "small_m_gemm_kernel<Bf16, 16, true>",
         "GEMM, 16 × 128, dX, in groups": "gemm_kernel<Bf16, DecodedColumns, GemmTile<16, 128, true>, true>",
         "GEMM, 128 × 128, forward, in groups": "gemm_kernel<Bf16, DecodedRows, GemmTile<128, 128, true>, true>",
-        "decoding a panel": "panel_kernel<Bf16, 4>",
+        "decoding a panel": "panel_kernel<Bf16, 4, true>",
+        "GEMV, up to 8 rows, a weight of a file": "gemv_kernel<Bf16, 8, 4, false, true, false>",
+        "decoding a panel, a weight of a file": "panel_kernel<Bf16, 4, false>",
     },
     ROOT / "cuda/product/wgmma/README.md": {
         f"wgmma, {rows} × 128, {direction}": f"wgmma_gemm_kernel<Bf16, {layout}, {rows}>"

@@ -7,12 +7,17 @@ too.
 """
 
 import hashlib
+import math
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import qlora_native as qn
+from qlora_native._core.formats import codes_shape
+from qlora_native._core.layouts import LAYOUTS, LEVELS, SCALE_LEVELS
+from qlora_native._core.microscaling import scale_table
 from qlora_native.testing import (
     SUM_FACTOR,
     blocked_product,
@@ -54,20 +59,85 @@ def digest(tensors):
 def scales(q):
     """The fp32 scale of each block: types.h, each operation rounded by itself."""
     if q.nested_absmax is None:
-        return q.absmax
-    nested = q.nested_absmax.repeat_interleave(256)[: q.absmax.numel()]
+        return q.absmax.float()
+    nested = q.nested_absmax.repeat_interleave(q.layout.nested_blocksize)[: q.absmax.numel()]
     return q.nested_code[q.absmax.long()] * nested + q.offset.reshape(())
 
 
+def minima(q):
+    """The fp32 minimum of each block, or None."""
+    if q.zero_point is not None:
+        return -(q.zero_point.float() * scales(q))
+    if q.nested_minimum is None:
+        return None if q.minimum is None else q.minimum.float()
+    nested = q.nested_minimum.repeat_interleave(q.layout.nested_blocksize)[: q.minimum.numel()]
+    return q.nested_code[q.minimum.long()] * nested
+
+
 def decode(q, dtype):
-    """W [N, K]: fp32 code * fp32 scale, rounded once to `dtype`."""
-    elements = q.shape[0] * q.shape[1]
-    scale = scales(q).repeat_interleave(q.blocksize)[:elements]
-    codes = q.codes.reshape(-1)
-    if q.format == "int8":
-        return (codes.view(torch.int8).float() * (scale / 127)).to(dtype).view(q.shape)
-    nibbles = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[:elements]
-    return (q.code[nibbles.long()] * scale).to(dtype).view(q.shape)
+    """W [N, K] or [E, N, K]: fp32 level * fp32 scale + fp32 minimum, rounded once to `dtype`."""
+    elements = math.prod(q.shape)
+    codes, scale = q.codes.reshape(-1), scales(q)
+    if q.bits == 4:
+        level = q.code[torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[:elements].long()]
+    else:
+        level = codes.view(torch.float8_e4m3fn if q.format == "fp8" else torch.int8).float()
+    w = level * (scale / 127 if q.format == "int8" else scale).repeat_interleave(q.blocksize)[:elements]
+    if (minimum := minima(q)) is not None:
+        w = w + minimum.repeat_interleave(q.blocksize)[:elements]
+    w = w.to(dtype).view(q.shape)
+    if q.column_order is not None:
+        w = w[..., q.column_order.long().argsort()]
+    return w
+
+
+def random_of_file(format, shape, blocksize=None, scale_dtype=None, zero_point=False, column_order=False, seed=0):
+    """A weight in a format of files, of random codes, scales and minima. Subnormal and negative scales occur."""
+    layout = LAYOUTS[format]
+    generator = torch.Generator().manual_seed(seed)
+    elements = math.prod(shape)
+    blocksize = blocksize or layout.blocksize or 128
+    blocks = -(-elements // blocksize)
+    nested_blocks = -(-blocks // layout.nested_blocksize)
+    byte = lambda *size, high=256: torch.randint(high, size, dtype=torch.uint8, generator=generator)  # noqa: E731
+    normal = lambda size: 0.02 * torch.randn(size, generator=generator)  # noqa: E731
+    nested = layout.nested and scale_dtype is None
+    # In K-quants scales and minima have 6 bits, 4 in q2_k, and 8 with a sign in q6_k.
+    high = {"q2_k": 16, "q6_k": 256, "fp8": 1}.get(format, 64)
+    dtype = scale_dtype or (layout.scales[0] if layout.scales else None)
+    codes = byte(*codes_shape(*shape, bits=layout.bits))
+    if format == "fp8":
+        codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    if format in ("q5_0", "q6_k"):
+        codes = byte(*shape, high=64) - 32
+    if format in ("q5_1", "q5_k"):
+        codes = byte(*shape, high=32)
+    absmax = byte(blocks, high=high) + (120 if format == "fp8" else 0) if nested else normal(blocks).to(dtype)
+    if not nested:
+        absmax[::7] = 2.0**-20  # subnormal in fp16
+    levels = SCALE_LEVELS.get(format)
+    middle = 8 if layout.bits == 4 else 128
+    zeros = (byte(blocks, high=2 * middle).to(torch.int16) - middle).to(torch.int8) if zero_point else None
+    nested_absmax = torch.ones(nested_blocks) if format == "fp8" else normal(nested_blocks).half().float()
+    minimum = {"stored": lambda: normal(blocks).to(dtype), "nested": lambda: byte(blocks, high=high)}.get(
+        layout.minimum
+    )
+    return qn.QuantizedWeight(
+        codes=codes,
+        absmax=absmax,
+        nested_absmax=nested_absmax if nested else None,
+        nested_code=(scale_table("mxfp4") if levels is None else levels.clone()) if nested else None,
+        offset=torch.tensor(-0.0) if nested else None,
+        code=None if layout.bits == 8 else LEVELS[format].clone(),
+        shape=shape,
+        blocksize=blocksize,
+        format=format,
+        dtype=torch.bfloat16,
+        minimum=None if minimum is None else minimum(),
+        nested_minimum=-normal(nested_blocks).half().float() if layout.minimum == "nested" else None,
+        zero_point=zeros,
+        column_order=torch.randperm(shape[-1], generator=generator).int() if column_order else None,
+    )
 
 
 def dropout_mask(seed, M, K, p):

@@ -29,7 +29,8 @@ def codebook(**changes):
 
 FINITE = "weight: expected finite values, got "
 BLOCKSIZE = "blocksize: expected a power of two, 32 ... 4096, got "
-FORMAT = "format: expected one of nf4, fp4, int4, int8, codebook, mxfp4, nvfp4, got "
+FORMATS = "format: expected one of nf4, fp4, int4, int8, codebook, mxfp4, nvfp4, "
+FORMAT = f"{FORMATS}got "
 DTYPE = "expected torch.float32, torch.bfloat16 or torch.float16, got "
 
 QUANTIZE = [
@@ -115,7 +116,7 @@ CONTAINER = [
     ({"shape": (0, K)}, ValueError, "shape: expected (N, K) or (E, N, K), each at least 1, got (0, 64)"),
     ({"blocksize": 32}, ValueError, "absmax: expected 12 elements, got 6"),
     ({"blocksize": 65}, ValueError, f"{BLOCKSIZE}65"),
-    ({"format": "fp8"}, ValueError, f"{FORMAT}'fp8'"),
+    ({"format": "nf3"}, ValueError, f"{FORMATS}q4_0, "),
     ({"dtype": torch.float64}, TypeError, f"dtype: {DTYPE}torch.float64"),
 ]
 

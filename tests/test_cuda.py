@@ -1,8 +1,10 @@
 """Guards the CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
 
 import cases
+import oracle
 import pytest
 import test_conformance as conformance
+import test_file_formats as files
 import torch
 
 import qlora_native as qn
@@ -43,6 +45,23 @@ def test_double_quantized_weight_decodes_to_the_bits_of_the_cpu():
     q = weight()
     for dtype in cases.DTYPES:
         conformance.assert_same_bits(q.to(DEVICE).dequantize(dtype).cpu(), q.dequantize(dtype), str(dtype))
+
+
+@files.weights
+def test_weight_of_a_file_has_the_bits_of_the_cpu(format, variant):
+    for shape in files.SHAPES:
+        q = oracle.random_of_file(format, shape, **variant)
+        for dtype in cases.DTYPES:
+            conformance.assert_same_bits(q.to(DEVICE).dequantize(dtype).cpu(), q.dequantize(dtype), f"{shape} {dtype}")
+
+
+@files.weights
+def test_product_with_a_weight_of_a_file_is_within_its_tolerance(format, variant, monkeypatch):
+    """By the kernels that are chosen for one row and for many, and by the general one."""
+    for rows, kernel in ((1, ""), (70, ""), (70, "general")):
+        monkeypatch.setenv("QLN_FORCE_KERNEL", kernel)
+        for shape, dtype in zip(files.SHAPES, (*cases.DTYPES, torch.bfloat16), strict=True):
+            files.check_product(format, variant, shape, dtype, rows, DEVICE)
 
 
 def test_rows_of_an_embedding_have_the_bits_of_the_cpu_and_one_out_of_range_is_nan():

@@ -53,6 +53,21 @@ def test_cases_pass_under_each_order_of_threads(schedule, kernel):
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-1000:]
 
 
+@pytest.mark.parametrize("kernel", ["", "general", "panels"])
+@pytest.mark.parametrize("schedule", orders(*SCHEDULES, CONCURRENT[0]))
+def test_weights_of_files_are_multiplied_under_each_order_of_threads(schedule, kernel):
+    """By the kernels that are chosen, and all by the kernels that are for every weight."""
+    step = 1 if schedule == SCHEDULES[0] else EVERY
+    done = process.pytest_of(
+        f"--every={step}",
+        "test_file_formats.py",
+        QLN_BACKEND="cuda_emulated",
+        QLN_SCHEDULE=schedule,
+        QLN_FORCE_KERNEL=kernel,
+    )
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-1000:]
+
+
 def test_bits_are_the_same_under_each_order_of_threads():
     digests = {s: shown("import test_emulated; print(test_emulated.digest())", s).stdout for s in SCHEDULES}
     assert len(set(digests.values())) == 1, digests

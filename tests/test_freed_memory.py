@@ -18,7 +18,10 @@ from qlora_native._core.weight import as_matrix, op_arguments, unchecked
 ops, ones = torch.ops.qlora_native, torch.ones
 M, N, K, RANK = 3, 8, 128, 4
 E, V, HEADS, TOKENS, HEAD_DIM = 2, 8, 2, 4, 8
-WEIGHT = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code", "N", "K", "bits", "blocksize")
+WEIGHT = (
+    "codes", "absmax", "nested_absmax", "nested_code", "offset", "code", "minimum", "nested_minimum", "zero_point",
+    "N", "K", "bits", "blocksize", "nested_blocksize", "byte_format",
+)  # fmt: skip
 
 
 def op(name, **arguments):
@@ -41,7 +44,7 @@ def adapter(of_each=(), dtype=torch.float32):
 def changed_weight(method):
     """A method of a weight whose fields are the arguments."""
     q = qn.quantize(torch.ones(N, K))
-    rest = (q.shape, q.blocksize, q.format, q.dtype)
+    rest = (q.shape, q.blocksize, q.format, q.dtype, q.minimum, q.nested_minimum, q.zero_point, q.column_order)
     return lambda **tensors: method(unchecked(*tensors.values(), *rest)), q.tensors()
 
 
@@ -49,6 +52,11 @@ def cast_layer():
     layer = qn.nn.Linear4bit.from_quantized(qn.quantize(torch.ones(N, K)))
     layer.compute_dtype = torch.bfloat16
     return layer, {"x": torch.ones(M, K), **adapter()}
+
+
+def compressed_layer(**tensors):
+    scheme = {"num_bits": 4, "symmetric": False, "group_size": 32}
+    return functional.from_compressed_tensors(tensors, scheme, "pack-quantized")
 
 
 def experts_layer(x, **tensors):
@@ -135,6 +143,10 @@ def bytes_of(**shapes):
     return {name: ones(N, size, dtype=torch.uint8) for name, size in shapes.items()}
 
 
+def words(**shapes):
+    return {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+
+
 def scaled(*of_each):
     """An adapter with the scaling as a tensor, and a bias that is cast wherever it is used."""
     return adapter(of_each) | {"lora_scaling": ones(())}
@@ -156,9 +168,9 @@ FUNCTIONS = {
         "lora_gradients", x=ones(M, K), dy=ones(M, N), u=ones(M, RANK), v=ones(M, RANK), **LORA, seed=SEED.clone(),
         dtype=torch.float32),
     "the op linear_cross_entropy": lambda: op(
-        "linear_cross_entropy", **of_loss(ones(V, K), ones(V)), **dict.fromkeys(WEIGHT[:6]), N=V, K=K, bits=0,
-        blocksize=0, lora_scaling=1.0, ignore_index=-100, scale=1.0, softcap=0.0, label_smoothing=0.0, z_loss=0.0,
-        wanted=[True] * 4, row_gradients=None),
+        "linear_cross_entropy", **of_loss(ones(V, K), ones(V)), **dict.fromkeys(WEIGHT[:9]), N=V, K=K, bits=0,
+        blocksize=0, nested_blocksize=0, byte_format=0, lora_scaling=1.0, ignore_index=-100, scale=1.0, softcap=0.0,
+        label_smoothing=0.0, z_loss=0.0, wanted=[True] * 4, row_gradients=None),
     "the op optimizer_8bit_step": lambda: op("optimizer_8bit_step", **step()),
     "quantize": lambda: (qn.quantize, {"weight": ones(N, K), "codebook": torch.arange(16).double()}),
     "quantize of experts": lambda: (qn.quantize, {"weight": ones(E, N, K)}),
@@ -201,6 +213,21 @@ FUNCTIONS = {
     "from_mxfp4": lambda: (qn.QuantizedWeight.from_mxfp4, bytes_of(blocks=K // 2, scales=K // 32)),
     "from_nvfp4": lambda: (
         qn.QuantizedWeight.from_nvfp4, bytes_of(codes=K // 2, scales=K // 16) | {"weight_scale_2": ones(1)}),
+    "from_gguf": lambda: (functional.from_gguf, bytes_of(data=18) | {"type": "Q4_0", "shape": (N, 32)}),
+    "gguf_rows": lambda: (functional.gguf_rows, bytes_of(data=18) | {"type": "Q4_0", "shape": (N, 32)}),
+    "from_gptq": lambda: (
+        functional.from_gptq,
+        words(qweight=(4, 8), qzeros=(1, 1), g_idx=(32,))
+        | {"scales": ones(1, 8, dtype=torch.float16), "group_size": 32}),
+    "from_awq": lambda: (
+        functional.from_awq,
+        words(qweight=(32, 1), qzeros=(1, 1)) | {"scales": ones(1, 8, dtype=torch.float16), "group_size": 32}),
+    "from_compressed_tensors": lambda: (
+        compressed_layer,
+        words(weight_packed=(8, 4), weight_zero_point=(1, 1), weight_g_idx=(32,))
+        | {"weight_scale": ones(8, 1), "weight_shape": torch.tensor([8, 32])}),
+    "from_fp8": lambda: (
+        functional.from_fp8, {"weight": ones(N, 32, dtype=torch.float8_e4m3fn), "scale": ones(1, 1)}),
     "Linear4bit": cast_layer,
     "Experts4bit": lambda: (
         experts_layer,
@@ -219,7 +246,7 @@ FUNCTIONS = {
 
 def strided(tensor):
     """The same values, but no two of them adjacent."""
-    return torch.stack((tensor, tensor), -1)[..., 0]
+    return tensor[..., None].expand(*tensor.shape, 2).contiguous()[..., 0]
 
 
 def cut(tensor, size):
@@ -230,7 +257,7 @@ def cut(tensor, size):
 FAULTS = {
     "freed": lambda t: cut(t.clone(), 0),
     "cut short": lambda t: cut(t.clone(), t.nbytes - 1),
-    "a view of freed memory": lambda t: cut(torch.stack((t, t))[1], 0),
+    "a view of freed memory": lambda t: cut(t.expand(2, *t.shape).contiguous()[1], 0),
     "strided and freed": lambda t: cut(strided(t), 0),
     "strided and cut short": lambda t: cut(strided(t), 2 * t.nbytes - t.element_size() - 1),
 }
@@ -266,7 +293,7 @@ def test_every_function_with_tensors_is_in_the_table():
     for make in FUNCTIONS.values():
         function, arguments = make()
         tried.setdefault(function, set()).update(arguments)
-    for name in set(functional.__all__) - {"dequantize"}:
+    for name in set(functional.__all__) - {"dequantize", "from_compressed_tensors"}:  # tensors are in its arguments
         function = getattr(functional, name)
         tensors = {p.name for p in inspect.signature(function).parameters.values() if "Tensor" in p.annotation}
         assert tensors <= tried[function], name

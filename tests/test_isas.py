@@ -8,7 +8,7 @@ import test_adamw
 
 from qlora_native import _C
 
-OF = ("conformance", "attention", "microscaling", "bitsandbytes", "determinism", "inputs", "adamw")
+OF = ("conformance", "attention", "microscaling", "bitsandbytes", "determinism", "inputs", "adamw", "file_formats")
 FILES = [f"test_{name}.py" for name in OF]
 QUANTIZE = ("-c", "import torch, qlora_native as qn; qn.quantize(torch.ones(2, 2))")
 # One case in so many shows that an instruction set works; prime, so that each loop of cases.py is sampled.

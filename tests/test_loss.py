@@ -174,7 +174,7 @@ def test_opcheck():
         torch.ops.qlora_native.cross_entropy_, (logits, labels[:5], -100, 1.0, 0.0, 0.1, 0.0, True, torch.rand(5))
     )
     rest = (bias, a, b, 0.5, -100, 1.0, 0.0, 0.1, 0.0, [True, True, True, True], torch.rand(T))
-    dense = (hidden, labels, weight, *[None] * 6, V, K, 0, 0)
+    dense = (hidden, labels, weight, *[None] * 9, V, K, 0, 0, 0, 0)
     torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (*dense, *rest))
     q = qn.quantize(weight)
     rest = (bias, a, b, 0.5, -100, 1.0, 0.0, 0.1, 0.0, [True, False, True, True], None)
@@ -266,7 +266,8 @@ def test_bad_argument_of_the_op_is_named_in_the_error(change, error, device):
     hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
     good = {
         "hidden": hidden, "labels": labels, "weight": weight, "codes": None, "absmax": None, "nested_absmax": None,
-        "nested_code": None, "offset": None, "code": None, "N": V, "K": K, "bits": 0, "blocksize": 0, "bias": bias,
+        "nested_code": None, "offset": None, "code": None, "minimum": None, "nested_minimum": None, "zero_point": None,
+        "N": V, "K": K, "bits": 0, "blocksize": 0, "nested_blocksize": 0, "byte_format": 0, "bias": bias,
         "lora_a": a, "lora_b": b, "lora_scaling": 0.5, "ignore_index": -100, "scale": 1.0, "softcap": 0.0,
         "label_smoothing": 0.0, "z_loss": 0.0, "wanted": [True] * 4, "row_gradients": None,
     }  # fmt: skip

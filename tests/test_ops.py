@@ -361,7 +361,7 @@ OPS = {
         lambda x: ops.linear_forward(x, *op_arguments(Q), None, None, None, 1.0, 0.0, None)[0], ((2, 64),)),
     "linear_cross_entropy op": (
         lambda x: ops.linear_cross_entropy(
-            x, LABELS, torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0, 0.0, 0.0,
+            x, LABELS, torch.ones(8, 64), *[None] * 9, 8, 64, *[0] * 4, None, None, None, 1.0, -100, 1.0, 0.0, 0.0, 0.0,
             [False] * 4, None)[0], ((2, 64),)),
     "rms_norm op": (lambda x: ops.rms_norm(x, torch.ones(64), 0.0, 1e-6)[0], ((2, 64),)),
     "attention op": (lambda x: ops.attention(x, x, x, 1.0)[0], (HEADS,)),

@@ -68,6 +68,20 @@ inline void check_code(const float* code, int bits, const Stream& stream, const 
   }
 }
 
+// The ways to store a minimum exclude each other, and its bytes need the table of the scales. Beside a minimum scales
+// have few enough digits that level * scale is exact in fp32.
+inline void check_minimum(const QuantizedWeightView& w) {
+  const bool is_exact = w.nested_absmax != nullptr || w.scale_dtype != DType::f32;
+  check(is_exact || !w.has_minimum(), "weight.scale_dtype", "bfloat16 or float16 beside a minimum",
+        name_of(w.scale_dtype));
+  check(w.bits == 4 || w.byte_format == ByteFormat::int8 || !w.has_minimum(), "weight.byte_format",
+        "int8 beside a minimum", "another");
+  check(w.zero_point == nullptr || w.minimum == nullptr, "weight.zero_point", "null beside a minimum", "a pointer");
+  if (w.nested_minimum == nullptr) return;
+  check_pointer(w.minimum, true, "weight.minimum");
+  check_pointer(w.nested_absmax, true, "weight.nested_absmax");
+}
+
 inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check(w.N >= 1, "weight.N", ">= 1", w.N);
   check(w.K >= 1, "weight.K", ">= 1", w.K);
@@ -75,10 +89,13 @@ inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check_elements(w.N, w.K, "weight.N");
   check_elements(w.count, w.N * w.K, "weight.count");
   check_bits(w.bits, "weight.bits");
-  check_blocksize(w.blocksize, kMinBlocksize, "weight.blocksize");
+  const bool is_e4m3 = w.bits == 8 && w.byte_format == ByteFormat::e4m3;
+  check_blocksize(w.blocksize, is_e4m3 ? kMinE4m3Blocksize : kMinBlocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
   check_pointer(w.absmax, true, "weight.absmax");
   check_code(w.code, w.bits, stream, "weight.code");
+  check_dtype(w.scale_dtype, "weight.scale_dtype");
+  check_minimum(w);
   if (w.nested_absmax != nullptr) {
     check(w.nested_blocksize >= 1, "weight.nested_blocksize", ">= 1", w.nested_blocksize);
     check_pointer(w.nested_code, true, "weight.nested_code");

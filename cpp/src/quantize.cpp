@@ -40,6 +40,27 @@ void check_decoded_scales(const QuantizedWeightView& w) {
   }
 }
 
+void check_minima(const QuantizedWeightView& w) {
+  for (std::int64_t block = 0; block < w.blocks() && w.has_minimum(); ++block) {
+    const float minimum = minimum_of_block(w, block, scale_of_block(w, block));
+    check(std::isfinite(minimum), w.zero_point != nullptr ? "weight.zero_point" : "weight.minimum",
+          "those of finite minima", [&] { return std::to_string(minimum) + " at " + std::to_string(block); });
+  }
+}
+
+// E4M3 has codes that are no numbers.
+void check_bytes(const QuantizedWeightView& w) {
+  if (w.bits != 8 || w.byte_format != ByteFormat::e4m3) return;
+  const std::uint8_t* const end = w.codes + w.elements();
+  const std::uint8_t* const bad = std::find_if(w.codes, end, [](std::uint8_t code) { return (code & 0x7F) == 0x7F; });
+  check(bad == end, "weight.codes", "numbers of E4M3", [&] { return "NaN at " + std::to_string(bad - w.codes); });
+  for (std::int64_t block = 0; block < w.blocks(); ++block) {
+    const float scale = scale_of_block(w, block);
+    check(std::fabs(scale) < 0x1p120f, "weight.absmax", "scales of E4M3 below 2^120",
+          [&] { return std::to_string(scale) + " at " + std::to_string(block); });
+  }
+}
+
 // The rows are checked only on the cpu, where the host can read them.
 void check_rows(const DequantizeArgs& args, const Stream& stream) {
   check(args.row_count >= 0, "row_count", ">= 0", args.row_count);
@@ -105,8 +126,16 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
 void check_quantized_weight(const QuantizedWeightView& weight, const Stream& stream) {
   check_weight(weight, stream);
   if (stream.device != Device::cpu) return;
+  check_bytes(weight);
+  check_minima(weight);
   if (weight.nested_absmax == nullptr) {
-    check_finite(static_cast<const float*>(weight.absmax), weight.blocks(), "weight.absmax");
+    if (weight.scale_dtype == DType::f32)
+      return check_finite(static_cast<const float*>(weight.absmax), weight.blocks(), "weight.absmax");
+    for (std::int64_t block = 0; block < weight.blocks(); ++block) {
+      const float scale = scale_of_block(weight, block);
+      check(std::isfinite(scale), "weight.absmax", "finite values",
+            [&] { return std::to_string(scale) + " at " + std::to_string(block); });
+    }
     return;
   }
   check_levels(weight);

@@ -3,7 +3,7 @@
 
 #include "common/layout.h"
 #include "device/elements.cuh"
-#include "device/weight_chunk.cuh"
+#include "device/weight_block.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -12,7 +12,8 @@ inline bool supports_vec8(const QuantizedWeightView& w) {
   return is_aligned(w.codes, w.bits) && (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
 }
 
-template <int kBits>
+// kPlain: whether the weight has_plain_scales().
+template <int kBits, bool kPlain>
 class Vec8Decoder {
  public:
   // The table has 8 KB of shared memory, so that eight blocks fit any SM.
@@ -21,38 +22,24 @@ class Vec8Decoder {
 
   // All threads of a block call this; the block's shared memory becomes the table.
   __device__ Vec8Decoder(const QuantizedWeightView& w, const WeightScales& scales)
-      : w_(w),
-        scales_(scales),
-        table_(filled(w)),
-        is_nested_(w.nested_absmax != nullptr),
-        offset_(is_nested_ ? *w.offset : 0.0f) {}
+      : w_(w), blocks_(w, scales), table_(filled(w)), offset_(blocks_.offset()) {}
 
-  // Decodes elements e ... e + 7, which share a scale: code times scale in fp32, not yet rounded. e is a multiple of 8,
+  // Decodes elements e ... e + 7, which share a scale and a minimum, in fp32 and not yet rounded. e is a multiple of 8,
   // and so is every blocksize.
   __device__ __forceinline__ void decode(std::int64_t e, float (&values)[kVecSize]) const {
-    const std::int64_t block = e >> scales_.block_shift;
-    float scale;
-    if (is_nested_) {
-      const float level = w_.nested_code[static_cast<const std::uint8_t*>(w_.absmax)[block]];
-      scale = nested_scale(level, w_.nested_absmax[block >> scales_.absmax_shift], offset_);
-    } else {
-      scale = static_cast<const float*>(w_.absmax)[block];
-    }
+    const BlockScale block = blocks_.finish(blocks_.fetch(e), offset_);
     if constexpr (kBits == 4) {
       const std::uint32_t codes =
           load_vector<std::uint32_t, 1>(reinterpret_cast<const std::uint32_t*>(w_.codes + e / 2)).at[0];
 #pragma unroll
       for (int i = 0; i < kVecSize; i += 2) {
         const Table::Pair pair = table_.pair_of_byte(codes, i / 2);
-        values[i] = pair.at[0] * scale;
-        values[i + 1] = pair.at[1] * scale;
+        values[i] = block.value(pair.at[0]);
+        values[i + 1] = block.value(pair.at[1]);
       }
     } else {
-      std::uint8_t bytes[kVecSize];
-      load_vec8_aligned(w_.codes + e, bytes);
-      const float unit = scale / 127.0f;
-#pragma unroll
-      for (int i = 0; i < kVecSize; ++i) values[i] = static_cast<float>(static_cast<std::int8_t>(bytes[i])) * unit;
+      const auto codes = load_vector<std::uint32_t, 2>(reinterpret_cast<const std::uint32_t*>(w_.codes + e));
+      decode_bytes<kPlain>(w_, block, codes, values);
     }
   }
 
@@ -67,10 +54,18 @@ class Vec8Decoder {
   }
 
   const QuantizedWeightView& w_;
-  const WeightScales& scales_;
+  const BlockReader<kPlain> blocks_;
   const Table table_;
-  const bool is_nested_;
   const float offset_;
 };
+
+// Calls f.template operator()<kBits, kPlain>() with what a decoder of the weight has.
+template <class F>
+void with_vec8_decoder(const QuantizedWeightView& w, const F& f) {
+  const auto with_scales = [&]<int kBits>() {
+    has_plain_scales(w) ? f.template operator()<kBits, true>() : f.template operator()<kBits, false>();
+  };
+  w.bits == 4 ? with_scales.template operator()<4>() : with_scales.template operator()<8>();
+}
 
 }  // namespace qlora_native::QLN_CUDA

@@ -15,7 +15,7 @@ namespace qlora_native::QLN_CUDA {
 
 constexpr int kChunk = 32;
 
-// Where a kernel finds the scale of a position of a weight.
+// Where a kernel finds the scale of a position of a weight. The two pointers are for plain scales (below).
 struct WeightScales {
   const float* absmax;         // absmax of each block; double-quantized: nested_absmax, of several blocks each
   const std::uint8_t* levels;  // the level of each block; not double-quantized: any bytes, as every level is 1
@@ -46,6 +46,13 @@ inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements(
 inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
   return static_cast<std::uint32_t>(chunks_of(w) - 1);
 }
+// Whether scales are in fp32 or double-quantized, without a minimum, and codes of 8 bits count 127ths of their scale.
+// So are all formats stored that `quantize` makes. Most kernels know these alone; BlockReader (weight_block.cuh) reads
+// any.
+inline bool has_plain_scales(const QuantizedWeightView& w) {
+  return !w.has_minimum() && (w.nested_absmax != nullptr || w.scale_dtype == DType::f32) &&
+         (w.bits == 4 || w.byte_format == ByteFormat::absmax_int8);
+}
 // Whether the weight consists of whole chunks that lie at multiples of 16 bytes, whose number fits 32 bits, and whose
 // scales are found by shifts.
 inline bool is_aligned(const QuantizedWeightView& w) {
@@ -55,15 +62,18 @@ inline bool is_aligned(const QuantizedWeightView& w) {
 
 template <bool kAligned>
 struct ChunkScale {
-  float value;
-  __device__ __forceinline__ float at(int) const { return value; }
-  __device__ __forceinline__ ChunkScale divided_by(float divisor) const { return {value / divisor}; }
+  float scale;
+  __device__ __forceinline__ float at(int) const { return scale; }
+  __device__ __forceinline__ float value(float level, int) const { return level * scale; }
+  __device__ __forceinline__ ChunkScale divided_by(float divisor) const { return {scale / divisor}; }
 };
 template <>
 struct alignas(16) ChunkScale<false> {
   float first, rest;
   int end;  // where the first block's elements end in the chunk
   __device__ __forceinline__ float at(int i) const { return i < end ? first : rest; }
+  // What a level stands for that element i of the chunk has.
+  __device__ __forceinline__ float value(float level, int i) const { return level * at(i); }
   __device__ __forceinline__ ChunkScale divided_by(float divisor) const {
     return {first / divisor, rest / divisor, end};
   }
@@ -74,8 +84,8 @@ template <bool kAligned>
 using Position = std::conditional_t<kAligned, std::uint32_t, std::int64_t>;
 
 // Reads the scale of a block in two halves: fetch() loads from memory, and finish() computes the scale. In between, the
-// multiply of another step hides the wait. If the weight is not double-quantized, every level is 1 and the offset is 0,
-// which changes no bit.
+// multiply of another step hides the wait. If the weight is not double-quantized, every level is 1 and the offset is
+// -0, which changes no bit.
 template <bool kAligned>
 class ScaleReader {
  public:
@@ -95,7 +105,7 @@ class ScaleReader {
     }
   };
   __device__ static float offset_of(const QuantizedWeightView& w) {
-    return w.nested_absmax == nullptr ? 0.0f : *w.offset;
+    return w.nested_absmax == nullptr ? -0.0f : *w.offset;
   }
   struct Nested {
     Levels levels;

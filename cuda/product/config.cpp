@@ -30,9 +30,9 @@ std::int64_t rows_per_weight(const ProductShape& shape) {
 std::int64_t count_row_tiles(const ProductShape& shape, int tile_rows) {
   return max_row_tiles(shape.rows, shape.group_weights ? shape.groups : 1, tile_rows);
 }
-// Groups have kernels for vectors, and the general one.
+// Groups, and gemv over a weight without plain scales, have kernels for vectors, and the general one.
 bool has_layout_of_kernels(const ProductShape& shape) {
-  return !shape.small_blocks && (shape.groups == 0 || shape.aligned);
+  return !shape.small_blocks && ((shape.groups == 0 && shape.plain_scales) || shape.aligned);
 }
 
 // Counts tiles and the steps of each, and divides all steps among the blocks.
@@ -326,18 +326,21 @@ bool is_wgmma_tile(int rows) {
 
 // ---- the choice ----------------------------------------------------------------------------------------------------
 
+// In fp32 the kernel has no registers for what 8-bit codes without plain scales need.
 bool supports_gemv(const ProductShape& shape) {
+  if (!shape.plain_scales && shape.bits == 8 && shape.dtype == DType::f32) return false;
   return !shape.backward && has_layout_of_kernels(shape) && (shape.group_weights || shape.rows <= kGemvRows);
 }
 // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
 bool supports_gemm(const ProductShape& shape) {
-  return shape.dtype != DType::f32 && shape.bits == 4 && has_layout_of_kernels(shape) &&
+  return shape.dtype != DType::f32 && shape.bits == 4 && shape.plain_scales && has_layout_of_kernels(shape) &&
          shape.reserved_smem_bytes <= kMaxReservedSmem;
 }
 bool supports_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMaxCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
-  return shape.has_wgmma && shape.groups == 0 && shape.dtype != DType::f32 && shape.bits == 4 && shape.aligned_64 &&
-         shape.tma_can_load && std::max({shape.rows, shape.cols, shape.inner}) <= kMaxCoordinate - kMaxTileRows &&
+  return shape.has_wgmma && shape.groups == 0 && shape.dtype != DType::f32 && shape.bits == 4 && shape.plain_scales &&
+         shape.aligned_64 && shape.tma_can_load &&
+         std::max({shape.rows, shape.cols, shape.inner}) <= kMaxCoordinate - kMaxTileRows &&
          shape.reserved_smem_bytes <= kMaxReservedSmem && shape.smem_bytes >= wgmma_smem_bytes(kMaxTileRows);
 }
 bool supports_panels(const ProductShape& shape) {
@@ -357,6 +360,8 @@ ProductConfig choose_product(const ProductShape& shape, const std::optional<Kern
     if (forced->kernel == Kernel::panels && panels) return choose_panels(shape).config;
   }
   if (gemv && reads_take_longest(shape)) return gemv_config(shape);
+  // What is left beside panels is general.cu, which decodes the weight for each 64 rows, and multiplies no faster.
+  if (panels && !shape.plain_scales) return choose_panels(shape).config;
   if (panels && panels_beat_gemm(shape) && !(wgmma && wgmma_beats_panels(shape))) return choose_panels(shape).config;
   if (wgmma) return wgmma_config(shape, 0, std::nullopt);
   if (gemm) return gemm_config(shape);

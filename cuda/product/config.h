@@ -113,6 +113,7 @@ struct ProductShape {
   bool aligned = false;         // rows of x and of the weight are whole 16-byte vectors
   bool aligned_64 = false;      // and any 64 codes that begin at a multiple of 64 lie in one row and share a scale
   bool small_blocks = false;    // blocks of the weight have fewer than the 32 elements of a chunk (weight_chunk.cuh)
+  bool plain_scales = true;     // of the weight: has_plain_scales() (weight_chunk.cuh)
   std::int64_t rank = 0;        // of the adapter
   std::int64_t groups = 0;      // of rows; 0: all rows share the weight and the adapter
   bool group_weights = false;   // each group has its own weight, so that no tile has rows of two groups

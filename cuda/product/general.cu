@@ -8,14 +8,18 @@
 namespace qlora_native::QLN_CUDA {
 namespace {
 
-template <class T, bool kBackward>
-using Weight = std::conditional_t<kBackward, WeightColumns<T>, WeightRows<T>>;
+template <class T, bool kPlain, bool kBackward>
+using Weight = std::conditional_t<kBackward, WeightColumns<T, kPlain>, WeightRows<T, kPlain>>;
 template <class T, bool kBackward>
 using Lora = std::conditional_t<kBackward, LoraColumns<T>, LoraRows<T>>;
 
-template <class T, bool kBackward, bool kGrouped>
-__global__ void __launch_bounds__(kProductThreads, 2)
-    general_kernel(const __grid_constant__ Product p, const Weight<T, kBackward> weight,
+// How many blocks an SM holds at once. In fp32 the registers of two are too few for what only other scales need.
+template <class T, bool kPlain>
+constexpr int kGeneralBlocks = kPlain || kOnTensorCores<T> ? 2 : 1;
+
+template <class T, bool kPlain, bool kBackward, bool kGrouped>
+__global__ void __launch_bounds__(kProductThreads, kGeneralBlocks<T, kPlain>)
+    general_kernel(const __grid_constant__ Product p, const Weight<T, kPlain, kBackward> weight,
                    const Lora<T, kBackward> lora) {
   const std::int64_t col_tiles = product_col_tiles(p.cols);
   const std::int64_t j0 = block_index() % col_tiles * kProductTile;
@@ -49,24 +53,28 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   });
 }
 
-template <class T, bool kBackward>
+template <class T, bool kPlain, bool kBackward>
 void launch_general(const Product& p, const Stream& stream) {
   const std::int64_t stride = kBackward ? p.cols : p.u.cols;
-  const Weight<T, kBackward> weight(p.weight);
+  const Weight<T, kPlain, kBackward> weight(p.weight);
   const Lora<T, kBackward> lora{{p.lora, p.lora_dtype, stride, p.scaling}};
   const LaunchShape grid = product_grid(max_row_tiles(p.rows, p.groups.total(), kProductTile), p.cols);
   if (p.groups.count > 0) {
-    launch<general_kernel<T, kBackward, true>>(grid, stream, p, weight, lora);
+    launch<general_kernel<T, kPlain, kBackward, true>>(grid, stream, p, weight, lora);
   } else {
-    launch<general_kernel<T, kBackward, false>>(grid, stream, p, weight, lora);
+    launch<general_kernel<T, kPlain, kBackward, false>>(grid, stream, p, weight, lora);
   }
 }
 
 }  // namespace
 
 void multiply(const Product& p, const GeneralConfig&, const Stream& stream) {
-  with_type(p.x.dtype,
-            [&]<class T>() { p.backward ? launch_general<T, true>(p, stream) : launch_general<T, false>(p, stream); });
+  with_type(p.x.dtype, [&]<class T>() {
+    const auto with_scales = [&]<bool kPlain>() {
+      p.backward ? launch_general<T, kPlain, true>(p, stream) : launch_general<T, kPlain, false>(p, stream);
+    };
+    has_plain_scales(p.weight) ? with_scales.template operator()<true>() : with_scales.template operator()<false>();
+  });
 }
 
 }  // namespace qlora_native::QLN_CUDA

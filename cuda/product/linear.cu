@@ -23,6 +23,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .aligned = is_aligned(w) && vectors,
       .aligned_64 = is_aligned(w) && by_64 && vectors,
       .small_blocks = w.blocksize < kChunk,
+      .plain_scales = has_plain_scales(w),
       .rank = p.u.cols,
       .groups = p.groups.count,
       .group_weights = p.group_weights,

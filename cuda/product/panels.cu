@@ -62,10 +62,10 @@ struct Panel {
   __device__ __forceinline__ std::int64_t element(std::uint32_t row, std::uint32_t col) const {
     return (first_row + row) * weight.K + first_col + col;
   }
+  template <bool kPlain>
   __device__ __forceinline__ float value(std::uint32_t row, std::uint32_t col) const {
     if (row < rows && col < cols) {
-      const std::int64_t e = element(row, col);
-      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block_shift));
+      return value_of<kPlain>(weight, scales, element(row, col));
     }
     if (is_below ? row - rows >= rank || col >= cols : col - cols >= rank) return 0.0f;
     const std::int64_t at =
@@ -74,9 +74,9 @@ struct Panel {
   }
 };
 
-template <class T, int kBits>
+template <class T, int kBits, bool kPlain>
 __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__ Panel panel, T* to) {
-  const Vec8Decoder<kBits> decoder(panel.weight, panel.scales);
+  const Vec8Decoder<kBits, kPlain> decoder(panel.weight, panel.scales);
   const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * panel.extent.stride + col; };
   write_all(
       panel.extent,
@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
         decoder.decode(panel.element(row, col), values);
         store_vec8_aligned_from_f32(place(row, col), values);
       },
-      [&](std::uint32_t row, std::uint32_t col) { *place(row, col) = from_f32<T>(panel.value(row, col)); });
+      [&](std::uint32_t row, std::uint32_t col) {
+        *place(row, col) = from_f32<T>(panel.template value<kPlain>(row, col));
+      });
 }
 
 // [x | u | zeros]
@@ -191,13 +193,11 @@ class PanelProducts {
                       .rank = in_32_bits(rank_),
                       .is_below = product_.backward};
     LaunchShape shape = shape_for(panel.extent);
-    shape.smem_bytes = w.bits == 4 ? Vec8Decoder<4>::kSmemBytes : 0;
     const Stream panel_stream{.device = stream_.device, .index = stream_.index, .handle = stream};
-    if (w.bits == 4) {
-      launch<panel_kernel<T, 4>>(shape, panel_stream, panel, panel_memory(i));
-    } else {
-      launch<panel_kernel<T, 8>>(shape, panel_stream, panel, panel_memory(i));
-    }
+    with_vec8_decoder(w, [&]<int kBits, bool kPlain>() {
+      shape.smem_bytes = Vec8Decoder<kBits, kPlain>::kSmemBytes;
+      launch<panel_kernel<T, kBits, kPlain>>(shape, panel_stream, panel, panel_memory(i));
+    });
   }
 
   void multiply(std::int64_t i) const {

@@ -8,10 +8,11 @@
 #pragma once
 
 #include <bit>
+#include <type_traits>
 
 #include "common/layout.h"
 #include "device/elements.cuh"
-#include "device/weight_chunk.cuh"
+#include "device/weight_block.cuh"
 #include "product/dropout.cuh"
 #include "qlora_native/linear.h"
 
@@ -71,18 +72,20 @@ __device__ DropoutColumns<T> with_seed(const DropoutColumns<T>& source) {
   return {Columns<T>(source), source.dropout.with_seed()};
 }
 
-// Elements of a quantized weight. Most 4-bit weights are multiplied elsewhere in a 16-bit dtype (gemm/), so that they
-// have no vectors here.
-template <class T>
+// Elements of a quantized weight. kPlain: whether it has_plain_scales(). Most 4-bit weights that have are multiplied
+// elsewhere in a 16-bit dtype (gemm/), so that they have no vectors here.
+template <class T, bool kPlain>
 struct WeightElements {
   using Element = T;
-  static constexpr bool kMayBe4Bit = sizeof(T) == 4;
-  // With vectors: the codes, their scale or the factor of their level, and the level. Without: the elements themselves.
-  using Raw = Vec8Of<T>;
+  using Reader = BlockReader<kPlain>;
+  static constexpr bool kMayBe4Bit = sizeof(T) == 4 || !kPlain;
+  // With vectors: two words of codes, and those of Reader::Raw, which are two with plain scales and else four. Without
+  // vectors: the elements themselves.
+  using Raw = std::conditional_t<kPlain, Vec8Of<T>, Vec8Of<float>>;
   QuantizedWeightView w;
   WeightScales scales;
   std::int64_t stride;
-  bool vectors;             // eight adjacent elements are 4 or 8 aligned bytes with one scale
+  bool vectors;             // eight adjacent elements are 4 or 8 aligned bytes of one block
   std::int64_t offset = 0;  // elements of the weights before this one
 
   explicit WeightElements(const QuantizedWeightView& w)
@@ -102,39 +105,55 @@ struct WeightElements {
       raw.at[0] = codes.at[0];
       raw.at[1] = codes.at[1];
     }
-    const std::int64_t block = e >> scales.block_shift;
-    raw.at[2] = std::bit_cast<std::uint32_t>(scales.absmax[block >> scales.absmax_shift]);
-    if (scales.nested) raw.at[3] = static_cast<const std::uint8_t*>(w.absmax)[block];
+    const typename Reader::Raw block = Reader(w, scales).fetch(e);
+    raw.at[2] = block.scale;
+    raw.at[3] = std::bit_cast<std::uint32_t>(block.nested_absmax);
+    if constexpr (!kPlain) {
+      raw.at[4] = block.minimum;
+      raw.at[5] = std::bit_cast<std::uint32_t>(block.nested_minimum);
+    }
     return raw;
   }
   __device__ Raw gather(std::int64_t e, int count) const {
-    constexpr int kWords = sizeof(Raw) / 4;
+    constexpr int kWords = sizeof(Vec8Of<T>) / 4;
     Raw raw{};
 #pragma unroll 1
     for (int word = 0; word < kWords; ++word) {
 #pragma unroll
       for (int i = 1; i < kWords; ++i) raw.at[i - 1] = raw.at[i];
-      raw.at[kWords - 1] = word_of<T>(word, [&](int i) {
-        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block_shift)) : 0.0f;
-      });
+      raw.at[kWords - 1] =
+          word_of<T>(word, [&](int i) { return i < count ? value_of<kPlain>(w, scales, e + i) : 0.0f; });
     }
     return raw;
   }
   // All lanes of a warp call this, because together they hold the codebook.
   __device__ Vec8Of<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
-    if (!vectors) return raw;
-    float scale = std::bit_cast<float>(raw.at[2]);
-    if (scales.nested) scale = nested_scale(w.nested_code[raw.at[3]], scale, *w.offset);
+    if (!vectors) return first_words(raw);
+    typename Reader::Raw from{.scale = raw.at[2], .nested_absmax = std::bit_cast<float>(raw.at[3])};
+    if constexpr (!kPlain) {
+      from.minimum = raw.at[4];
+      from.nested_minimum = std::bit_cast<float>(raw.at[5]);
+    }
+    const Reader reader(w, scales);
+    const BlockScale block = reader.finish(from, reader.offset());
     if (kMayBe4Bit && w.bits == 4) {
       const float level = w.code[thread_index() % 16];
       return words_of<T>([&](int i) {
         const std::uint32_t code = raw.at[0] >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
-        return shfl(level, static_cast<int>(code % 16)) * scale;
+        return block.value(shfl(level, static_cast<int>(code % 16)));
       });
     }
-    scale /= 127.0f;
-    return words_of<T>(
-        [&](int i) { return static_cast<float>(static_cast<std::int8_t>(byte_of(raw.at[i / 4], i % 4))) * scale; });
+    float values[kVecSize];
+    decode_bytes<kPlain>(w, block, raw, values);
+    return words_of<T>([&](int i) { return values[i]; });
+  }
+
+ private:
+  __device__ static Vec8Of<T> first_words(const Raw& raw) {
+    Vec8Of<T> words;
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(words) / 4; ++i) words.at[i] = raw.at[i];
+    return words;
   }
 };
 // The source of the weight, or of the adapter, that begins `elements` elements behind that of `source`.
@@ -144,14 +163,14 @@ __device__ Source advanced(Source source, std::int64_t elements) {
   return source;
 }
 // W, by its rows n or by its columns k.
-template <class T>
-struct WeightRows : WeightElements<T> {
-  using WeightElements<T>::WeightElements;
+template <class T, bool kPlain>
+struct WeightRows : WeightElements<T, kPlain> {
+  using WeightElements<T, kPlain>::WeightElements;
   static constexpr bool kAlongInner = true;
 };
-template <class T>
-struct WeightColumns : WeightElements<T> {
-  using WeightElements<T>::WeightElements;
+template <class T, bool kPlain>
+struct WeightColumns : WeightElements<T, kPlain> {
+  using WeightElements<T, kPlain>::WeightElements;
   static constexpr bool kAlongInner = false;
 };
 

@@ -15,11 +15,11 @@ struct Dequantize {
   WeightScales scales;
 };
 
-template <class T, int kBits>
+template <class T, int kBits, bool kPlain>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize d) {
   const QuantizedWeightView& w = d.args.weight;
   T* const out = static_cast<T*>(d.args.out);
-  const Vec8Decoder<kBits> decoder(w, d.scales);
+  const Vec8Decoder<kBits, kPlain> decoder(w, d.scales);
   const std::int64_t thread = block_index() * kThreads + thread_index(), threads = grid_blocks() * kThreads;
   for (std::int64_t e = thread * kVecSize; e < d.vector_elements; e += threads * kVecSize) {
     float values[kVecSize];
@@ -27,15 +27,15 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
     store_vec8_aligned_from_f32(out + e, values);
   }
   for (std::int64_t e = d.vector_elements + thread; e < w.elements(); e += threads) {
-    out[e] = from_f32<T>(value_of_element(w, e, scale_of_block(w, e / w.blocksize)));
+    out[e] = from_f32<T>(value_of<kPlain>(w, d.scales, e));
   }
 }
 
 // A block decodes one row of the result after the other.
-template <class T, int kBits>
+template <class T, int kBits, bool kPlain>
 __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_constant__ Dequantize d) {
   const QuantizedWeightView& w = d.args.weight;
-  const Vec8Decoder<kBits> decoder(w, d.scales);
+  const Vec8Decoder<kBits, kPlain> decoder(w, d.scales);
   for (std::int64_t i = block_index(); i < d.args.row_count; i += grid_blocks()) {
     const std::int64_t row = d.args.rows[i], first = row * w.K;
     const bool is_there = row >= 0 && row < w.count * w.N;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
     }
     for (std::int64_t k = d.vector_elements + thread_index(); k < w.K; k += kThreads) {
       const std::int64_t e = first + k;
-      out[k] = from_f32<T>(is_there ? value_of_element(w, e, scale_of_block(w, e / w.blocksize)) : NAN);
+      out[k] = from_f32<T>(is_there ? value_of<kPlain>(w, d.scales, e) : NAN);
     }
   }
 }
@@ -68,16 +68,15 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
   if (in_vectors && !by_rows) d.vector_elements = w.elements() / kVecSize * kVecSize;
   LaunchShape shape =
       looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kVecSize), kThreads, stream);
-  shape.smem_bytes = w.bits == 4 ? Vec8Decoder<4>::kSmemBytes : 0;
   with_type(args.dtype, [&]<class T>() {
-    const auto run = [&]<int kBits>() {
+    with_vec8_decoder(w, [&]<int kBits, bool kPlain>() {
+      shape.smem_bytes = Vec8Decoder<kBits, kPlain>::kSmemBytes;
       if (by_rows) {
-        launch<dequantize_rows_kernel<T, kBits>>(shape, stream, d);
+        launch<dequantize_rows_kernel<T, kBits, kPlain>>(shape, stream, d);
       } else {
-        launch<dequantize_kernel<T, kBits>>(shape, stream, d);
+        launch<dequantize_kernel<T, kBits, kPlain>>(shape, stream, d);
       }
-    };
-    w.bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
+    });
   });
 }
 

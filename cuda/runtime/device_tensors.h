@@ -29,18 +29,21 @@ void with_device_tensors(const Args& args, const Run& run) {
 
 namespace qlora_native::cuda_emulated {
 
+// Scales or minima of each block of a weight, in bytes if `nested` has scales of their own.
+inline void add_scales(CallMemory& memory, const void*& scales, const float*& nested, const QuantizedWeightView& w) {
+  if (nested == nullptr) return memory.add(scales, w.scale_dtype, w.blocks());
+  memory.add(reinterpret_cast<const std::uint8_t*&>(scales), w.blocks());
+  memory.add(nested, ceil_div(w.blocks(), w.nested_blocksize));
+}
 // A pointer that the operation does not use becomes null.
 inline void add_tensors(CallMemory& memory, QuantizedWeightView& w) {
   memory.add(w.codes, (w.elements() * w.bits + 7) / 8);
   if (w.bits == 8) w.code = nullptr;
   memory.add(w.code, 16);
-  if (w.nested_absmax == nullptr) {
-    memory.add(w.absmax, DType::f32, w.blocks());
-    w.nested_code = w.offset = nullptr;
-    return;
-  }
-  memory.add(reinterpret_cast<const std::uint8_t*&>(w.absmax), w.blocks());
-  memory.add(w.nested_absmax, ceil_div(w.blocks(), w.nested_blocksize));
+  memory.add(w.zero_point, w.blocks());
+  add_scales(memory, w.minimum, w.nested_minimum, w);
+  if (w.nested_absmax == nullptr) w.nested_code = w.offset = nullptr;
+  add_scales(memory, w.absmax, w.nested_absmax, w);
   memory.add(w.nested_code, 256);
   memory.add(w.offset, 1);
 }

@@ -29,18 +29,22 @@ int main() try {
       const Tensor&, const Optional&, const Optional&, int64_t, int64_t)>("qlora_native::quantize");
   const auto dequantize =
       op<Tensor(const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-                int64_t, int64_t, int64_t, int64_t, at::ScalarType)>("qlora_native::dequantize");
+                const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                at::ScalarType)>("qlora_native::dequantize");
   const auto forward = op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-      int64_t, int64_t, int64_t, int64_t, const Optional&, const Optional&, const Optional&, double, double,
-      const Optional&, const Optional&, int64_t)>("qlora_native::linear_forward");
+      const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+      const Optional&, const Optional&, const Optional&, double, double, const Optional&, const Optional&, int64_t)>(
+      "qlora_native::linear_forward");
   const auto backward = op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-      int64_t, int64_t, int64_t, int64_t, const Optional&, const Optional&, double, double, const Optional&, bool,
-      const Optional&, int64_t)>("qlora_native::linear_backward_input");
+      const Optional&, const Optional&, const Optional&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+      const Optional&, const Optional&, double, double, const Optional&, bool, const Optional&, int64_t)>(
+      "qlora_native::linear_backward_input");
 
   torch::manual_seed(0);
   constexpr int64_t M = 32, N = 96, K = 128, kRank = 8, kBits = 4, kBlocksize = 64;
+  constexpr int64_t kNestedBlocksize = 256, kByteFormat = 0;  // for other weights than this one
   constexpr double kScaling = 2.0;
   const Tensor weight = torch::randn({N, K}), x = torch::randn({M, K}), dy = torch::randn({M, N});
   const Tensor a = torch::randn({kRank, K}), b = torch::randn({N, kRank});
@@ -48,13 +52,15 @@ int main() try {
   const Tensor code = (torch::arange(16) - 8).to(torch::kFloat) / 7;
 
   const auto [codes, absmax, nested_absmax, offset, non_finite] = quantize.call(weight, code, {}, kBits, kBlocksize);
-  const Tensor decoded =
-      dequantize.call(codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, torch::kFloat).view({N, K});
+  const Tensor decoded = dequantize
+                             .call(codes, absmax, {}, {}, {}, code, {}, {}, {}, N, K, kBits, kBlocksize,
+                                   kNestedBlocksize, kByteFormat, torch::kFloat)
+                             .view({N, K});
   // No groups of rows, and one weight.
-  const auto [y, u] =
-      forward.call(x, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, {}, a, b, kScaling, 0.0, {}, {}, 1);
-  const auto [dx, v] =
-      backward.call(dy, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, a, b, kScaling, 0.0, {}, true, {}, 1);
+  const auto [y, u] = forward.call(x, codes, absmax, {}, {}, {}, code, {}, {}, {}, N, K, kBits, kBlocksize,
+                                   kNestedBlocksize, kByteFormat, {}, a, b, kScaling, 0.0, {}, {}, 1);
+  const auto [dx, v] = backward.call(dy, codes, absmax, {}, {}, {}, code, {}, {}, {}, N, K, kBits, kBlocksize,
+                                     kNestedBlocksize, kByteFormat, a, b, kScaling, 0.0, {}, true, {}, 1);
   const Tensor merged = decoded + kScaling * b.mm(a);
   expect_close("y", y, x.mm(merged.t()));
   expect_close("dx", dx, dy.mm(merged));

@@ -24,8 +24,8 @@ namespace {
 // because TORCH_BOX unpacks torch's stack by the types of a function's parameters.
 struct WeightTensors {
   Tensor codes, absmax;
-  OptionalTensor nested_absmax, nested_code, offset, code;
-  std::int64_t N, K, bits, blocksize;
+  OptionalTensor nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point;
+  std::int64_t N, K, bits, blocksize, nested_blocksize, byte_format;
   std::int64_t count = 1;
 };
 
@@ -43,14 +43,32 @@ QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   view.count = w.count;
   view.bits = static_cast<int>(w.bits);
   view.blocksize = static_cast<int>(w.blocksize);
+  check(w.nested_blocksize >= 1 && w.nested_blocksize < kLimit, "nested_blocksize", "1 ... 2^31", w.nested_blocksize);
+  view.nested_blocksize = static_cast<int>(w.nested_blocksize);
+  check(w.byte_format >= 0 && w.byte_format <= static_cast<int>(ByteFormat::e4m3), "byte_format", "a ByteFormat",
+        w.byte_format);
+  view.byte_format = static_cast<ByteFormat>(w.byte_format);
   const std::int64_t bytes = bytes_of_codes(view.elements(), view.bits);
   const auto f32 = [&](const OptionalTensor& tensor, std::int64_t numel, const char* argument) {
     check(tensor.has_value(), argument, "a tensor", "None");
     return static_cast<const float*>(data_of(*tensor, ScalarType::Float, numel, like, argument));
   };
   view.codes = static_cast<const std::uint8_t*>(data_of(w.codes, ScalarType::Byte, bytes, like, "codes"));
-  const ScalarType absmax_type = w.nested_absmax ? ScalarType::Byte : ScalarType::Float;
+  const ScalarType absmax_type = w.nested_absmax ? ScalarType::Byte : w.absmax.scalar_type();
   view.absmax = data_of(w.absmax, absmax_type, view.blocks(), like, "absmax");
+  if (!w.nested_absmax) view.scale_dtype = dtype_of(absmax_type, "absmax");
+  if (w.minimum) {
+    const ScalarType type = w.nested_minimum ? ScalarType::Byte : w.minimum->scalar_type();
+    view.minimum = data_of(*w.minimum, type, view.blocks(), like, "minimum");
+    if (!w.nested_minimum) view.scale_dtype = dtype_of(type, "minimum");
+    check(w.nested_absmax.has_value() || type == absmax_type, "minimum", "the dtype of absmax",
+          [&] { return name_of_type(type); });
+  }
+  if (w.nested_minimum)
+    view.nested_minimum = f32(w.nested_minimum, ceil_div(view.blocks(), view.nested_blocksize), "nested_minimum");
+  if (w.zero_point)
+    view.zero_point =
+        static_cast<const std::int8_t*>(data_of(*w.zero_point, ScalarType::Char, view.blocks(), like, "zero_point"));
   if (w.nested_absmax) {
     view.nested_absmax = f32(w.nested_absmax, ceil_div(view.blocks(), view.nested_blocksize), "nested_absmax");
     view.nested_code = f32(w.nested_code, 256, "nested_code");
@@ -195,9 +213,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_microscaled_op(const Tensor&
 
 Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                      const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
-                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype) {
+                     const OptionalTensor& minimum, const OptionalTensor& nested_minimum,
+                     const OptionalTensor& zero_point, std::int64_t N, std::int64_t K, std::int64_t bits,
+                     std::int64_t blocksize, std::int64_t nested_blocksize, std::int64_t byte_format,
+                     ScalarType dtype) {
   DequantizeArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+                         N, K, bits, blocksize, nested_blocksize, byte_format},
+                        codes);
   args.dtype = dtype_of(dtype, "dtype");
   Tensor out = new_tensor(codes, {N, K}, dtype);
   args.out = out.data_ptr();
@@ -207,10 +230,14 @@ Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTe
 
 Tensor dequantize_rows_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                           const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
-                          std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype,
-                          const Tensor& rows) {
+                          const OptionalTensor& minimum, const OptionalTensor& nested_minimum,
+                          const OptionalTensor& zero_point, std::int64_t N, std::int64_t K, std::int64_t bits,
+                          std::int64_t blocksize, std::int64_t nested_blocksize, std::int64_t byte_format,
+                          ScalarType dtype, const Tensor& rows) {
   DequantizeArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+                         N, K, bits, blocksize, nested_blocksize, byte_format},
+                        codes);
   args.dtype = dtype_of(dtype, "dtype");
   args.row_count = rows.numel();
   args.rows = static_cast<const std::int64_t*>(data_of(rows, ScalarType::Long, args.row_count, codes, "rows"));
@@ -223,14 +250,18 @@ Tensor dequantize_rows_op(const Tensor& codes, const Tensor& absmax, const Optio
 
 std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                              const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
-                                             const OptionalTensor& offset, const OptionalTensor& code, std::int64_t N,
-                                             std::int64_t K, std::int64_t bits, std::int64_t blocksize,
-                                             const OptionalTensor& bias, const OptionalTensor& lora_a,
-                                             const OptionalTensor& lora_b, double lora_scaling, double lora_dropout,
-                                             const OptionalTensor& seed, const OptionalTensor& offsets,
-                                             std::int64_t weights) {
+                                             const OptionalTensor& offset, const OptionalTensor& code,
+                                             const OptionalTensor& minimum, const OptionalTensor& nested_minimum,
+                                             const OptionalTensor& zero_point, std::int64_t N, std::int64_t K,
+                                             std::int64_t bits, std::int64_t blocksize, std::int64_t nested_blocksize,
+                                             std::int64_t byte_format, const OptionalTensor& bias,
+                                             const OptionalTensor& lora_a, const OptionalTensor& lora_b,
+                                             double lora_scaling, double lora_dropout, const OptionalTensor& seed,
+                                             const OptionalTensor& offsets, std::int64_t weights) {
   LinearForwardArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, weights}, x);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+                         N, K, bits, blocksize, nested_blocksize, byte_format, weights},
+                        x);
   args.groups = groups_of(offsets, x);
   args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, x);
   const Rows rows = rows_of(x, K, "x");
@@ -245,12 +276,16 @@ std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& x, const Tensor& code
 
 std::tuple<Tensor, Tensor> linear_backward_input_op(
     const Tensor& dy, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
-    const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code, std::int64_t N,
-    std::int64_t K, std::int64_t bits, std::int64_t blocksize, const OptionalTensor& lora_a,
-    const OptionalTensor& lora_b, double lora_scaling, double lora_dropout, const OptionalTensor& seed, bool need_dx,
-    const OptionalTensor& offsets, std::int64_t weights) {
+    const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
+    const OptionalTensor& minimum, const OptionalTensor& nested_minimum, const OptionalTensor& zero_point,
+    std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, std::int64_t nested_blocksize,
+    std::int64_t byte_format, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double lora_scaling,
+    double lora_dropout, const OptionalTensor& seed, bool need_dx, const OptionalTensor& offsets,
+    std::int64_t weights) {
   LinearBackwardInputArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, weights}, dy);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+                         N, K, bits, blocksize, nested_blocksize, byte_format, weights},
+                        dy);
   args.groups = groups_of(offsets, dy);
   args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, dy);
   const Rows rows = rows_of(dy, N, "dy");
@@ -317,7 +352,8 @@ void implement(Library& library) {
 
 #define QLN_WEIGHT                                                                                          \
   "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, Tensor? code, " \
-  "int N, int K, int bits, int blocksize"
+  "Tensor? minimum, Tensor? nested_minimum, Tensor? zero_point, "                                           \
+  "int N, int K, int bits, int blocksize, int nested_blocksize, int byte_format"
 #define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
 // Rows in groups (linear.h): offsets [groups + 1], and the number of weights in the codes.
 #define QLN_GROUPS "Tensor? offsets=None, int weights=1"

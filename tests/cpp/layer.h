@@ -37,8 +37,7 @@ inline Tensor random_weight(std::int64_t N, std::int64_t K, DType dtype = DType:
 inline Tensor decoded_by_definition(const Quantized& quantized, DType dtype) {
   const qn::QuantizedWeightView w = quantized.view();
   Tensor values(dtype, w.count * w.N, w.K);
-  for (std::int64_t e = 0; e < w.elements(); ++e)
-    values.set(e / w.K, e % w.K, qn::value_of_element(w, e, qn::scale_of_block(w, e / w.blocksize)));
+  for (std::int64_t e = 0; e < w.elements(); ++e) values.set(e / w.K, e % w.K, qn::value_of_element(w, e));
   return values;
 }
 

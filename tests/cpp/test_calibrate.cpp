@@ -297,7 +297,7 @@ void test_diagonal_factor_gives_the_nearest_levels(const WeightShape& shape, con
   view.codes = expected.data();
   view.absmax = problem.scales.data();
   const auto value_at = [&](std::int64_t e) {
-    return qn::value_of_element(view, e, problem.scales[static_cast<std::size_t>(e / shape.blocksize)]);
+    return qn::value_of_element(view, e, problem.scales[static_cast<std::size_t>(e / shape.blocksize)], -0.0f);
   };
   std::vector<float> nearest;
   for (std::int64_t e = 0; e < problem.weight.elements(); ++e) nearest.push_back(value_at(e));

@@ -60,6 +60,7 @@ void for_each_quantization(const F& f) {
     for (const int blocksize : kBlocksizes)
       for (const bool double_quant : {false, true}) f(format_named(format), blocksize, double_quant);
   for (const char* format : kMicroscaled) f(format_named(format), microscaled_blocksize(format), false);
+  for (const Format& format : kFileFormats) f(format, format.file_blocksize, false);
 }
 std::string name_of(const Format& format, int blocksize, bool double_quant) {
   return std::string(format.name) + " blocksize " + std::to_string(blocksize) + (double_quant ? " dq" : "");
@@ -153,7 +154,7 @@ TEST(code_is_that_of_the_nearest_level) {
             wrong += quantized.absmax[first / blocksize] != absmax;
             for (std::int64_t e = first; e < end; ++e) {
               const double scaled = double{at(e)} * double{1.0f / absmax};
-              const double chosen = qn::value_of_element(unscaled, e, 1.0f);
+              const double chosen = qn::value_of_element(unscaled, e, 1.0f, -0.0f);
               wrong += !(std::fabs(chosen - scaled) <= distance_to_nearest(levels, scaled) + 0x1p-23);
             }
           }
@@ -253,6 +254,13 @@ std::vector<Case> cases() {
           all.push_back({M, N, K, dtype, format, blocksize});
           all.back().rank = M % 2 * 4;
         }
+  for (const Format& format : kFileFormats)
+    for (const auto& [M, N, K] :
+         Sizes{{1, 70, 320}, {3, 37, 333}, {5, 19, 1088}, {8, 20, 200}, {9, 70, 320}, {48, 19, 512}})
+      for (const DType dtype : kDTypes) {
+        all.push_back({M, N, K, dtype, format.name, format.file_blocksize});
+        all.back().rank = M % 2 * 4;
+      }
   return all;
 }
 
@@ -275,7 +283,8 @@ std::vector<Case> grouped_cases() {
           for (const std::int64_t rank : {0, 5, 70}) {
             if (rank == 70 && shape.K != 192) continue;
             const std::size_t i = all.size();
-            Case c{groups.M, shape.N, shape.K, dtype, i % 5 == 0 ? "int8" : "nf4"};
+            Case c{groups.M, shape.N, shape.K, dtype, i % 5 == 0 ? "int8" : i % 5 == 1 ? "q4_1" : "nf4"};
+            if (i % 5 == 1) c.blocksize = 32;
             c.double_quant = i % 3 != 0, c.bias = i % 2 == 0, c.gap = static_cast<std::int64_t>(i % 3);
             c.rank = rank, c.dropout = i % 4 == 1 ? 0.3f : 0.0f, c.lora_dtype = i % 2 == 0 ? dtype : DType::f32;
             c.offsets = groups.offsets, c.group_weights = group_weights && groups.offsets.size() > 2;

@@ -178,6 +178,35 @@ TEST(shape_that_no_other_kernel_supports_takes_the_general_one) {
   });
 }
 
+// Only gemv, the general kernel and panels know blocks with a minimum, and scales in 16 bits. Where there is a dense
+// product, none but few rows, groups and dropout's mask are left to the general kernel, which decodes W for each 64
+// rows.
+TEST(weight_without_plain_scales_takes_a_kernel_that_knows_it) {
+  for_each_shape([](ProductShape shape) {
+    shape.plain_scales = false;
+    shape.has_wgmma = shape.tma_can_load = true;
+    for (const bool small_blocks : {false, true})
+      for (const std::int64_t groups : {0, 4})
+        for (const bool has_dense_gemm : {false, true})
+          for (const bool masked : {false, true}) {
+            shape.small_blocks = small_blocks;
+            shape.groups = groups;
+            shape.has_dense_gemm = has_dense_gemm;
+            shape.masked = masked;
+            EXPECT(!supports_gemm(shape) && !supports_wgmma(shape));
+            const ProductConfig config = choose_product(shape);
+            if (supports_gemv(shape)) {
+              EXPECT(std::holds_alternative<GemvConfig>(config) == (shape.rows <= kGemvRows));
+              EXPECT(shape.aligned && !small_blocks);
+            } else if (has_dense_gemm && !masked && groups == 0 && shape.rows > 0) {
+              EXPECT(std::holds_alternative<PanelsConfig>(config));
+            } else {
+              EXPECT(std::holds_alternative<GeneralConfig>(config));
+            }
+          }
+  });
+}
+
 ProductShape dense_shape(std::int64_t rows, std::int64_t cols = 4096, std::int64_t inner = 4096) {
   return {.rows = rows,
           .cols = cols,

@@ -38,7 +38,7 @@ inline void check_bits(std::int64_t bits, const char* argument) {
   check(bits == 4 || bits == 8, argument, "4 or 8", bits);
 }
 // NVFP4 has the smallest blocks of all weights. The blocks that `quantize` makes have at least 32 elements.
-constexpr int kMinBlocksize = 16, kMinQuantizeBlocksize = 32, kMaxBlocksize = 4096;
+constexpr int kMinBlocksize = 16, kMinE4m3Blocksize = 32, kMinQuantizeBlocksize = 32, kMaxBlocksize = 4096;
 inline void check_blocksize(std::int64_t blocksize, int min, const char* argument) {
   const bool fits = blocksize >= min && blocksize <= kMaxBlocksize;
   check(

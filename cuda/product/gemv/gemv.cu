@@ -13,7 +13,7 @@
 // In bf16 and fp16 a tensor core multiplies: the weights are the operand of 16 rows, and X, filled up with zeros, is
 // the operand of 8. K may be summed in any order, so a lane takes its four elements of mma's 16 from its own 32. In
 // fp32 CUDA cores multiply.
-#include "device/weight_chunk.cuh"
+#include "device/weight_block.cuh"
 #include "product/gemv/gemv_part.cuh"
 #include "product/gemv/gemv_rows.cuh"
 
@@ -32,20 +32,23 @@ struct GemvShared {
 
 // ---- the weight ----
 
-// A lane's chunk of one row of W, codes and scale, while it is being loaded.
-template <int kBits, bool kAligned>
+// A lane's chunk of one row of W, codes and scale, while it is being loaded. kPlain: whether W has_plain_scales(); a W
+// that has not is aligned.
+template <int kBits, bool kPlain, bool kAligned>
 class GemvChunk {
+  static_assert(kPlain || kAligned);
+
  public:
   // Loads a chunk of an aligned weight.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<true>& scales,
                                         std::uint32_t chunk) {
-    constexpr int kBytes = kVectors * kVectorBytes;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      codes_[i] = load_vector<std::uint32_t, 4>(
-          reinterpret_cast<const std::uint32_t*>(w.codes + std::uint64_t{chunk} * kBytes + i * kVectorBytes));
-    }
+    fetch_codes(w, chunk);
     scale_.fetch(scales, chunk);
+  }
+  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const BlockReader<false>& blocks,
+                                        std::uint32_t chunk) {
+    fetch_codes(w, chunk);
+    scale_ = blocks.fetch(std::int64_t{chunk} * kChunk);
   }
   // Loads a chunk of any other weight, from `element` on; `count` is how many of its elements there are.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
@@ -53,14 +56,21 @@ class GemvChunk {
     gather_codes<kBits>(w.codes, element, count, codes_);
     scale_.fetch(w, scales, element, count);
   }
-  // The factor that decode() multiplies values by: the scale, divided by 127 for 8-bit codes.
-  __device__ __forceinline__ ChunkScale<kAligned> factor(const ScaleReader<kAligned>& scales) const {
+  // What decode() needs to know of the chunk's blocks. With 8-bit codes the scale has been divided by 127.
+  __device__ __forceinline__ ChunkScale<kAligned> finish_scale(const QuantizedWeightView&,
+                                                               const ScaleReader<kAligned>& scales) const {
     const ChunkScale<kAligned> scale = scale_.finish(scales);
     return kBits == 8 ? scale.divided_by(127.0f) : scale;
   }
+  __device__ __forceinline__ BlockScale finish_scale(const QuantizedWeightView& w,
+                                                     const BlockReader<false>& blocks) const {
+    const BlockScale block = blocks.finish(scale_, blocks.offset());
+    return kBits == 8 ? unit_of_bytes<false>(w, block) : block;
+  }
   // Decodes the four elements at `first`; they are not rounded yet.
-  __device__ __forceinline__ void decode(float (&w)[kGemvVecSize], int first, const ChunkScale<kAligned>& factor,
-                                         const GemvTable& table) const {
+  template <class Scale>
+  __device__ __forceinline__ void decode(float (&w)[kGemvVecSize], int first, const Scale& scale,
+                                         const GemvTable& table, bool is_e4m3) const {
 #pragma unroll
     for (int i = 0; i < kGemvVecSize; i += 2) {
       const int byte = (first + i) * kBits / 8;
@@ -68,21 +78,31 @@ class GemvChunk {
       GemvTable::Pair pair;
       if constexpr (kBits == 4) {
         pair = table.pair_of_byte(word, byte % 4);
+      } else if (!kPlain && is_e4m3) {
+        pair = {{level_of_e4m3(byte_of(word, byte % 4)), level_of_e4m3(byte_of(word, byte % 4 + 1))}};
       } else {
         pair = {{signed_byte(word, byte % 4), signed_byte(word, byte % 4 + 1)}};
       }
-      w[i] = pair.at[0] * factor.at(first + i);
-      w[i + 1] = pair.at[1] * factor.at(first + i + 1);
+      w[i] = scale.value(pair.at[0], first + i);
+      w[i + 1] = scale.value(pair.at[1], first + i + 1);
     }
   }
 
  private:
   static constexpr int kVectors = kChunk * kBits / 8 / kVectorBytes;
+  __device__ __forceinline__ void fetch_codes(const QuantizedWeightView& w, std::uint32_t chunk) {
+    constexpr int kBytes = kVectors * kVectorBytes;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      codes_[i] = load_vector<std::uint32_t, 4>(
+          reinterpret_cast<const std::uint32_t*>(w.codes + std::uint64_t{chunk} * kBytes + i * kVectorBytes));
+    }
+  }
   __device__ __forceinline__ static float signed_byte(std::uint32_t word, int i) {
     return static_cast<float>(static_cast<std::int8_t>(byte_of(word, static_cast<std::uint32_t>(i))));
   }
   Vector<std::uint32_t, 4> codes_[kVectors];
-  PendingScale<kAligned> scale_;
+  std::conditional_t<kPlain, PendingScale<kAligned>, BlockReader<false>::Raw> scale_;
 };
 
 // How many elements the chunk of a lane has that begins at `first`, if a row has `whole` elements.
@@ -94,19 +114,26 @@ __device__ __forceinline__ int chunk_elements(std::int64_t whole, std::int64_t f
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
-template <class T, int kRows, int kBits, bool kAligned, bool kGrouped>
+template <class T, int kRows, int kBits, bool kPlain, bool kAligned, bool kGrouped>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     gemv_kernel(const __grid_constant__ GemvArgs args) {
   using Rows = GemvRows<T, kRows>;
   const QuantizedWeightView& w = args.weight;
   GemvShared<kAligned>& shared = *dynamic_smem<GemvShared<kAligned>>();
-  const ScaleReader<kAligned> scales(w, args.scales, shared.nested);
+  const auto scales = [&] {
+    if constexpr (kPlain) {
+      return ScaleReader<kAligned>(w, args.scales, shared.nested);
+    } else {
+      return BlockReader<false>(w, args.scales);
+    }
+  }();
+  const bool is_e4m3 = !kPlain && kBits == 8 && w.byte_format == ByteFormat::e4m3;
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.u.cols;
   GemvPart<T, kGrouped> part(args);
   if (kGrouped && !part.next()) return griddepcontrol_wait();
   struct Step {
-    GemvChunk<kBits, kAligned> chunk[2];
+    GemvChunk<kBits, kPlain, kAligned> chunk[2];
     Rows x;
   } now, next;
   // Loads the step after this one, for the columns of the result from n0 on, and from `k` on.
@@ -138,7 +165,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   constexpr bool kPrefetch = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
   if constexpr (kPrefetch) fetch_first(part.begin());
   if constexpr (kBits == 4) GemvTable::fill(shared.pairs, w.code);
-  shared.nested.fill(w);
+  if constexpr (kPlain) shared.nested.fill(w);
   sync_threads();
   const GemvTable table(shared.pairs);
 
@@ -155,12 +182,12 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       } else {
         if (!is_last) fetch(n0, k + kGemvWarps * kWarpStep + lane_offset);
       }
-      const ChunkScale<kAligned> factors[2] = {now.chunk[0].factor(scales), now.chunk[1].factor(scales)};
+      const auto scale0 = now.chunk[0].finish_scale(w, scales), scale1 = now.chunk[1].finish_scale(w, scales);
 #pragma unroll
       for (int i = 0; i < kChunk; i += kGemvVecSize) {
         float decoded[2][kGemvVecSize];
-#pragma unroll
-        for (int row = 0; row < 2; ++row) now.chunk[row].decode(decoded[row], i, factors[row], table);
+        now.chunk[0].decode(decoded[0], i, scale0, table, is_e4m3);
+        now.chunk[1].decode(decoded[1], i, scale1, table, is_e4m3);
         Rows::add(accumulators, now.x.vec4_at(i), decoded);
       }
     }
@@ -228,23 +255,26 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream) {
   const QuantizedWeightView& w = product.weight;
   const GemvArgs args{product, scales_of(w), last_chunk_of(w)};
-  const auto launch_for = [&]<class T, int kRows, int kBits, bool kAligned>() {
+  const auto launch_for = [&]<class T, int kRows, int kBits, bool kPlain, bool kAligned>() {
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = kGemvThreads,
                                .smem_bytes = sizeof(GemvShared<kAligned>),
                                .programmatic_launch = args.follows_low_rank()};
     if constexpr (kRows == kGemvRows && kAligned) {
-      if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
+      if (args.groups.count > 0)
+        return launch<gemv_kernel<T, kRows, kBits, kPlain, kAligned, true>>(shape, stream, args);
     }
-    launch<gemv_kernel<T, kRows, kBits, kAligned, false>>(shape, stream, args);
+    launch<gemv_kernel<T, kRows, kBits, kPlain, kAligned, false>>(shape, stream, args);
+  };
+  const auto with_scales = [&]<class T, int kRows, int kBits>() {
+    if constexpr (kBits == 4 || !std::is_same_v<T, float>) {
+      if (!has_plain_scales(w)) return launch_for.template operator()<T, kRows, kBits, false, true>();
+    }
+    if (config.aligned) return launch_for.template operator()<T, kRows, kBits, true, true>();
+    return launch_for.template operator()<T, kRows, kBits, true, false>();
   };
   const auto with_weight = [&]<class T, int kRows>() {
-    if (w.bits == 4) {
-      if (config.aligned) return launch_for.template operator()<T, kRows, 4, true>();
-      return launch_for.template operator()<T, kRows, 4, false>();
-    }
-    if (config.aligned) return launch_for.template operator()<T, kRows, 8, true>();
-    return launch_for.template operator()<T, kRows, 8, false>();
+    w.bits == 4 ? with_scales.template operator()<T, kRows, 4>() : with_scales.template operator()<T, kRows, 8>();
   };
   with_type(args.x.dtype, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {

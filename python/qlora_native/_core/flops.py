@@ -11,12 +11,14 @@ from torch.utils.flop_counter import register_flop_formula
 from . import loss as _loss  # noqa: F401  (defines an op, beside those that _C registers)
 
 
-def _linear_forward(x, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+def _linear_forward(x, codes, absmax, nested_absmax, nested_code, offset, code,
+                    minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
                     bias, lora_a, *others, **named):  # fmt: skip
     return 2 * prod(x[:-1]) * (N * K + _rank(lora_a) * (N + K))
 
 
-def _linear_backward_input(dy, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+def _linear_backward_input(dy, codes, absmax, nested_absmax, nested_code, offset, code,
+                           minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
                            lora_a, lora_b, lora_scaling, lora_dropout, seed, need_dx, *others, **named):  # fmt: skip
     return 2 * prod(dy[:-1]) * (_rank(lora_a) * N + need_dx * K * (N + _rank(lora_a)))
 
@@ -25,8 +27,9 @@ def _lora_gradients(x, dy, u, *others, **named):
     return 2 * prod(x[:-1]) * u[1] * (x[-1] + dy[-1])
 
 
-def _linear_cross_entropy(hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits,
-                          blocksize, bias, lora_a, lora_b, *others, **named):  # fmt: skip
+def _linear_cross_entropy(hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code,
+                          minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
+                          bias, lora_a, lora_b, *others, **named):  # fmt: skip
     (T, K), N, rank = hidden, N if weight is None else weight[0], _rank(lora_a)
     of_hidden, of_weight, _, of_adapter = others[-2]
     product = N * K + rank * (N + K)

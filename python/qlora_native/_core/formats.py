@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import _C
 from .blocks import ceil_div
 from .errors import bad
+from .layouts import LAYOUTS, LEVELS
 from .microscaling import MICROSCALED
 
-FORMATS = ("nf4", "fp4", "int4", "int8", "codebook", *MICROSCALED)
+FORMATS = tuple(name for name, layout in LAYOUTS.items() if layout.quantizes)  # those that quantize() makes
 CODEBOOKS = {
     name: torch.tensor(_C.codebook(name), dtype=torch.float32) for name in ("nf4", "fp4", "int4", *MICROSCALED)
 }
@@ -29,6 +30,11 @@ def is_dynamic_map(tensor: Tensor, levels: Tensor) -> bool:
     if tensor.shape != levels.shape or tensor.dtype != levels.dtype:
         return False
     return torch.allclose(tensor, levels.to(tensor.device), rtol=2**-20, atol=0)
+
+
+def levels_of(format: str) -> Tensor | None:
+    """The values of the codes of 4 bits, fp32 [16]; None for "codebook", whose values are any, and for 8 bits."""
+    return CODEBOOKS.get(format, LEVELS.get(format))
 
 
 def check_format(format: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,3 +94,17 @@ def checked_lora(
     elif not is_finite(scaling):
         raise bad("lora_scaling", "a finite number", scaling)
     return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None
+
+
+def in_stored_order(q: QuantizedWeight, x: Tensor, lora: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Put the columns of x [..., K], and of A in `lora`, into the order in which `q` stores those of W.
+
+    A product does not depend on the order of its terms, so Y stays the same, and autograd returns the gradients of x
+    and A in the order of the weight. No index occurs twice, so the gradients do not depend on the order of additions.
+    """
+    if q.column_order is None:
+        return x, lora
+    lora_a = lora[0]
+    if lora_a is not None:
+        lora_a = lora_a.index_select(-1, q.column_order)
+    return x.index_select(-1, q.column_order), (lora_a, *lora[1:])

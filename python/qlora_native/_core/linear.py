@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import bad, bad_type, checks_memory
-from .inputs import checked_bias, checked_input, checked_lora
+from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
 from .ops import linear_forward, refuse_forward_mode
 from .weight import QuantizedWeight, op_arguments
 
@@ -58,6 +58,7 @@ def linear(
     if bias is not None:
         bias = checked_bias(bias, (N,), x)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
+    x, lora = in_stored_order(q, x, lora)
     return linear_forward(x, *op_arguments(q), bias, *lora)[0]
 
 
@@ -122,6 +123,7 @@ def linear_grouped(
         bias = checked_bias(bias, (*experts, N), x)
     batch = () if not isinstance(lora_a, Tensor) or lora_a.dim() == 2 else (groups,)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, batch)
+    rows, lora = in_stored_order(q, rows, lora)
     y, _ = linear_forward(rows, *op_arguments(q), bias, *lora, offsets, experts[0] if experts else 1)
     y = y if back is None else Permuted.apply(y, *back)
     return y.view(*x.shape[:-1], N)

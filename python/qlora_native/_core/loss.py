@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .blocks import ceil_div
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
-from .inputs import checked_bias, checked_input, checked_lora
+from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
 from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
 from .weight import QuantizedWeight, op_arguments
 
@@ -101,7 +101,10 @@ def linear_cross_entropy(
         raise bad("z_loss", "a number of at least 0", z_loss)
     if bias is not None:
         bias = checked_bias(bias, (V,), hidden)
-    lora_a, lora_b, lora_scaling, _, _ = checked_lora(lora_a, lora_b, lora_scaling, 0.0, (V, K), hidden)
+    lora = checked_lora(lora_a, lora_b, lora_scaling, 0.0, (V, K), hidden)
+    if quantized:
+        hidden, lora = in_stored_order(weight, hidden, lora)
+    lora_a, lora_b, lora_scaling, _, _ = lora
     if lora_a is not None and lora_a.shape[0] == 0:
         lora_a = lora_b = None
     flat = labels.reshape(-1).contiguous()
@@ -114,7 +117,7 @@ def linear_cross_entropy(
     factor = None
     if reduction == "mean":
         factor = (1.0 / (flat != ignore_index).sum().to(torch.float32)).expand(flat.shape[0]).contiguous()
-    of_weight = (None, *op_arguments(weight)) if quantized else (weight, *[None] * 6, V, K, 0, 0)
+    of_weight = (None, *op_arguments(weight)) if quantized else (weight, *[None] * 9, V, K, 0, 0, 0, 0)
     loss, logprobs = LinearCrossEntropy.apply(
         reduction, factor, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
         ignore_index, logit_scale, softcap or 0.0, label_smoothing, z_loss,
@@ -164,7 +167,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """V, the number of logits of a row."""
-        return self.quantized[6] if self.dense is None else self.dense.shape[0]
+        return self.quantized[-6] if self.dense is None else self.dense.shape[0]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute logits [rows, V], and U [rows, rank] if there is an adapter."""
@@ -240,7 +243,8 @@ def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
 torch.library.define(
     "qlora_native::linear_cross_entropy",
     "(Tensor hidden, Tensor labels, Tensor? weight, Tensor? codes, Tensor? absmax, Tensor? nested_absmax, "
-    "Tensor? nested_code, Tensor? offset, Tensor? code, int N, int K, int bits, int blocksize, Tensor? bias, "
+    "Tensor? nested_code, Tensor? offset, Tensor? code, Tensor? minimum, Tensor? nested_minimum, Tensor? zero_point, "
+    "int N, int K, int bits, int blocksize, int nested_blocksize, int byte_format, Tensor? bias, "
     "Tensor? lora_a, Tensor? lora_b, float lora_scaling, int ignore_index, float scale, float softcap, "
     "float label_smoothing, float z_loss, bool[] wanted, Tensor? row_gradients) -> "
     "(Tensor loss, Tensor log_probability, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
@@ -250,7 +254,8 @@ torch.library.define(
 
 @checks_memory
 def _operands(
-    hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code,
+    minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
     bias, lora_a, lora_b, lora_scaling, ignore_index, scale, softcap, label_smoothing, z_loss, wanted, row_gradients,
 ):  # fmt: skip
     """Check the op's arguments, as far as the ops that it calls do not.
@@ -285,7 +290,23 @@ def _operands(
     given = [tensor is not None for tensor in (hidden, weight, bias, lora_a)]
     if len(wanted) != 4 or any(want and not has for want, has in zip(wanted, given, strict=True)):
         raise bad("wanted", f"four bools, at most {given}: of hidden, weight, bias and adapter", list(wanted))
-    quantized = (codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize)
+    quantized = (
+        codes,
+        absmax,
+        nested_absmax,
+        nested_code,
+        offset,
+        code,
+        minimum,
+        nested_minimum,
+        zero_point,
+        N,
+        K,
+        bits,
+        blocksize,
+        nested_blocksize,
+        byte_format,
+    )
     options = (ignore_index, scale, softcap, label_smoothing, z_loss)
     return hidden, labels, Head(weight, quantized, bias, lora_a, lora_b, lora_scaling), options, wanted, row_gradients
 
@@ -337,7 +358,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 refuse_second_derivative("linear_cross_entropy", "linear_cross_entropy")
 
 # The positions, among the op's arguments, of the tensors that may be trained.
-_HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = 0, 2, 13, 14, 15
+_ARGUMENTS = [each.name for each in torch.ops.qlora_native.linear_cross_entropy.default._schema.arguments]
+_HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = map(_ARGUMENTS.index, ("hidden", "weight", "bias", "lora_a", "lora_b"))
 
 
 class _DifferentiatedOnce(torch.autograd.Function):

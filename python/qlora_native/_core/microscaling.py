@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import FORMATS_OF_ONE_BLOCKSIZE, NESTED_BLOCKSIZE, ceil_div
+from .blocks import NESTED_BLOCKSIZE, ceil_div
 from .errors import bad, bad_type, check_memory
+from .layouts import LAYOUTS
 
 # E8M0: 2^(i-127), where the lowest is subnormal in fp32. E4M3: its numbers without a sign.
 _E8M0 = torch.ldexp(torch.ones(255, dtype=torch.float64), torch.arange(255) - 127).float()
@@ -66,7 +67,7 @@ def mxfp4_fields(blocks: Tensor, scales: Tensor) -> dict[str, Any]:
     else:
         expected = "[..., N, K/32, 16] with scales [..., N, K/32], or [N, K/2] with scales [N, K/32]"
         raise bad("blocks", expected, f"{list(blocks.shape)} with {list(scales.shape)}")
-    return _fields("mxfp4", blocks, scales, shape, "scales", _E8M0)
+    return microscaled_fields("mxfp4", swapped_codes(blocks), scales, shape, "scales", _E8M0)
 
 
 def nvfp4_fields(
@@ -93,7 +94,8 @@ def nvfp4_fields(
         levels = _E4M3 / _one("weight_global_scale", weight_global_scale)
     if not levels.isfinite().all():
         raise bad("weight_global_scale, weight_scale_2", "one by which every scale is finite in fp32", "another")
-    return _fields("nvfp4", codes, scales, (codes.shape[0], 2 * codes.shape[1]), "scales", levels)
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return microscaled_fields("nvfp4", swapped_codes(codes), scales, shape, "scales", levels)
 
 
 def nvfp4_block_fields(blocks: Tensor, scales: Tensor, values: Tensor) -> dict[str, Any]:
@@ -115,7 +117,8 @@ def nvfp4_block_fields(blocks: Tensor, scales: Tensor, values: Tensor) -> dict[s
     check_memory("scale_values", values)
     if not values.isfinite().all():
         raise bad("scale_values", "finite values", "NaN or Inf")
-    return _fields("nvfp4", blocks, scales, (*scales.shape[:-1], 16 * scales.shape[-1]), "scales", values.detach())
+    shape = (*scales.shape[:-1], 16 * scales.shape[-1])
+    return microscaled_fields("nvfp4", swapped_codes(blocks), scales, shape, "scales", values.detach())
 
 
 def _check_bytes(name: str, tensor: Any) -> None:
@@ -143,20 +146,30 @@ def swapped_codes(codes: Tensor) -> Tensor:
     return (codes >> 4) | (codes << 4)
 
 
-def _fields(
+def microscaled_fields(
     format: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], name: str, levels: Tensor
 ) -> dict[str, Any]:
+    """Make the fields of a QuantizedWeight from codes in our order, with the first of two in the high half of a byte.
+
+    Args:
+        format: "mxfp4" or "nvfp4".
+        codes: uint8, elements / 2.
+        scales: uint8, one for each block.
+        shape: (N, K) or (E, N, K).
+        name: what an error calls the scales.
+        levels: fp32, the value of each byte that is a scale, as MICROSCALED has, times the scale of the tensor.
+    """
     if min(shape) < 1:
         raise bad(name, "at least one", list(scales.shape))
     check_scales(name, scales, format)
     blocks = scales.numel()
     return {
-        "codes": swapped_codes(codes).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
+        "codes": codes.detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
         "absmax": scales.detach().reshape(-1).contiguous(),
         "nested_absmax": torch.ones(ceil_div(blocks, NESTED_BLOCKSIZE), dtype=torch.float32, device=codes.device),
         "nested_code": scale_table(format, levels).to(codes.device),
         "offset": torch.zeros((), dtype=torch.float32, device=codes.device),
         "shape": shape,
-        "blocksize": FORMATS_OF_ONE_BLOCKSIZE[format],
+        "blocksize": LAYOUTS[format].blocksize,
         "format": format,
     }

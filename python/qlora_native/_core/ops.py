@@ -19,8 +19,8 @@ _library = torch.library.Library("qlora_native", "FRAGMENT")  # its kernels live
 
 # {argument of linear_forward: its position}, from the schema.
 _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
-_WEIGHT = slice(_FORWARD["codes"], _FORWARD["blocksize"] + 1)
-_WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
+_WEIGHT = slice(_FORWARD["codes"], _FORWARD["byte_format"] + 1)
+_WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["zero_point"] + 1)
 _WEIGHT_TENSOR_COUNT = _WEIGHT_TENSORS.stop - _WEIGHT_TENSORS.start
 
 
@@ -68,18 +68,54 @@ def _(weight, blocksize):
 
 
 @torch.library.register_fake("qlora_native::dequantize")
-def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype):
+def _(
+    codes,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    code,
+    minimum,
+    nested_minimum,
+    zero_point,
+    N,
+    K,
+    bits,
+    blocksize,
+    nested_blocksize,
+    byte_format,
+    dtype,
+):
     return codes.new_empty((N, K), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::dequantize_rows")
-def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype, rows):
+def _(
+    codes,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    code,
+    minimum,
+    nested_minimum,
+    zero_point,
+    N,
+    K,
+    bits,
+    blocksize,
+    nested_blocksize,
+    byte_format,
+    dtype,
+    rows,
+):
     return codes.new_empty((rows.shape[0], K), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::linear_forward")
 def _(
-    x, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    x, codes, absmax, nested_absmax, nested_code, offset, code,
+    minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
     bias, lora_a, lora_b, lora_scaling, lora_dropout, seed, offsets=None, weights=1,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], N)), _low_rank(x, lora_a)
@@ -87,7 +123,8 @@ def _(
 
 @torch.library.register_fake("qlora_native::linear_backward_input")
 def _(
-    dy, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    dy, codes, absmax, nested_absmax, nested_code, offset, code,
+    minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
     lora_a, lora_b, lora_scaling, lora_dropout, seed, need_dx, offsets=None, weights=1,
 ):  # fmt: skip
     return dy.new_empty((*dy.shape[:-1], K) if need_dx else (0,)), _low_rank(dy, lora_a)

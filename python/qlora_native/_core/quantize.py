@@ -12,7 +12,7 @@ from .blocks import NESTED_BLOCKSIZE, ceil_div, chosen_blocksize
 from .errors import bad, bad_type, check_float_dtype, checks_memory
 from .formats import CODEBOOKS, DYNAMIC_MAP, check_format, codes_shape
 from .microscaling import MICROSCALED
-from .weight import QuantizedWeight, check_quantized, op_arguments
+from .weight import QuantizedWeight, check_quantized, in_order, op_arguments
 
 
 @checks_memory
@@ -187,4 +187,5 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
     dtype = q.dtype if dtype is None else dtype
     check_float_dtype("dtype", dtype)
     rows = torch.ops.qlora_native.dequantize_rows(*op_arguments(q), dtype, ids.reshape(-1).to(torch.int64))
+    rows = rows if q.column_order is None else in_order(rows, q.column_order)
     return rows.view(*ids.shape, q.shape[1])

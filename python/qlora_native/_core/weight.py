@@ -15,19 +15,20 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
 from .blocks import NESTED_BLOCKSIZE, ceil_div, check_blocksize
 from .errors import bad, bad_type, check_float_dtype, check_memory, dtype_name
-from .formats import CODEBOOKS, check_format, codes_shape
+from .formats import CODEBOOKS, codes_shape
+from .layouts import E4M3, LAYOUTS, Layout
 from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
 from .quant_state import bytes_of, read_quant_state
 
 
 def check_finite(name: str, tensor: Tensor) -> float:
-    """The largest absolute value of a tensor of scales or of a table; 0 if it is not fp32 or has no values.
+    """The largest absolute value of a tensor of scales or of a table; 0 if it has bytes, or no values.
 
     Raises:
         ValueError: a value is NaN or Inf.
     """
     check_memory(name, tensor)
-    if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return 0.0
     low, high = (value.item() for value in torch.aminmax(tensor.detach()))  # one pass; one NaN makes both NaN
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -40,22 +41,37 @@ class QuantizedWeight:
     """A quantized weight W [N, K]: its codes, its scales, and the tables that decode them. Tensors are never copied.
 
     Elements are numbered e = n * K + k, and the elements of block e // blocksize share a scale, as in bitsandbytes. The
-    weights of a layer's experts are one weight [E, N, K], with the bytes of a weight [E * N, K].
+    weights of a layer's experts are one weight [E, N, K], with the bytes of a weight [E * N, K]. An element is
+
+        level * scale + minimum         in fp32, with the minimum only in formats that have one
+
+    `qlora_native.quantize` makes weights of "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" and "codebook" (16 values of
+    the user's own). The other formats are those of files, whose values they keep to the bit (docs/formats.md):
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k" and "q6_k" of GGUF,
+    "affine4" and "affine8" of GPTQ, AWQ, compressed-tensors and auto-round, and "fp8".
 
     Attributes:
         codes: uint8, contiguous. Of 4 bits: [N, K/2], or [ceil(N*K/2), 1] if K is odd; element e is in the high half of
-            byte e // 2 if e is even, else in the low half. Of "int8": [N, K], a signed byte for each element. Experts
-            have [E, N, K/2] and [E, N, K].
-        absmax: the scales: fp32 [blocks], or uint8 [blocks] if they are double-quantized.
-        nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
+            byte e // 2 if e is even, else in the low half. Of 8 bits: [N, K], a signed byte for each element, or in
+            "fp8" an E4M3 number. Experts have [E, N, K/2] and [E, N, K].
+        absmax: the scales: fp32 [blocks], in formats of files also fp16 or bf16; or uint8 [blocks] if they are
+            double-quantized.
+        nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None. In GGUF's K-quants
+            and "iq4_xs" there is one for each 256 elements.
         nested_code: fp32 [256], the values of the bytes of `absmax`; None without double quantization. In "mxfp4" these
             are the values of E8M0, in "nvfp4" those of E4M3 times the scale of the tensor; nested_absmax is then 1.
         offset: fp32, one element, added to each decoded scale; None without double quantization.
-        code: fp32 [16], the values of the codes; None for "int8", where an element is its byte * (scale / 127).
+        code: fp32 [16], the values of the codes; None with 8 bits. The unit of a byte of "int8" is scale / 127.
         shape: (N, K), or (E, N, K).
-        blocksize: elements that share a scale: a power of two in 32 ... 4096, but 32 in "mxfp4" and 16 in "nvfp4".
-        format: "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" or "codebook" (16 values of the user's own).
+        blocksize: elements that share a scale: a power of two in 32 ... 4096, but the only one that a format has.
+        format: one of those above.
         dtype: the dtype of the weight that was quantized, and by default of `dequantize()`.
+        minimum: the minima, in the dtype of `absmax`: fp16 [blocks] in "q4_1" and "q5_1"; uint8 [blocks] in "q2_k",
+            "q4_k" and "q5_k", where a minimum is nested_code[byte] * nested_minimum; else None.
+        nested_minimum: fp32, in the shape of `nested_absmax`, where the minima are bytes; else None.
+        zero_point: int8 [blocks], or None. The minimum of a block of "affine4" or "affine8" is -zero_point * scale.
+        column_order: int32 [K], or None. Column i of the codes is column column_order[i] of W, as in GPTQ's files with
+            desc_act.
 
     Raises:
         TypeError, ValueError: a field has the wrong dtype, length, layout or device, or requires gradients.
@@ -71,34 +87,48 @@ class QuantizedWeight:
     blocksize: int
     format: str
     dtype: torch.dtype
+    minimum: Tensor | None = None
+    nested_minimum: Tensor | None = None
+    zero_point: Tensor | None = None
+    column_order: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_format(self.format)
+        if self.format not in LAYOUTS:
+            raise bad("format", "one of " + ", ".join(LAYOUTS), repr(self.format))
         check_blocksize(self.blocksize, self.format)
         check_float_dtype("dtype", self.dtype)
         if len(self.shape) not in (2, 3) or min(self.shape) < 1:
             raise bad("shape", "(N, K) or (E, N, K), each at least 1", tuple(self.shape))
         elements = math.prod(self.shape)
-        blocks = ceil_div(elements, self.blocksize)
-        nested = self.nested_absmax is not None or self.format in MICROSCALED
-        self._check("codes", torch.uint8, elements if self.format == "int8" else ceil_div(elements, 2))
-        self._check("absmax", torch.uint8 if nested else torch.float32, blocks)
-        self._check("nested_absmax", torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE) if nested else None)
-        self._check("nested_code", torch.float32, 256 if nested else None)
-        self._check("offset", torch.float32, 1 if nested else None)
-        self._check("code", torch.float32, None if self.format == "int8" else 16)
+        layout, blocks = self.layout, ceil_div(elements, self.blocksize)
+        nested = layout.nested and (self.nested_absmax is not None or not layout.scales)
+        nested_blocks = ceil_div(blocks, layout.nested_blocksize) if nested else None
+        scales = (torch.uint8,) if nested else layout.scales
+        self._check("codes", (torch.uint8,), elements if layout.bits == 8 else ceil_div(elements, 2))
+        self._check("absmax", scales, blocks)
+        self._check("nested_absmax", (torch.float32,), nested_blocks)
+        self._check("nested_code", (torch.float32,), 256 if nested else None)
+        self._check("offset", (torch.float32,), 1 if nested else None)
+        self._check("code", (torch.float32,), None if layout.bits == 8 else 16)
+        self._check("minimum", (self.absmax.dtype,), blocks if layout.minimum in ("stored", "nested") else None)
+        self._check("nested_minimum", (torch.float32,), nested_blocks if layout.minimum == "nested" else None)
+        if self.zero_point is not None:
+            self._check("zero_point", (torch.int8,), blocks if layout.minimum == "zero_point" else None)
+        if self.column_order is not None:
+            self._check("column_order", (torch.int32,), self.shape[-1])
 
-    def _check(self, name: str, dtype: torch.dtype, numel: int | None) -> None:
+    def _check(self, name: str, dtypes: tuple[torch.dtype, ...], numel: int | None) -> None:
         tensor = getattr(self, name)
         if tensor is None and numel is None:
             return
         if numel is None:
-            needs = "a 4-bit format" if name == "code" else "nested_absmax"
+            needs = {"code": "a 4-bit format", "zero_point": "affine4 or affine8"}.get(name, "nested_absmax")
+            needs = "a format that has it" if name.endswith("minimum") else needs
             raise bad(name, f"None without {needs}", f"{tuple(tensor.shape)}")
         if not isinstance(tensor, Tensor):
             raise bad_type(name, "a tensor", type(tensor).__name__)
-        if tensor.dtype != dtype:
-            raise bad_type(name, f"{dtype}", tensor.dtype)
+        if tensor.dtype not in dtypes:
+            raise bad_type(name, " or ".join(map(str, dtypes)), tensor.dtype)
         if tensor.numel() != numel:
             raise bad(name, f"{numel} elements", f"{tensor.numel()}")
         if not tensor.is_contiguous():
@@ -115,7 +145,7 @@ class QuantizedWeight:
         return f"QuantizedWeight(shape={self.shape}, {how}, {where})"
 
     def check_values(self) -> QuantizedWeight:
-        """Check that scales and tables are finite, which the constructor does not. Every byte of codes is valid.
+        """Check that scales and tables are finite, which the constructor does not. Only "fp8" has codes that are NaN.
 
         Use it for a weight that comes from a file or from another library. It waits for a GPU. It decodes the weight, a
         part at a time, only if the largest scale times the largest level exceeds fp32.
@@ -124,9 +154,9 @@ class QuantizedWeight:
             The weight itself.
 
         Raises:
-            ValueError: a scale, a table or the offset is NaN or Inf, an element decodes to one, or a byte is not a
-                scale of "mxfp4" or "nvfp4". A value of MXFP4 may exceed fp32; it decodes to infinity then, as in
-                transformers.
+            ValueError: a scale, a table or the offset is NaN or Inf, an element decodes to one, a byte is not a scale
+                of "mxfp4" or "nvfp4", or `column_order` is not a permutation. A value of MXFP4 may exceed fp32; it
+                decodes to infinity then, as in transformers.
         """
         if self.format in MICROSCALED:
             check_scale_table("nested_code", self.nested_code, self.format)
@@ -134,14 +164,36 @@ class QuantizedWeight:
             for name in ("nested_absmax", "offset", "code"):
                 check_finite(name, getattr(self, name))
             return self
+        if self.layout.byte_format == E4M3 and not self.codes.is_meta:
+            check_memory("codes", self.codes)
+            if any(((part & 0x7F) == 0x7F).any() for part in self.codes.view(-1).split(1 << 20)):
+                raise bad("codes", "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
+        if self.column_order is not None:
+            check_permutation("column_order", self.column_order)
+        if self.layout.byte_format == E4M3:
+            self._check_fp8_scales()
+            return self
         sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
-        scale = sizes["absmax"]
+        scale, minimum = sizes["absmax"], sizes.get("minimum", 0.0)
         if self.nested_absmax is not None:
             scale = sizes["nested_code"] * sizes["nested_absmax"] + sizes["offset"]
-        level = sizes.get("code", 1 + 2**-22)  # int8's 127 * (scale / 127) is rounded twice
-        if level * scale > torch.finfo(torch.float32).max and not self._decodes_to_finite():
+            minimum = sizes["nested_code"] * sizes.get("nested_minimum", 0.0)
+        # The largest level, where 127 * (scale / 127) of int8 is rounded twice.
+        level = sizes.get("code", 1 + 2**-22 if self.format == "int8" else 448.0) + 128 * (self.zero_point is not None)
+        if level * scale + minimum > torch.finfo(torch.float32).max and not self._decodes_to_finite():
             raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
         return self
+
+    def _check_fp8_scales(self) -> None:
+        """Check that the scales of "fp8" lie below 2^120, because kernels multiply them by 256."""
+        largest = check_finite("absmax", self.absmax)
+        if self.nested_code is not None and not self.absmax.is_meta:  # powers of two, of which the byte 255 is NaN
+            check_scales("absmax", self.absmax, "mxfp4")
+            check_finite("nested_absmax", self.nested_absmax)
+            check_finite("offset", self.offset)
+            largest = self.nested_code[self.absmax.max().int()].item()
+        if largest >= 2.0**120:
+            raise bad("absmax", "scales below 2^120", f"{largest:.9g}")
 
     def _decodes_to_finite(self) -> bool:
         """Whether all elements decode to finite numbers of fp32. They are decoded some rows at a time."""
@@ -154,7 +206,12 @@ class QuantizedWeight:
     @property
     def bits(self) -> int:
         """The bits of a code: 4 or 8."""
-        return 8 if self.format == "int8" else 4
+        return self.layout.bits
+
+    @property
+    def layout(self) -> Layout:
+        """How the format stores a weight."""
+        return LAYOUTS[self.format]
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +247,8 @@ class QuantizedWeight:
         """
         dtype = self.dtype if dtype is None else dtype
         check_float_dtype("dtype", dtype)
-        return torch.ops.qlora_native.dequantize(*op_arguments(as_matrix(self)), dtype).view(self.shape)
+        w = torch.ops.qlora_native.dequantize(*op_arguments(as_matrix(self)), dtype).view(self.shape)
+        return w if self.column_order is None else in_order(w, self.column_order)
 
     def to(self, device: torch.device | str | int) -> QuantizedWeight:
         """Move the weight to a device.
@@ -350,20 +408,38 @@ class QuantizedWeight:
 def unchecked(*values: Any) -> QuantizedWeight:
     """Make a weight from all fields, in order, without checks, as a layer does at each call."""
     q = object.__new__(QuantizedWeight)
-    (q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.shape, q.blocksize, q.format, q.dtype) = (
-        values
-    )
+    (
+        q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.shape, q.blocksize, q.format, q.dtype,
+        q.minimum, q.nested_minimum, q.zero_point, q.column_order,
+    ) = values  # fmt: skip
     return q
 
 
 def op_arguments(q: QuantizedWeight) -> tuple[Any, ...]:
-    """The ten arguments of a torch op that are a weight: codes ... code, N, K, bits, blocksize, of one expert.
+    """The fifteen arguments of a torch op that are a weight: codes ... zero_point, N ... byte_format, of one expert.
 
     An op takes tensors and numbers alone, so each schema in python/bindings/ and each fake, whose parameters have the
     names of its schema, spells them out in this order; torch.library.opcheck compares the two in the tests.
     """
-    tensors = (q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code)
-    return *tensors, *q.shape[-2:], q.bits, q.blocksize
+    layout = LAYOUTS[q.format]
+    return (
+        q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.minimum, q.nested_minimum, q.zero_point,
+        *q.shape[-2:], layout.bits, q.blocksize, layout.nested_blocksize, layout.byte_format,
+    )  # fmt: skip
+
+
+def in_order(w: Tensor, column_order: Tensor) -> Tensor:
+    """The columns of `w` [..., K], which are stored in `column_order`, in the order of the weight."""
+    return torch.empty_like(w).index_copy_(-1, column_order.long(), w)
+
+
+def check_permutation(name: str, order: Tensor) -> None:
+    """Raise ValueError unless `order` [K] has each of 0 ... K-1 once."""
+    check_memory(name, order)
+    if order.is_meta:
+        return
+    if not torch.equal(order.detach().long().sort().values, torch.arange(order.numel(), device=order.device)):
+        raise bad(name, f"each of 0 ... {order.numel() - 1} once", "others")
 
 
 def as_matrix(q: QuantizedWeight) -> QuantizedWeight:

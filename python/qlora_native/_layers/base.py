@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.blocks import NESTED_BLOCKSIZE, ceil_div, chosen_blocksize
+from .._core.blocks import ceil_div, chosen_blocksize
 from .._core.errors import bad_type, check_float_dtype, check_memory
-from .._core.formats import CODEBOOKS, DYNAMIC_MAP, check_format, codes_shape
+from .._core.formats import DYNAMIC_MAP, check_format, codes_shape, levels_of
+from .._core.layouts import LAYOUTS
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.quantize import code_tensor
 from .._core.weight import QuantizedWeight, check_finite, unchecked
@@ -25,6 +26,10 @@ _STATE = {
     "nested_absmax": "nested_absmax",
     "nested_code": "nested_code",
     "offset": "offset",
+    "minimum": "minimum",
+    "nested_minimum": "nested_minimum",
+    "zero_point": "zero_point",
+    "column_order": "column_order",
     "codebook": "code",
 }
 
@@ -60,7 +65,7 @@ def zero_weight(
     return QuantizedWeight(
         codes=torch.zeros(codes_shape(*shape, bits=bits), dtype=torch.uint8, device=device),
         absmax=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else fp32(blocks),
-        nested_absmax=fp32(ceil_div(blocks, NESTED_BLOCKSIZE)) if double_quant else None,
+        nested_absmax=fp32(ceil_div(blocks, LAYOUTS[format].nested_blocksize)) if double_quant else None,
         nested_code=_levels_of_scales(format).to(device, copy=True) if double_quant else None,
         offset=fp32() if double_quant else None,
         code=None if bits == 8 else code_tensor(format, codebook, device),
@@ -119,7 +124,7 @@ class QuantizedLayer(nn.Module):
         # Those that are None are registered last: torch.export (2.13) counts them when it looks for the names of the
         # others.
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
-            if tensor is not None and tensor.dtype == torch.uint8:
+            if tensor is not None and not tensor.is_floating_point():
                 setattr(self, name, _frozen(tensor))
             else:
                 self.register_buffer(name, tensor)
@@ -139,7 +144,7 @@ class QuantizedLayer(nn.Module):
         """The weight as a container over the layer's own tensors."""
         # Reads the dictionaries: every forward passes here, and nn.Module.__getattr__ would double its cost.
         parameters, buffers = self._parameters, self._buffers
-        absmax = parameters.get("absmax")
+        absmax, minimum = parameters.get("absmax"), parameters.get("minimum")
         return unchecked(
             parameters["weight"],
             buffers["absmax"] if absmax is None else absmax,
@@ -151,6 +156,10 @@ class QuantizedLayer(nn.Module):
             self.blocksize,
             self.format,
             self.dtype,
+            buffers.get("minimum") if minimum is None else minimum,
+            buffers.get("nested_minimum"),
+            parameters.get("zero_point"),
+            parameters.get("column_order"),
         )
 
     @property
@@ -186,14 +195,17 @@ class QuantizedLayer(nn.Module):
                 self.absmax,
                 self.nested_absmax,
                 self.offset,
+                self.quantized_weight.minimum,
+                self.quantized_weight.nested_minimum,
+                self.quantized_weight.zero_point,
                 self._parameters.get("bias"),
             ):
                 if tensor is not None:
                     tensor.zero_()
             if self.nested_code is not None:
                 self.nested_code.copy_(_levels_of_scales(self.format))
-            if self.format in CODEBOOKS:
-                self.codebook.copy_(CODEBOOKS[self.format])
+            if (levels := levels_of(self.format)) is not None:
+                self.codebook.copy_(levels)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.

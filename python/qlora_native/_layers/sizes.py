@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -12,6 +13,7 @@ from .adapters import added_by_peft, is_of_peft
 from .base import QuantizedLayer
 
 _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
+_BITS = {torch.uint8: "8 bits", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SHOWN = 3  # names that a row of the table lists
 # Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
 _SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
@@ -115,7 +117,7 @@ def size_report(model: nn.Module) -> SizeReport:
             tensors = [tensor for tensor in layer.weight_tensors().values() if id(tensor) not in seen]
             seen.update(map(id, tensors))
             if tensors:
-                scales = "8 bits" if layer.double_quant else "fp32"
+                scales = _BITS[layer.quantized_weight.absmax.dtype]
                 what = f"{layer.format} in blocks of {layer.blocksize}, scales in {scales}"
                 add(True, what, path, sum(tensor.nbytes for tensor in tensors))
     for each in unquantized_parameters(model, seen):

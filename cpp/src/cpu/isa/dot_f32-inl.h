@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "cpu/isa/block_scales-inl.h"
 #include "cpu/isa/primitives-inl.h"
 #include "qlora_native/types.h"
 
@@ -52,9 +53,10 @@ struct DotF32 {
   static F32 broadcast(const float* unit) { return set1(*unit); }
   static F32 dot_broadcast(F32 accumulator, F32 x, const float* unit) { return dot(accumulator, x, set1(*unit)); }
 
-  // The 16 levels of one block, scaled and rounded.
-  [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
-    return level_table<kType>(map_table(code, mul, set1(scale)));
+  // The 16 values of one block, rounded.
+  template <class Scales>
+  [[gnu::always_inline]] static Table table(const Table16& code, const Scales& scales, int block = 0) {
+    return level_table<kType>(values_of(code, scales, block));
   }
 
   // Decodes 64 weights from 32 bytes of codes; with kOdd from 33 bytes, of which the first weight has the low nibble.
@@ -75,9 +77,9 @@ struct DotF32 {
   }
 
   // Decodes 64 weights of kScales blocks, 2 or 4, which `scales` has in order.
-  template <int kScales>
+  template <int kScales, class Scales>
   [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
-                                                     const float* scales) {
+                                                     const Scales& scales) {
     Chunk chunk;
     for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
       const std::uint8_t* p = bytes + g * kLanes;
@@ -92,12 +94,13 @@ struct DotF32 {
     return chunk;
   }
 
-  // Decodes 64 weights from 64 signed bytes. A byte of 1 stands for `step`.
-  static Chunk decode8(const std::uint8_t* bytes, float step) {
+  // Decodes 64 weights of kScales blocks, 1, 2 or 4, from 64 bytes.
+  template <CodeKind kCodes, int kScales, class Scales>
+  [[gnu::always_inline]] static Chunk decode8(const std::uint8_t* bytes, const Scales& scales) {
     Chunk chunk;
     for (int g = 0; g < kVectors / 2; ++g) {
-      load_signed_byte_pairs(bytes + g * kGroup, chunk.v[2 * g], chunk.v[2 * g + 1]);
-      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(step)));
+      load_levels<kCodes>(bytes + g * kGroup, chunk.v[2 * g], chunk.v[2 * g + 1]);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(values<kScales>(scales, chunk.v[i], g));
     }
     return chunk;
   }
@@ -125,11 +128,11 @@ struct DotF32 {
       return values[k % kNibbleVectors];
     }
   };
-  template <int kScales>
+  template <int kScales, class Scales>
   struct StepOfBlocks {
     const std::uint8_t* bytes;
     Table16 code;
-    const float* scales;
+    Scales scales;
     [[gnu::always_inline]] F32 vector(int k) const {
       const int round = k / kNibbleVectors, g = round / 2 * kNibbleVectors;
       const std::uint8_t* p = bytes + g * kLanes;
@@ -138,18 +141,22 @@ struct DotF32 {
       return values[k % kNibbleVectors];
     }
   };
-  template <int kScales>
-  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, StepOfBlocks<kScales>>;
-  template <int kScales>
-  [[gnu::always_inline]] static Step4<kScales> step4(const std::uint8_t* codes, const Table16& code,
-                                                     const float* scales) {
+  template <int kScales, class Scales>
+  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, StepOfBlocks<kScales, Scales>>;
+  template <int kScales, class Scales>
+  [[gnu::always_inline]] static Step4<kScales, Scales> step4(const std::uint8_t* codes, const Table16& code,
+                                                             const Scales& scales) {
     if constexpr (kScales == 1)
-      return {codes, table(code, scales[0])};
+      return {codes, table(code, scales)};
     else
       return {codes, code, scales};
   }
+  template <CodeKind, int, class>
   using Step8 = Step;
-  static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
+  template <CodeKind kCodes, int kScales, class Scales>
+  [[gnu::always_inline]] static Step step8(const std::uint8_t* codes, const Scales& scales) {
+    return {decode8<kCodes, kScales>(codes, scales)};
+  }
 
   // Loads 64 elements of a dense row, times `scale`, rounded.
   template <DType kFrom>
@@ -215,18 +222,25 @@ struct DotF32 {
   }
 
  private:
+  // The values of the even or the odd levels of group g in a chunk of kScales blocks.
+  template <int kScales, class Scales>
+  [[gnu::always_inline]] static F32 values(const Scales& scales, F32 levels, int g) {
+    static_assert(kGroup <= 32);
+    if constexpr (kScales == 4) return scales.of_blocks_of_16(levels, g * kGroup / 16);
+    return scales.of_block(levels, g * kGroup * kScales / kChunk);
+  }
   // Looks up the even or the odd nibbles of groups g ... g+kNibbleVectors-1 in a chunk of kScales blocks.
-  template <int kScales, class Nibbles>
-  [[gnu::always_inline]] static void lookup_in_blocks(const Table16& code, const float* scales, int g, Nibbles nibbles,
-                                                      F32 (&values)[kNibbleVectors]) {
+  template <int kScales, class Nibbles, class Scales>
+  [[gnu::always_inline]] static void lookup_in_blocks(const Table16& code, const Scales& scales, int g, Nibbles nibbles,
+                                                      F32 (&looked_up)[kNibbleVectors]) {
     static_assert(kGroup * kNibbleVectors <= 32);
     if constexpr (kScales == 2) {  // all nibbles are in one block
-      lookup_nibbles<kType>(table(code, scales[g * kGroup / 32]), nibbles, values);
+      lookup_nibbles<kType>(table(code, scales, g * kGroup / 32), nibbles, looked_up);
     } else {  // this multiplies as often as four tables would, or less
       static_assert(kScales == 4);
-      lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, values);
+      lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, looked_up);
       for (int i = 0; i < kNibbleVectors; ++i)
-        values[i] = round_to<kType>(mul(values[i], scales_of_16(scales + (g + i) * kGroup / 16)));
+        looked_up[i] = round_to<kType>(values<kScales>(scales, looked_up[i], g + i));
     }
   }
   // The bits of vector i's elements, lane by lane.

@@ -73,7 +73,9 @@ concept ProductPrimitives =
 
       // A table of 16 floats, looked up by the low four bits of each lane.
       { table16(from) } -> std::same_as<Table16>;
-      { map_table(table, mul, x) } -> std::same_as<Table16>;  // f(level, x) of each level
+      {
+        map_table(table, [](F32 level) { return level; })
+      } -> std::same_as<Table16>;  // f(level) of each level
       // The same as lookup_nibbles() takes it, rounded, and the codes of consecutive bytes.
       { level_table<DType::bf16>(table) } -> std::same_as<LevelTable>;
       lookup_nibbles<DType::bf16>(levels, high_nibbles(bytes), looked_up);
@@ -81,6 +83,7 @@ concept ProductPrimitives =
       // The scale of every lane of an even or an odd vector (dot_f32-inl.h), whose elements lie in blocks of 16.
       { scales_of_16(from) } -> FloatOf<V>;
       load_signed_byte_pairs(bytes, x, y);  // the even and the odd ones of 2 * kLanes
+      load_e4m3_pairs(bytes, x, y);         // the same of FP8 E4M3, divided by 256
 
       // Bit i of a mask stands for lane i. Lanes without their bit become 0; every_second_bit() takes the even bits, or
       // from bit 1 on the odd ones; blend_from() takes lane i from y where bytes[i] is at least the boundary.

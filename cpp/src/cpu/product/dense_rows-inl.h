@@ -13,6 +13,7 @@ template <class Dot, bool kNaturalOrder>
 class DenseRows {
  public:
   static constexpr bool kQuantized = false;
+  static constexpr bool kRare = false;
   static constexpr std::int64_t kChunkScales = 0;
   static constexpr bool kNatural = kNaturalOrder;
   DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)

@@ -1,6 +1,7 @@
 // linear_forward of up to kMaxSmallM rows of x: lanes along K, and a weight is decoded where it is used.
 #pragma once
 
+#include <bit>
 #include <span>
 
 #include "cpu/product/config.h"
@@ -42,13 +43,13 @@ struct SmallM {
     return ceil_div(rows.cols(), kStepElements<Dot>);
   }
 
-  // x as [step][row][unit].
+  // x as [step][row][unit], with zeros in rows from `rows` on.
   template <class Rows>
-  static void pack(const Rows& x, int rows, float* out) {
-    for (int m = 0; m < rows; ++m)
-      steps_of_chunks<Dot, 1>(x, m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
+  static void pack(const Rows& x, int rows, int packed_rows, float* out) {
+    for (int m = 0; m < packed_rows; ++m)
+      steps_of_chunks<Dot, 1>(x, m, m < rows, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
         for (int k = 0; k < Dot::kStepVectors; ++k)
-          store(out + (s * rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
+          store(out + (s * packed_rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
       });
   }
 
@@ -161,16 +162,13 @@ struct SmallM {
 
   // Computes out[m][j] for kRowsOf<kM> aligned rows from n on.
   template <int kM, class Rows>
-  static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x,
+  static void whole_rows(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
                          std::span<const LowRank> loras, float* out) {
     constexpr int kRows = kRowsOf<kM>;
     Accumulators<kM> accumulators;
     const std::uint8_t* codes[kRows];
-    const float* scale[kRows];
-    for (int j = 0; j < kRows; ++j) {
-      codes[j] = w.codes_at(n + j, 0);
-      scale[j] = scales + j * (w.cols() / kChunk) * Rows::kChunkScales;
-    }
+    for (int j = 0; j < kRows; ++j) codes[j] = w.codes_at(n + j, 0);
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // The rows after these are next in memory, and next to be read. They are prefetched into the second-level cache:
     // into the first, they cost a third more time.
     const std::int64_t ahead = kRows * w.row_bytes();
@@ -182,7 +180,7 @@ struct SmallM {
       for (int j = 0; j < kRows; ++j) {
         const std::uint8_t* p = codes[j] + s * Rows::kStepBytes;
         for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
-        step[j] = w.step(p, scale[j] + s * Dot::kStepChunks * Rows::kChunkScales);
+        step[j] = w.step(p, scales + (j * row_scales + s * Dot::kStepChunks * Rows::kChunkScales));
       }
       accumulators.multiply(s, x, step);
     }
@@ -192,7 +190,7 @@ struct SmallM {
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; ++j)
           step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
-                                scale[j] + whole * Dot::kStepChunks * Rows::kChunkScales);
+                                scales + (j * row_scales + whole * Dot::kStepChunks * Rows::kChunkScales));
         accumulators.multiply(whole, x, step);
       }
     accumulators.finish(n, kRows, loras, out);
@@ -229,7 +227,8 @@ struct SmallM {
     float results[kM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
     float* scales = nullptr;
     if constexpr (Rows::kQuantized)
-      if (w.aligned()) scales = scratch_floats(Slot::thread, kRowsAtOnce * row_scales);
+      if (w.aligned())
+        scales = scratch_floats(Slot::thread, (Rows::Scales::kHasMinimum ? 2 : 1) * kRowsAtOnce * row_scales);
     for (std::int64_t first = begin; first < end; first += kRowsAtOnce) {
       const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, end - first));
       int whole = 0;
@@ -237,10 +236,12 @@ struct SmallM {
         if (scales != nullptr) {
           const Range chunks{0, w.cols() / kChunk};
           w.prefetch_scales({first + count, first + count + kRowsAtOnce}, chunks);
-          w.chunk_scales({first, first + count}, chunks, scales, row_scales);
+          float* const minima = scales + kRowsAtOnce * row_scales;
+          w.chunk_scales({first, first + count}, chunks, scales, minima, row_scales);
           whole = count / kRows * kRows;
           for (int j = 0; j < whole; j += kRows)
-            whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, results + j * kM);
+            whole_rows<kM>(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
+                           results + j * kM);
         }
       for (int j = whole; j < count; j += kRows)
         ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, results + j * kM);
@@ -251,11 +252,20 @@ struct SmallM {
       }
     }
   }
-  // Calls f with the number of rows of x as a compile-time constant.
-  template <class F>
+  // The number of rows of x that a kernel is compiled for, `rows` or the next one: a power of two where W is rare.
+  template <class Rows>
+  static constexpr int packed_rows(int rows) {
+    return Rows::kRare ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows))) : rows;
+  }
+  // Calls f with packed_rows() as a compile-time constant.
+  template <class Rows, class F>
   static void with_rows_of_x(int rows, F&& f) {
+    const auto call = [&]<int kM>() {
+      if constexpr (packed_rows<Rows>(kM) == kM)
+        if (rows == kM) f(std::integral_constant<int, kM>());
+    };
     [&]<int... i>(std::integer_sequence<int, i...>) {
-      ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+      (call.template operator()<i + 1>(), ...);
     }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
   }
 };
@@ -271,13 +281,14 @@ class ForwardSmallM final : public Job {
     adapters_ = job_adapters(args.lora, part, rows_, args.weight);
     for (const JobAdapter& adapter : adapters_)
       loras_.push_back({lora_b(adapter.lora, args.weight.N), adapter.lora.scaling, nullptr, padded_rank()});
-    x_floats_ = Product::steps(w) * rows_ * Product::kStepUnits;
-    u_floats_ = rows_ * padded_rank();
+    packed_rows_ = Product::template packed_rows<Rows>(static_cast<int>(rows_));
+    x_floats_ = Product::steps(w) * packed_rows_ * Product::kStepUnits;
+    u_floats_ = packed_rows_ * padded_rank();
     bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
   }
 
   void cut(std::int64_t threads) override {
-    Product::with_rows_of_x(static_cast<int>(rows_), [&](auto kM) {
+    Product::template with_rows_of_x<Rows>(packed_rows_, [&](auto kM) {
       u_task_rows_ = Product::template task_rows<kM>(args_.lora.rank, threads);
       y_task_rows_ = Product::template task_rows<kM>(w_.rows(), threads);
     });
@@ -285,14 +296,16 @@ class ForwardSmallM final : public Job {
     tasks_[1] = ceil_div(w_.rows(), y_task_rows_);
   }
   void prepare(std::byte* memory) override {
-    const int rows = static_cast<int>(rows_);
+    const auto pack = [&](const DenseRows<Dot, false>& x, float* out) {
+      Product::pack(x, static_cast<int>(rows_), packed_rows_, out);
+    };
     x_ = dropped_x_ = reinterpret_cast<float*>(memory);
-    Product::pack(DenseRows<Dot, false>(args_.x), rows, x_);
+    pack(DenseRows<Dot, false>(args_.x), x_);
     float* u = x_ + x_floats_;
     if (has_dropout()) {
       dropped_x_ = u;
       u += x_floats_;
-      Product::pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), rows, dropped_x_);
+      pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), dropped_x_);
     }
     __builtin_memset(u, 0, loras_.size() * static_cast<std::size_t>(u_floats_) * sizeof(float));
     for (LowRank& lora : loras_) {
@@ -301,8 +314,8 @@ class ForwardSmallM final : public Job {
     }
   }
   void run(int stage, std::int64_t task) override {
-    Product::with_rows_of_x(static_cast<int>(rows_),
-                            [&](auto kM) { stage == 0 ? compute_u<kM>(task) : multiply<kM>(task); });
+    Product::template with_rows_of_x<Rows>(packed_rows_,
+                                           [&](auto kM) { stage == 0 ? compute_u<kM>(task) : multiply<kM>(task); });
   }
 
  private:
@@ -340,6 +353,7 @@ class ForwardSmallM final : public Job {
     const std::int64_t begin = task * y_task_rows_;
     Product::template multiply<kM>(w_, begin, smaller(begin + y_task_rows_, w_.rows()), x_, loras_,
                                    [&](int m, std::int64_t first, int count, const float* results) {
+                                     if (m >= rows_) return;
                                      for (int j = 0; j < count; j += kLanes) {
                                        const int lanes = smaller(kLanes, count - j);
                                        store_elements(args_.y, m, first + j,
@@ -359,6 +373,7 @@ class ForwardSmallM final : public Job {
   Rows w_;
   LinearForwardArgs args_;  // of this job's rows
   std::int64_t first_row_;  // of the call's, as dropout counts them
+  int packed_rows_;
   std::vector<JobAdapter> adapters_;
   std::vector<LowRank> loras_;
   std::int64_t x_floats_, u_floats_;

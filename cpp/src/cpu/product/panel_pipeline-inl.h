@@ -53,7 +53,7 @@ class Decoder {
     stepwise_ = w.aligned() && rows.count() == lines_ * kLineRows;
     if (!stepwise_) return;
     codes_ = w.codes_at(rows.begin, panel.chunks.begin);
-    w.chunk_scales(rows, panel.chunks, scales_, width_ * Rows::kChunkScales);
+    w.chunk_scales(rows, panel.chunks, scales_, scales_ + kMinima, width_ * Rows::kChunkScales);
     if (next != nullptr) {
       w.prefetch_scales(rows_of(*next), next->chunks);
       ahead_ = w.codes_at(rows_of(*next).begin, next->chunks.begin) - codes_;
@@ -130,7 +130,8 @@ class Decoder {
     typename Panel::Chunk chunk[kLineRows];
 #pragma GCC unroll 2
     for (int i = 0; i < kLineRows; ++i)
-      chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales + i * width_ * Rows::kChunkScales);
+      chunk[i] = w_.chunk(codes + i * w_.row_bytes(),
+                          typename Rows::Scales{scales, scales + kMinima} + i * width_ * Rows::kChunkScales);
     Panel::template write<Rows::kNatural>(chunk, out);
   }
 
@@ -145,7 +146,9 @@ class Decoder {
   const std::uint8_t* from_ = nullptr;
   const float* scale_ = nullptr;
   float* out_ = nullptr;
-  float scales_[Panel::kMaxScaledChunks * Rows::kChunkScales];
+  // Scales are followed by minima, if there are some, which begin here.
+  static constexpr std::int64_t kMinima = Panel::kMaxScaledChunks * Rows::kChunkScales;
+  float scales_[(Rows::Scales::kHasMinimum ? 2 : 1) * kMinima];
 };
 // Stands for a decoder where a panel is multiplied and no other one is decoded.
 struct NoDecoder {
@@ -162,12 +165,13 @@ struct Paced {
 };
 
 // Calls multiply(i, panel, decoding) for the panels panel_of(0) ... panel_of(count-1) of w. Neighbours must lie in
-// different places, because one is decoded while the other is multiplied. A dense w is not decoded ahead.
+// different places, because one is decoded while the other is multiplied. A dense w, or a rare one, is not decoded
+// ahead.
 template <class Rows, class PanelOf, class Multiply>
 void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of, const Multiply& multiply) {
   using Panel = decltype(panel_of(std::int64_t{}));
   NoDecoder none;
-  if constexpr (Rows::kQuantized) {
+  if constexpr (Rows::kQuantized && !Rows::kRare) {
     const auto decoder = [&](std::int64_t i) {
       const Panel next = panel_of(i + 1);
       return Decoder<Panel, Rows>(w, panel_of(i), i + 1 < count ? &next : nullptr);

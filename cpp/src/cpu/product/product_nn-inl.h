@@ -214,7 +214,9 @@ struct ProductNn : LayoutNn<DotOf> {
               Strided{operands.accumulators + j * kLanes, FixedStride<kChunk>()}, operands.accumulate || unit != 0,
               decoding);
         };
-        if (operands.vectors - j == 1)
+        if constexpr (!std::is_same_v<Decoding, NoDecoder>)  // W is quantized, and no chunk is cut
+          multiply(std::integral_constant<int, kStep>());
+        else if (operands.vectors - j == 1)
           multiply(std::integral_constant<int, 1>());
         else if (operands.vectors - j == 2 || kStep == 2)
           multiply(std::integral_constant<int, 2>());

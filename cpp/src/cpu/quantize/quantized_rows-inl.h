@@ -12,21 +12,26 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// A chunk has kScales scales: one where blocks are as large as it or larger; in smaller ones, which only 4-bit codes
-// have, one for each block.
-template <class Dot, int kBits, int kScales = 1>
+// A chunk has kScales scales, one for each block of 64 / kScales elements. Larger blocks have theirs several times.
+template <class Dot, CodeKind kCodes, int kScales, bool kMinimum>
 class QuantizedRows {
+  static constexpr int kBits = bits_of(kCodes);
+
  public:
+  using Scales = BlockScales<kMinimum>;
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
   static constexpr std::int64_t kChunkScales = kScales;
+  // Products have fewer kernels for a rare format: not each number of rows of x has its own, and no panel is decoded
+  // while another one is multiplied. Each class is compiled for each product.
+  static constexpr bool kRare = kScales == 4 && (kCodes != CodeKind::nibbles || kMinimum);
   // `which` of w.count weights.
   explicit QuantizedRows(const QuantizedWeightView& w, std::int64_t which = 0)
       : w_(w),
         first_row_(which * w.N),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
         aligned_(w.blocksize >= kScaleElements && (w.K % kChunk == 0 || w.N * w.count == 1)),
-        scales_(w) {
+        decoder_(w) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
 
@@ -37,25 +42,27 @@ class QuantizedRows {
   // codes kAhead bytes further on are prefetched.
   template <int kRows, int kAhead = 0, class Sink>
   void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
-    float scales[kRows][kMaxScales];
+    float scales[kRows][kMaxScales], minima[kMinimum ? kRows : 1][kMaxScales];
+    const auto minima_of = [&](int row) { return kMinimum ? minima[row] : nullptr; };
     for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kChunksAtOnce) {
       const std::int64_t end = smaller(begin + kChunksAtOnce, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
-      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink);
+      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, minima_of(0), sink);
       if (begin + whole == end) continue;
       std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
         const std::int64_t first = element(n + i, begin);
         first_block[i] = first >> shift_;
-        scales_.decode(first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
+        const std::int64_t blocks = ((first + elements - 1) >> shift_) + 1 - first_block[i];
+        decoder_.decode(first_block[i], blocks, scales[i], minima_of(i));
       }
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
         const std::int64_t count_left = elements - (c - begin) * kChunk;
         for (int i = 0; i < count; ++i)
           chunk[i] = decode_ragged(element(n + i, c), static_cast<int>(smaller<std::int64_t>(kChunk, count_left)),
-                                   scales[i], first_block[i]);
+                                   {scales[i], minima_of(i)}, first_block[i]);
         sink(c, chunk);
       }
     }
@@ -65,58 +72,70 @@ class QuantizedRows {
 
   // Whether every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of some chunks of some rows. `out` has the rows `stride` floats apart.
-  void chunk_scales(Range rows, Range chunks, float* out, std::int64_t stride) const {
+  // The scales of some chunks of some rows. `out` has the rows `stride` floats apart, and `minima` those of their
+  // minima.
+  void chunk_scales(Range rows, Range chunks, float* out, float* minima, std::int64_t stride) const {
     const int shift = shift_ - __builtin_ctz(kScaleElements);  // scales that are handed out -> blocks
     const std::int64_t per_row = w_.K / kChunk * kScales;
     const std::int64_t first = (first_row_ + rows.begin) * per_row + chunks.begin * kScales;
     BlocksOfRows blocks{first, chunks.count() * kScales, rows.count(), per_row};
     if (blocks.count == per_row && stride == per_row)  // one long row
       blocks = {first, blocks.count * blocks.rows, 1, 0};
-    if (shift == 0) return scales_.decode(blocks, out, stride);
-    for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
-      const std::int64_t first_scale = first + row * per_row, first_block = first_scale >> shift;
-      scales_.decode(first_block, ((first_scale + blocks.count - 1) >> shift) + 1 - first_block, out);
-      // From the last on: no scale is overwritten before it is read.
-      for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((first_scale + i) >> shift) - first_block];
+    if (shift == 0) return decoder_.decode(blocks, out, minima, stride);
+    const std::int64_t times = std::int64_t{1} << shift, skipped = first & (times - 1);
+    if (per_row % times == 0 || blocks.rows == 1) {  // no block straddles rows
+      decoder_.decode({first >> shift, ceil_div(skipped + blocks.count, times), blocks.rows, per_row >> shift}, out,
+                      minima, stride);
+      for (std::int64_t row = 0; row < blocks.rows; ++row) {
+        repeat(out + row * stride, blocks.count, skipped, shift);
+        if constexpr (kMinimum) repeat(minima + row * stride, blocks.count, skipped, shift);
+      }
+      return;
     }
+    for (std::int64_t row = 0; row < rows.count(); ++row)
+      chunk_scales({rows.begin + row, rows.begin + row + 1}, chunks, out + row * stride,
+                   kMinimum ? minima + row * stride : nullptr, blocks.count);
   }
   // Prefetches such scales, as far as the weight has the rows.
   void prefetch_scales(Range rows, Range chunks) const {
     const std::int64_t first = element(rows.begin, chunks.begin) >> shift_;
     const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
-    scales_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
+    decoder_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
   }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
-  using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
+  using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales, Scales>,
+                                           typename Dot::template Step8<kCodes, kScales, Scales>>;
   static constexpr std::int64_t kStepBytes = Dot::kStepChunks * kChunkBytes;
   // Decodes Dot::kStepChunks chunks from `codes` on, with their scales.
-  [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
+  [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const Scales& scales) const {
     if constexpr (kBits == 4)
       return Dot::template step4<kScales>(codes, code_, scales);
     else
-      return Dot::step8(codes, scales);
+      return Dot::template step8<kCodes, kScales>(codes, scales);
   }
   // Decodes the first half of a step of two chunks, which is what an odd number of chunks leaves.
-  QuantizedStep half_step(const std::uint8_t* codes, const float* scales) const {
+  QuantizedStep half_step(const std::uint8_t* codes, const Scales& scales) const {
     std::uint8_t copy[kStepBytes] = {};
     __builtin_memcpy(copy, codes, kStepBytes / 2);
-    float copy_of_scales[2 * kScales] = {};
-    __builtin_memcpy(copy_of_scales, scales, sizeof(copy_of_scales) / 2);
-    return step(copy, copy_of_scales);
+    float copy_of_scales[2 * kScales] = {}, copy_of_minima[2 * kScales] = {};
+    __builtin_memcpy(copy_of_scales, scales.scale, sizeof(copy_of_scales) / 2);
+    if constexpr (kMinimum) __builtin_memcpy(copy_of_minima, scales.minimum, sizeof(copy_of_minima) / 2);
+    return step(copy, {copy_of_scales, copy_of_minima});
   }
-  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, const float* scales) const {
-    if constexpr (kScales > 1)
+  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, const Scales& scales) const {
+    if constexpr (kBits == 8)
+      return Dot::template decode8<kCodes, kScales>(codes, scales);
+    else if constexpr (kScales > 1)
       return Dot::template decode4_blocks<kScales>(codes, code_, scales);
     else
-      return decode<false>(codes, scales[0]);
+      return decode<false>(codes, scales);
   }
   // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
-  static_assert(kScales == 1 || (kBits == 4 && (kScales == 2 || kScales == 4)));
+  static_assert(kScales == 1 || kScales == 2 || kScales == 4);
   static constexpr int kScaleElements = kChunk / kScales;  // elements that have one scale
   static constexpr std::int64_t kChunksAtOnce = 64;        // chunks whose scales are decoded at once
   static constexpr std::int64_t kMaxScales = kChunksAtOnce * kChunk / 16 + 2;  // of the smallest blocks
@@ -124,10 +143,10 @@ class QuantizedRows {
   // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
   void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMaxScales],
-                    Sink&& sink) const {
+                    float* minima, Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
-    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], kMaxScales);
+    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], minima, kMaxScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];
@@ -135,9 +154,30 @@ class QuantizedRows {
       for (int i = 0; i < kRows; ++i) {
         const std::uint8_t* p = codes[i] + j * kChunkBytes;
         if (kAhead != 0) __builtin_prefetch(p + kAhead, 0, 2);
-        chunks[i] = chunk(p, scales[i] + j * kScales);
+        chunks[i] = chunk(p, Scales{scales[i], kMinimum ? minima + i * kMaxScales : nullptr} + j * kScales);
       }
       sink(begin + j, chunks);
+    }
+  }
+
+  // Lets each scale stand 2^shift times, in place, the first one `skipped` times fewer: `count` scales in all.
+  static void repeat(float* scales, std::int64_t count, std::int64_t skipped, int shift) {
+    const std::int64_t times = std::int64_t{1} << shift;
+    if (skipped == 0 && count % times == 0) {
+      for (std::int64_t have = count / times; have < count; have *= 2) repeat_twice(scales, have);
+      return;
+    }
+    // From the last on: no scale is overwritten before it is read.
+    for (std::int64_t i = count; i-- > 0;) scales[i] = scales[(i + skipped) >> shift];
+  }
+  static void repeat_twice(float* scales, std::int64_t count) {
+    for (std::int64_t i = (count - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {
+      const int lanes = static_cast<int>(smaller<std::int64_t>(kLanes, count - i));
+      const F32 once = load_as_f32<DType::f32>(scales + i, lanes);
+      F32 first, second;
+      interleave(once, once, first, second);
+      store_from_f32<DType::f32>(scales + 2 * i, first, smaller(kLanes, 2 * lanes));
+      if (2 * lanes > kLanes) store_from_f32<DType::f32>(scales + 2 * i + kLanes, second, 2 * lanes - kLanes);
     }
   }
 
@@ -145,16 +185,17 @@ class QuantizedRows {
   std::int64_t element(std::int64_t n, std::int64_t c) const { return (first_row_ + n) * w_.K + c * kChunk; }
   const std::uint8_t* codes_of(std::int64_t element) const { return w_.codes + (element * kBits >> 3); }
 
+  // Decodes a chunk of one block.
   template <bool kOdd>
-  [[gnu::always_inline]] typename Dot::Chunk decode(const std::uint8_t* codes, float scale) const {
+  [[gnu::always_inline]] typename Dot::Chunk decode(const std::uint8_t* codes, const Scales& scales) const {
     if constexpr (kBits == 4)
-      return Dot::template decode4<kOdd>(codes, Dot::table(code_, scale));
+      return Dot::template decode4<kOdd>(codes, Dot::table(code_, scales));
     else
-      return Dot::decode8(codes, scale / 127.0f);
+      return Dot::template decode8<kCodes, 1>(codes, scales);
   }
 
   // Decodes a chunk that may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
-  [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const float* scales,
+  [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const Scales& scales,
                                                       std::int64_t first_block) const {
     const std::uint8_t* codes = codes_of(element);
     const bool odd = kBits == 4 && element % 2 != 0;
@@ -166,10 +207,12 @@ class QuantizedRows {
       codes = copy;
     }
     std::int64_t block = element >> shift_;
-    const auto part = [&](float scale) { return odd ? decode<true>(codes, scale) : decode<false>(codes, scale); };
-    typename Dot::Chunk chunk = part(scales[block - first_block]);
+    const auto part = [&](const Scales& of_block) {
+      return odd ? decode<true>(codes, of_block) : decode<false>(codes, of_block);
+    };
+    typename Dot::Chunk chunk = part(scales + (block - first_block));
     for (std::int64_t boundary = ((block + 1) << shift_) - element; boundary < count; boundary += w_.blocksize)
-      chunk = Dot::blend(chunk, part(scales[++block - first_block]), static_cast<int>(boundary));
+      chunk = Dot::blend(chunk, part(scales + (++block - first_block)), static_cast<int>(boundary));
     if (count < kChunk) chunk = Dot::blend(chunk, typename Dot::Chunk{}, count);
     return chunk;
   }
@@ -178,17 +221,30 @@ class QuantizedRows {
   std::int64_t first_row_;
   int shift_;
   bool aligned_;  // whether a chunk has kScales scales and begins in a high nibble
-  Scales scales_;
+  ScaleDecoder decoder_;
   Table16 code_{};
 };
 
 // Calls f with the rows of `which` of the weights, as the products of a Dot take them.
+// Rare combinations take the class of smaller blocks: E4M3 and minima that of half a chunk, and bytes with minima that
+// of a quarter.
 template <class Dot, class F>
 inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&& f) {
-  if (weight.bits == 8) return f(QuantizedRows<Dot, 8>(weight, which));
-  if (weight.blocksize >= kChunk) return f(QuantizedRows<Dot, 4>(weight, which));
-  if (weight.blocksize == kChunk / 2) return f(QuantizedRows<Dot, 4, 2>(weight, which));
-  return f(QuantizedRows<Dot, 4, 4>(weight, which));
+  const auto call = [&]<CodeKind kCodes, int kScales, bool kMinimum = false>() {
+    return f(QuantizedRows<Dot, kCodes, kScales, kMinimum>(weight, which));
+  };
+  using enum CodeKind;
+  const bool whole = weight.blocksize >= kChunk, halves = weight.blocksize >= kChunk / 2;
+  if (weight.bits == 8) {
+    if (weight.has_minimum()) return call.template operator()<int8, 4, true>();
+    if (weight.byte_format == ByteFormat::e4m3) return call.template operator()<e4m3, 2>();
+    if (whole) return call.template operator()<int8, 1>();
+    return halves ? call.template operator()<int8, 2>() : call.template operator()<int8, 4>();
+  }
+  if (weight.has_minimum())
+    return halves ? call.template operator()<nibbles, 2, true>() : call.template operator()<nibbles, 4, true>();
+  if (whole) return call.template operator()<nibbles, 1>();
+  return halves ? call.template operator()<nibbles, 2>() : call.template operator()<nibbles, 4>();
 }
 
 }  // namespace

@@ -51,8 +51,8 @@ void decode(const QuantizedWeightView& w, std::int64_t first, std::int64_t count
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t block = (first + i) / w.blocksize;
     const std::int64_t end = std::min(count, (block + 1) * w.blocksize - first);
-    const float scale = scale_of_block(w, block);
-    for (; i < end; ++i) out[i] = round_to(dtype, value_of_element(w, first + i, scale));
+    const float scale = scale_of_block(w, block), minimum = minimum_of_block(w, block, scale);
+    for (; i < end; ++i) out[i] = round_to(dtype, value_of_element(w, first + i, scale, minimum));
   }
 }
 

@@ -1,6 +1,9 @@
-// The scales of a weight's blocks.
+// The scales of a weight's blocks, and their minima.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/isa/utility-inl.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native::QLN_ISA {
@@ -12,13 +15,18 @@ struct BlocksOfRows {
   std::int64_t first, count, rows, row_blocks;
 };
 
-class Scales {
+class ScaleDecoder {
  public:
-  explicit Scales(const QuantizedWeightView& w)
-      : absmax_(w.absmax),
-        nested_absmax_(w.nested_absmax),
+  explicit ScaleDecoder(const QuantizedWeightView& w)
+      : scales_{w.absmax, w.nested_absmax, w.offset != nullptr ? *w.offset : 0.0f},
+        minima_{w.minimum, w.nested_minimum, -0.0f},  // adding -0 changes no bit
+        zero_point_(w.zero_point),
+        dtype_(w.scale_dtype),
+        unit_(w.bits == 4                                ? Unit::one
+              : w.byte_format == ByteFormat::e4m3        ? Unit::times_256
+              : w.byte_format == ByteFormat::absmax_int8 ? Unit::over_127
+                                                         : Unit::one),
         nested_code_(w.nested_code),
-        offset_(w.offset != nullptr ? *w.offset : 0.0f),
         nested_blocksize_(w.nested_blocksize),
         // Without nested scales their blocksize may be any number.
         nested_shift_(w.nested_absmax != nullptr && (w.nested_blocksize & (w.nested_blocksize - 1)) == 0
@@ -26,40 +34,84 @@ class Scales {
                           : -1),
         levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {}
 
-  // out[i] = scale of block first + i, for i < count.
-  void decode(std::int64_t first, std::int64_t count, float* out) const {
-    if (nested_absmax_ == nullptr) {
-      __builtin_memcpy(out, static_cast<const float*>(absmax_) + first,
-                       static_cast<std::size_t>(count) * sizeof(float));
-      return;
-    }
-    if (count <= kMaxOneByOne) return decode_one_by_one(first, count, out);
-    const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
-    for (std::int64_t i = 0; i < count; i += kAtOnce) {
-      F32 values[kTableVectors];
-      lookup_bytes(levels_, absmax + i, values, static_cast<int>(count - i < kAtOnce ? count - i : kAtOnce));
-      if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
-        const F32 nested = set1(nested_absmax_[nested_of(first + i)]);
-        for (int k = 0; k < kTableVectors; ++k) store(out + i + k * kLanes, scaled(values[k], nested));
-        continue;
+  // What a level of 1 is in each block, and the block's minimum unless `minima` is null. Both results have rows
+  // `stride` floats apart.
+  void decode(const BlocksOfRows& blocks, float* out, float* minima, std::int64_t stride) const {
+    read(scales_, blocks, out, stride);
+    if (minima != nullptr && minima_.data != nullptr) read(minima_, blocks, minima, stride);
+    if (zero_point_ == nullptr && unit_ == Unit::one) return;
+    for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
+      if (minima != nullptr && zero_point_ != nullptr) {
+        const std::int8_t* const zero_point = zero_point_ + blocks.first + row * blocks.row_blocks;
+        float* const of_row = minima + row * stride;
+        for (std::int64_t i = 0; i < blocks.count; ++i) of_row[i] = -(static_cast<float>(zero_point[i]) * out[i]);
       }
-      for (int k = 0; k < kTableVectors && i + k * kLanes < count; ++k) {
-        const std::int64_t begin = i + k * kLanes;
-        const int lanes = static_cast<int>(count - begin < kLanes ? count - begin : kLanes);
-        store_from_f32<DType::f32>(out + begin, scaled(values[k], nested_of_lanes(first + begin, lanes)), lanes);
-      }
+      if (unit_ == Unit::over_127)
+        for (std::int64_t i = 0; i < blocks.count; ++i) out[i] /= 127.0f;
+      if (unit_ == Unit::times_256)
+        for (std::int64_t i = 0; i < blocks.count; ++i) out[i] *= 256.0f;
     }
   }
-  // The scales of several rows, which out has `stride` floats apart.
-  void decode(const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
+  // Those of blocks first ... first+count-1.
+  void decode(std::int64_t first, std::int64_t count, float* out, float* minima) const {
+    decode({first, count, 1, 0}, out, minima, 0);
+  }
+  void prefetch(const BlocksOfRows& blocks) const {
+    for (const Source& source : {scales_, minima_})
+      if (source.data != nullptr)
+        prefetch(blocks, source.data, source.nested == nullptr ? static_cast<std::int64_t>(size_of(dtype_)) : 1);
+    if (zero_point_ != nullptr) prefetch(blocks, zero_point_, 1);
+  }
+
+ private:
+  static constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
+  static constexpr std::int64_t kStaged = 512;  // scales of short rows that are decoded together
+  // So many scales or fewer are looked up one by one, for the lookup of a vector goes through all of the table.
+  static constexpr std::int64_t kMaxOneByOne = 4;
+  static constexpr float kNoLevels[256] = {};
+
+  // Scales, or minima: numbers of a dtype, or bytes if they have nested scales.
+  struct Source {
+    const void* data;
+    const float* nested;
+    float offset;
+    const std::uint8_t* bytes() const { return static_cast<const std::uint8_t*>(data); }
+  };
+  // What a scale is multiplied by: levels of E4M3 are divided by 256 (block_scales-inl.h).
+  enum class Unit { one, over_127, times_256 };
+
+  static void prefetch(const BlocksOfRows& blocks, const void* data, std::int64_t size) {
     const auto [first, count, rows, row_blocks] = blocks;
-    if (nested_absmax_ != nullptr && count <= kMaxOneByOne) {
+    const char* from = static_cast<const char*>(data) + first * size;
+    for (std::int64_t row = 0; row < rows; ++row, from += row_blocks * size)
+      for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+
+  void read(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
+    if (source.nested != nullptr) return read_nested(source, blocks, out, stride);
+    with_dtype(dtype_, [&](auto dtype) {
+      constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
+      for (std::int64_t row = 0; row < blocks.rows; ++row) {
+        const char* const from =
+            static_cast<const char*>(source.data) + (blocks.first + row * blocks.row_blocks) * kSize;
+        for (std::int64_t i = 0; i < blocks.count; i += kLanes) {
+          const int lanes = lanes_of(blocks.count - i);
+          store_from_f32<DType::f32>(out + row * stride + i, load_as_f32<dtype()>(from + i * kSize, lanes), lanes);
+        }
+      }
+    });
+  }
+
+  void read_nested(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
+    const auto [first, count, rows, row_blocks] = blocks;
+    if (count <= kMaxOneByOne) {
       for (std::int64_t row = 0; row < rows; ++row)
-        decode_one_by_one(first + row * row_blocks, count, out + row * stride);
+        read_one_by_one(source, first + row * row_blocks, count, out + row * stride);
       return;
     }
-    if (nested_absmax_ == nullptr || count > kAtOnce / 2) {
-      for (std::int64_t row = 0; row < rows; ++row) decode(first + row * row_blocks, count, out + row * stride);
+    if (count > kAtOnce / 2) {
+      for (std::int64_t row = 0; row < rows; ++row)
+        read_long(source, first + row * row_blocks, count, out + row * stride);
       return;
     }
     // All rows pass three loops: their bytes are copied, looked up, and scaled. In one loop each load would wait for
@@ -69,8 +121,7 @@ class Scales {
       const std::int64_t end = row + together < rows ? row + together : rows;
       std::uint8_t bytes[kStaged] = {};
       for (std::int64_t r = row; r < end; ++r)
-        copy_bytes(static_cast<const std::uint8_t*>(absmax_) + first + r * row_blocks, count,
-                   bytes + (r - row) * count);
+        copy_bytes(source.bytes() + first + r * row_blocks, count, bytes + (r - row) * count);
       float levels[kStaged + kLanes];
       for (std::int64_t i = 0; i < (end - row) * count; i += kAtOnce) {
         F32 values[kTableVectors];
@@ -78,38 +129,45 @@ class Scales {
         for (int k = 0; k < kTableVectors; ++k) store(levels + i + k * kLanes, values[k]);
       }
       for (std::int64_t r = row; r < end; ++r)
-        for (std::int64_t i = 0; i < count; i += kLanes) {
-          const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
-          const F32 nested = nested_of_lanes(first + r * row_blocks + i, lanes);
-          store_from_f32<DType::f32>(out + r * stride + i, scaled(load(levels + (r - row) * count + i), nested), lanes);
-        }
+        for (std::int64_t i = 0; i < count; i += kLanes)
+          store_scaled(source, load(levels + (r - row) * count + i), first + r * row_blocks + i, count - i,
+                       out + r * stride + i);
     }
   }
-  // Prefetches them.
-  void prefetch(const BlocksOfRows& blocks) const {
-    const auto [first, count, rows, row_blocks] = blocks;
-    const std::int64_t size = nested_absmax_ == nullptr ? sizeof(float) : 1;
-    const char* from = static_cast<const char*>(absmax_) + first * size;
-    for (std::int64_t row = 0; row < rows; ++row, from += row_blocks * size)
-      for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
-  }
-
- private:
-  static constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
-  static constexpr std::int64_t kStaged = 512;  // scales of short rows that are decoded together
-
-  [[gnu::always_inline]] void decode_one_by_one(std::int64_t first, std::int64_t count, float* out) const {
-    const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
+  [[gnu::always_inline]] void read_one_by_one(const Source& source, std::int64_t first, std::int64_t count,
+                                              float* out) const {
     for (std::int64_t i = 0; i < count; ++i)  // two roundings, as in scaled()
-      out[i] = nested_code_[absmax[i]] * nested_absmax_[nested_of(first + i)] + offset_;
+      out[i] = nested_code_[source.bytes()[first + i]] * source.nested[nested_of(first + i)] + source.offset;
+  }
+  void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
+    for (std::int64_t i = 0; i < count; i += kAtOnce) {
+      F32 values[kTableVectors];
+      lookup_bytes(levels_, source.bytes() + first + i, values,
+                   static_cast<int>(count - i < kAtOnce ? count - i : kAtOnce));
+      if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
+        const F32 nested = set1(source.nested[nested_of(first + i)]);
+        for (int k = 0; k < kTableVectors; ++k) store(out + i + k * kLanes, scaled(values[k], nested, source.offset));
+        continue;
+      }
+      for (int k = 0; k < kTableVectors && i + k * kLanes < count; ++k)
+        store_scaled(source, values[k], first + i + k * kLanes, count - i - k * kLanes, out + i + k * kLanes);
+    }
+  }
+  // Stores the values of blocks from `first` on, as many as there are lanes or `count`.
+  void store_scaled(const Source& source, F32 levels, std::int64_t first, std::int64_t count, float* out) const {
+    const int lanes = lanes_of(count);
+    const F32 nested = nested_of_lanes(source.nested, first, lanes);
+    store_from_f32<DType::f32>(out, scaled(levels, nested, source.offset), lanes);
   }
   // Two roundings, as bitsandbytes': not a fused multiply-add.
-  F32 scaled(F32 level, F32 nested) const { return add(mul(level, nested), set1(offset_)); }
-  // nested_absmax of the blocks first ... first+lanes-1.
-  F32 nested_of_lanes(std::int64_t first, int lanes) const {
-    if (nested_of(first) == nested_of(first + lanes - 1)) return set1(nested_absmax_[nested_of(first)]);
+  static F32 scaled(F32 level, F32 nested, float offset) { return add(mul(level, nested), set1(offset)); }
+  // The nested scale of each of the blocks first ... first+lanes-1.
+  F32 nested_of_lanes(const float* nested, std::int64_t first, int lanes) const {
+    const std::int64_t begin = nested_of(first), end = nested_of(first + lanes - 1);
+    if (begin == end) return set1(nested[begin]);
+    if (nested_shift_ == 3 && begin + 1 == end && first % 8 == 0) return scales_of_16(nested + begin);
     float each[kLanes] = {};
-    for (int lane = 0; lane < lanes; ++lane) each[lane] = nested_absmax_[nested_of(first + lane)];
+    for (int lane = 0; lane < lanes; ++lane) each[lane] = nested[nested_of(first + lane)];
     return load(each);
   }
   // For so few bytes a call of memcpy would take longer.
@@ -118,18 +176,17 @@ class Scales {
     for (; i + 8 <= count; i += 8) __builtin_memcpy(to + i, from + i, 8);
     for (; i < count; ++i) to[i] = from[i];
   }
-
-  // So many scales or fewer are looked up one by one, for the lookup of a vector goes through all of the table.
-  static constexpr std::int64_t kMaxOneByOne = 4;
-  static constexpr float kNoLevels[256] = {};
+  static int lanes_of(std::int64_t count) { return static_cast<int>(count < kLanes ? count : kLanes); }
 
   std::int64_t nested_of(std::int64_t block) const {
     return nested_shift_ >= 0 ? block >> nested_shift_ : block / nested_blocksize_;
   }
 
-  const void* absmax_;
-  const float *nested_absmax_, *nested_code_;
-  float offset_;
+  Source scales_, minima_;
+  const std::int8_t* zero_point_;
+  DType dtype_;  // of scales and minima that are no bytes
+  Unit unit_;
+  const float* nested_code_;
   std::int64_t nested_blocksize_;
   int nested_shift_;  // -1 where the blocksize is no power of two. Those of this library and of bitsandbytes are.
   Table256 levels_;

@@ -29,6 +29,7 @@ from torch import Tensor
 from ... import _C
 from ..._core.errors import FLOAT_DTYPES
 from ..._core.formats import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
+from ..._core.layouts import LAYOUTS
 
 _ops = torch.ops.qlora_native
 _KERNELS: dict[str, Callable[..., Any]] = {}  # {operation: our kernel}
@@ -132,7 +133,7 @@ def _dequantize_4bit(
         return NotImplemented
     N, K = elements // shape[-1], shape[-1]
     scales = (absmax.float().contiguous(), None, None, None)
-    return _ops.dequantize(_codes(A), *scales, _on(A.device, quant_type), N, K, 4, blocksize, dtype).view(shape)
+    return _ops.dequantize(*_weight(A, scales, _on(A.device, quant_type), (N, K), blocksize), dtype).view(shape)
 
 
 @_implements("gemm_4bit")
@@ -157,12 +158,15 @@ def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code
 
 def _linear(A, B, scales, code, shape, blocksize, bias):
     no_adapter = (None, None, 1.0, 0.0, None)
-    return _ops.linear_forward(A, _codes(B), *scales, code, *shape, 4, blocksize, bias, *no_adapter)[0]
+    return _ops.linear_forward(A, *_weight(B, scales, code, shape, blocksize), bias, *no_adapter)[0]
 
 
-def _codes(packed: Tensor) -> Tensor:
-    """The codes as uint8 [bytes]; bitsandbytes stores them in any dtype."""
-    return packed.reshape(-1).view(torch.uint8)
+def _weight(packed: Tensor, scales: tuple[Any, ...], code: Tensor, shape: Sequence[int], blocksize: int) -> Any:
+    """The arguments of an op that are a weight, whose codes bitsandbytes stores in any dtype."""
+    codes = packed.reshape(-1).view(torch.uint8)
+    layout = LAYOUTS["nf4"]  # and that of fp4
+    sizes = (layout.bits, blocksize, layout.nested_blocksize, layout.byte_format)
+    return codes, *scales, code, None, None, None, *shape, *sizes
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

@@ -189,7 +189,10 @@ struct Table16 {
   F32 low, high;
 };
 inline Table16 table16(const float* levels) { return {load(levels), load(levels + kLanes)}; }
-inline Table16 map_table(Table16 t, F32 (*f)(F32, F32), F32 x) { return {f(t.low, x), f(t.high, x)}; }
+template <class F>
+inline Table16 map_table(Table16 t, F&& f) {
+  return {f(t.low), f(t.high)};
+}
 template <DType kType>
 inline Table16 round_table(Table16 t) {
   return {round_to<kType>(t.low), round_to<kType>(t.high)};
@@ -240,6 +243,17 @@ inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
   odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 24));
+}
+
+// The bits of E4M3, moved to those of fp16, are the number divided by 256. The conversion takes subnormal fp16 numbers
+// for what they are, whatever the control register says.
+inline void load_e4m3_pairs(const std::uint8_t* p, F32& even, F32& odd) {
+  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const auto value = [](__m128i high) {  // of the byte in the high half of each word; the shift copies the sign
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(static_cast<short>(0xBF80))));
+  };
+  even = value(_mm_slli_epi16(pairs, 8));
+  odd = value(pairs);
 }
 
 // --- Integers: indices and codes ---

@@ -37,8 +37,9 @@ struct DotBf16 {
     return accumulator;
   }
 
-  static Table table(Table16 code, float scale) {
-    const __m256bh levels = _mm512_cvtneps_pbh(mul(code.level, set1(scale)));
+  template <class Scales>
+  static Table table(Table16 code, const Scales& scales) {
+    const __m256bh levels = _mm512_cvtneps_pbh(scales.of_block(code.level, 0));
     return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(levels))};
   }
 
@@ -53,8 +54,8 @@ struct DotBf16 {
   }
 
   // Decodes 64 weights of kScales blocks, 2 or 4. An index names the block too.
-  template <int kScales>
-  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const float* scales) {
+  template <int kScales, class Scales>
+  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const Scales& scales) {
     const __m512i words = load_words(bytes), block = block_bits<kScales>(), nibbles = _mm512_set1_epi16(0x0F);
     const __m512i high = _mm512_or_si512(_mm512_srli_epi16(words, 4), block);
     const __m512i low = _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr);
@@ -65,12 +66,14 @@ struct DotBf16 {
     return {{lookup(high), lookup(low)}};
   }
 
-  static Chunk decode8(const std::uint8_t* bytes, float step) {
+  // Decodes 64 weights of kScales blocks, 1, 2 or 4, from 64 bytes.
+  template <CodeKind kCodes, int kScales, class Scales>
+  [[gnu::always_inline]] static Chunk decode8(const std::uint8_t* bytes, const Scales& scales) {
     F32 even[2], odd[2];
     for (int g = 0; g < 2; ++g) {
-      load_signed_byte_pairs(bytes + g * 32, even[g], odd[g]);
-      even[g] = mul(even[g], set1(step));
-      odd[g] = mul(odd[g], set1(step));
+      load_levels<kCodes>(bytes + g * 32, even[g], odd[g]);
+      for (F32* levels : {&even[g], &odd[g]})
+        *levels = kScales == 4 ? scales.of_blocks_of_16(*levels, 2 * g) : scales.of_block(*levels, g * kScales / 2);
     }
     return {{to_bf16(even), to_bf16(odd)}};
   }
@@ -95,7 +98,7 @@ struct DotBf16 {
     return step;
   }
   // A vector is decoded when it is used: the tables are fewer registers than what they decode to.
-  template <int kScales>
+  template <int kScales, class>
   struct Step4 {
     __m512i high, low;  // in each byte the index that its high or low nibble stands for: bits 4 and 5 name the block
     __m512i levels[kScales];  // of two blocks each, 16 words of either
@@ -112,29 +115,37 @@ struct DotBf16 {
       }
     }
   };
-  template <int kScales>
-  static Step4<kScales> step4(const std::uint8_t* codes, Table16 code, const float* scales) {
+  template <int kScales, class Scales>
+  static Step4<kScales, Scales> step4(const std::uint8_t* codes, Table16 code, const Scales& scales) {
     const __m512i words = _mm512_loadu_si512(codes);
     const __m512i nibbles = _mm512_set1_epi8(0x0F), block = block_bits<kStepChunks * kScales>();
-    Step4<kScales> step = {_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, block, kAndOr),
-                           _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr)};
+    Step4<kScales, Scales> step = {_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, block, kAndOr),
+                                   _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr)};
     for (int i = 0; i < kScales; ++i) step.levels[i] = levels_of_two(code, scales + 2 * i);
     return step;
   }
+  template <CodeKind kCodes, int kScales, class Scales>
   struct Step8 {
-    __m512i chunk[kStepChunks];  // four bytes a lane
-    float step[kStepChunks];
+    __m512i chunk[kStepChunks];                    // four bytes a lane
+    F32 scale[kStepChunks], minimum[kStepChunks];  // of each lane
     F32 vector(int k) const {
       F32 values[kStepChunks];
-      for (int i = 0; i < kStepChunks; ++i)
-        values[i] = mul(
-            _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(chunk[i], static_cast<unsigned>(24 - 8 * k)), 24)),
-            set1(step[i]));
+      for (int i = 0; i < kStepChunks; ++i) {
+        const F32 levels = levels_of_byte<kCodes>(chunk[i], k);
+        values[i] = Scales::kHasMinimum ? fma(levels, scale[i], minimum[i]) : mul(levels, scale[i]);
+      }
       return to_bf16(values);
     }
   };
-  static Step8 step8(const std::uint8_t* codes, const float* scales) {
-    return {{_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + kChunk)}, {scales[0] / 127.0f, scales[1] / 127.0f}};
+  template <CodeKind kCodes, int kScales, class Scales>
+  static Step8<kCodes, kScales, Scales> step8(const std::uint8_t* codes, const Scales& scales) {
+    Step8<kCodes, kScales, Scales> step;
+    for (int i = 0; i < kStepChunks; ++i) {
+      step.chunk[i] = _mm512_loadu_si512(codes + i * kChunk);
+      step.scale[i] = of_lanes<kScales>(scales.scale + i * kScales);
+      if constexpr (Scales::kHasMinimum) step.minimum[i] = of_lanes<kScales>(scales.minimum + i * kScales);
+    }
+    return step;
   }
 
   template <DType kFrom>
@@ -211,12 +222,33 @@ struct DotBf16 {
  private:
   static constexpr int kAndOr = 0xEA;  // of a ternary logic instruction: (a & b) | c
 
-  // The levels of two blocks, 16 words each.
-  static __m512i levels_of_two(Table16 code, const float* scales) {
-    return reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(mul(code.level, set1(scales[1])), mul(code.level, set1(scales[0]))));
+  // The level of byte k of each lane; that of E4M3 is divided by 256.
+  template <CodeKind kCodes>
+  static F32 levels_of_byte(__m512i bytes, int k) {
+    if constexpr (kCodes == CodeKind::int8)
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, static_cast<unsigned>(24 - 8 * k)), 24));
+    // As in load_e4m3_pairs(), of every second byte at once.
+    const __m512i high = k % 2 == 0 ? _mm512_slli_epi16(bytes, 8) : bytes;
+    const __m512i half = _mm512_and_si512(_mm512_srai_epi16(high, 1), _mm512_set1_epi16(static_cast<short>(0xBF80)));
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(k < 2 ? half : _mm512_srli_epi32(half, 16)));
   }
-  static F32 lookup_in_four(Table16 code, const float* scales, __m512i index) {
+  // The scale of each lane, whose four bytes are in one of kScales blocks of 64 bytes.
+  template <int kScales>
+  static F32 of_lanes(const float* scales) {
+    if constexpr (kScales == 1) return set1(scales[0]);
+    if constexpr (kScales == 2) return scales_of_16(scales);
+    const __m512i quarter = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(scales)), quarter);
+  }
+
+  // The values of two blocks, 16 words each.
+  template <class Scales>
+  static __m512i levels_of_two(Table16 code, const Scales& scales) {
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(scales.of_block(code.level, 1), scales.of_block(code.level, 0)));
+  }
+  template <class Scales>
+  static F32 lookup_in_four(Table16 code, const Scales& scales, __m512i index) {
     return _mm512_castsi512_ps(
         _mm512_permutex2var_epi16(levels_of_two(code, scales), index, levels_of_two(code, scales + 2)));
   }

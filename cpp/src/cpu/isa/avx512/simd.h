@@ -188,7 +188,10 @@ struct Table16 {
   F32 level;
 };
 inline Table16 table16(const float* levels) { return {_mm512_loadu_ps(levels)}; }
-inline Table16 map_table(Table16 t, F32 (*f)(F32, F32), F32 x) { return {f(t.level, x)}; }
+template <class F>
+inline Table16 map_table(Table16 t, F&& f) {
+  return {f(t.level)};
+}
 template <DType kType>
 inline Table16 round_table(Table16 t) {
   return {round_to<kType>(t.level)};
@@ -234,6 +237,17 @@ inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
   odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 24));
+}
+
+// The bits of E4M3, moved to those of fp16, are the number divided by 256. The conversion takes subnormal fp16 numbers
+// for what they are, whatever the control register says.
+inline void load_e4m3_pairs(const std::uint8_t* p, F32& even, F32& odd) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const auto value = [](__m256i high) {  // of the byte in the high half of each word; the shift copies the sign
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(static_cast<short>(0xBF80))));
+  };
+  even = value(_mm256_slli_epi16(pairs, 8));
+  odd = value(pairs);
 }
 
 // --- Integers: indices and codes ---

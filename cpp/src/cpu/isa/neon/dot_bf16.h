@@ -43,8 +43,9 @@ struct DotBf16 {
   static F32 dot(F32 accumulator, Unit x, F32 w) { return dot(accumulator, w, x); }
   static F32 dot_broadcast(F32 accumulator, F32 x, const float* unit) { return dot(accumulator, x, broadcast(unit)); }
 
-  [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
-    const Table16 levels = map_table(code, mul, set1(scale));
+  template <class Scales>
+  [[gnu::always_inline]] static Table table(const Table16& code, const Scales& scales, int block = 0) {
+    const Table16 levels = values_of(code, scales, block);
     const uint8x16_t first = vreinterpretq_u8_f32(to_bf16(levels.level[0], levels.level[1]));
     const uint8x16_t last = vreinterpretq_u8_f32(to_bf16(levels.level[2], levels.level[3]));
     return {vuzp1q_u8(first, last), vuzp2q_u8(first, last)};
@@ -66,23 +67,25 @@ struct DotBf16 {
   }
 
   // 64 weights of kScales blocks, 2 or 4.
-  template <int kScales>
+  template <int kScales, class Scales>
   [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
-                                                     const float* scales) {
-    const Step4<kScales> step = step4<kScales>(bytes, code, scales);
+                                                     const Scales& scales) {
+    const Step4<kScales, Scales> step = step4<kScales>(bytes, code, scales);
     Chunk chunk;
     for (int i = 0; i < kVectors; ++i) chunk.v[i] = step.vector(i);
     return chunk;
   }
 
-  static Chunk decode8(const std::uint8_t* bytes, float step) {
+  // 64 weights of kScales blocks, 1, 2 or 4, from 64 bytes.
+  template <CodeKind kCodes, int kScales, class Scales>
+  [[gnu::always_inline]] static Chunk decode8(const std::uint8_t* bytes, const Scales& scales) {
     Chunk chunk;
     for (int g = 0; g < kChunk / 16; ++g) {
       F32 even[2], odd[2];
       for (int i = 0; i < 2; ++i) {
-        load_signed_byte_pairs(bytes + 16 * g + 8 * i, even[i], odd[i]);
-        even[i] = mul(even[i], set1(step));
-        odd[i] = mul(odd[i], set1(step));
+        load_levels<kCodes>(bytes + 16 * g + 8 * i, even[i], odd[i]);
+        even[i] = scales.of_block(even[i], g * kScales / 4);
+        odd[i] = scales.of_block(odd[i], g * kScales / 4);
       }
       chunk.v[even_vector(g)] = to_bf16(even[0], even[1]);
       chunk.v[odd_vector(g)] = to_bf16(odd[0], odd[1]);
@@ -97,7 +100,7 @@ struct DotBf16 {
     F32 vector(int k) const { return chunk.v[k]; }
   };
   static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
-  template <int kScales>
+  template <int kScales, class>
   struct Step4 {
     const std::uint8_t* bytes;
     Table table[kScales];
@@ -107,15 +110,19 @@ struct DotBf16 {
       return lookup_half(table[quarter * kScales / 4], k / 2 % 2 == 0 ? high_nibbles(p) : low_nibbles(p), k % 2);
     }
   };
-  template <int kScales>
-  [[gnu::always_inline]] static Step4<kScales> step4(const std::uint8_t* codes, const Table16& code,
-                                                     const float* scales) {
-    Step4<kScales> step{codes, {}};
-    for (int i = 0; i < kScales; ++i) step.table[i] = table(code, scales[i]);
+  template <int kScales, class Scales>
+  [[gnu::always_inline]] static Step4<kScales, Scales> step4(const std::uint8_t* codes, const Table16& code,
+                                                             const Scales& scales) {
+    Step4<kScales, Scales> step{codes, {}};
+    for (int i = 0; i < kScales; ++i) step.table[i] = table(code, scales, i);
     return step;
   }
+  template <CodeKind, int, class>
   using Step8 = Step;
-  static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
+  template <CodeKind kCodes, int kScales, class Scales>
+  [[gnu::always_inline]] static Step step8(const std::uint8_t* codes, const Scales& scales) {
+    return {decode8<kCodes, kScales>(codes, scales)};
+  }
 
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {

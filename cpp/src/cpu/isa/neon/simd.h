@@ -170,8 +170,9 @@ struct Table16 {
 inline Table16 table16(const float* levels) {
   return {{load(levels), load(levels + 4), load(levels + 8), load(levels + 12)}};
 }
-inline Table16 map_table(const Table16& t, F32 (*f)(F32, F32), F32 x) {
-  return {{f(t.level[0], x), f(t.level[1], x), f(t.level[2], x), f(t.level[3], x)}};
+template <class F>
+[[gnu::always_inline]] inline Table16 map_table(const Table16& t, F&& f) {
+  return {{f(t.level[0]), f(t.level[1]), f(t.level[2]), f(t.level[3])}};
 }
 template <DType kType>
 [[gnu::always_inline]] inline Table16 round_table(const Table16& t) {
@@ -286,6 +287,17 @@ inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = vreinterpretq_s32_s16(vmovl_s8(load_from<int8x8_t>(p)));
   even = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(pairs, 16), 16));
   odd = vcvtq_f32_s32(vshrq_n_s32(pairs, 16));
+}
+
+// The bits of E4M3, moved to those of fp16, are the number divided by 256.
+inline void load_e4m3_pairs(const std::uint8_t* p, F32& even, F32& odd) {
+  const int16x4_t pairs = load_from<int16x4_t>(p);
+  const auto value = [](int16x4_t high) {  // of the byte in the high half of each word; the shift copies the sign
+    return vcvt_f32_f16(
+        vreinterpret_f16_s16(vand_s16(vshr_n_s16(high, 1), vdup_n_s16(static_cast<std::int16_t>(0xBF80)))));
+  };
+  even = value(vshl_n_s16(pairs, 8));
+  odd = value(pairs);
 }
 
 // --- Integers: indices and codes ---

@@ -23,7 +23,10 @@ struct DotBf16 {
   };
   using Table = Table16;
 
-  static Table table(Table16 code, float scale) { return round_table<DType::bf16>(map_table(code, mul, set1(scale))); }
+  template <class Scales>
+  static Table table(Table16 code, const Scales& scales) {
+    return round_table<DType::bf16>(values_of(code, scales, 0));
+  }
 
   template <bool kOdd>
   static Chunk decode4(const std::uint8_t* bytes, Table table) {
@@ -32,22 +35,28 @@ struct DotBf16 {
       return table.level[nibble % 2 == 0 ? bytes[nibble / 2] >> 4 : bytes[nibble / 2] & 15];
     });
   }
-  template <int kScales>
-  static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const float* scales) {
+  template <int kScales, class Scales>
+  static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const Scales& scales) {
     return make_chunk([&](int e) {
       const int nibble = e % 2 == 0 ? bytes[e / 2] >> 4 : bytes[e / 2] & 15;
-      return code.level[nibble] * scales[e * kScales / kChunk];
+      return scales.of_level(code.level[nibble], e * kScales / kChunk);
     });
   }
-  static Chunk decode8(const std::uint8_t* bytes, float step) {
-    return make_chunk([&](int e) { return static_cast<float>(static_cast<std::int8_t>(bytes[e])) * step; });
+  template <CodeKind kCodes, int kScales, class Scales>
+  static Chunk decode8(const std::uint8_t* bytes, const Scales& scales) {
+    return make_chunk([&](int e) {
+      const float level =
+          kCodes == CodeKind::e4m3 ? e4m3_over_256(bytes[e]) : static_cast<float>(static_cast<std::int8_t>(bytes[e]));
+      return scales.of_level(level, e * kScales / kChunk);
+    });
   }
 
   // There are no steps, because tiles multiply any number of rows.
   static constexpr int kStepChunks = 1;
   struct Step {};
-  template <int kScales>
+  template <int, class>
   using Step4 = Step;
+  template <CodeKind, int, class>
   using Step8 = Step;
 
   template <DType kFrom>

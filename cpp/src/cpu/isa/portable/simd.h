@@ -172,8 +172,9 @@ inline Table16 table16(const float* levels) {
   __builtin_memcpy(&t, levels, sizeof(t));
   return t;
 }
-inline Table16 map_table(Table16 t, F32 (*f)(F32, F32), F32 x) {
-  const F32 mapped = f(load(t.level), x);
+template <class F>
+inline Table16 map_table(Table16 t, F&& f) {
+  const F32 mapped = f(load(t.level));
   return table16(mapped.lane);
 }
 template <DType kType>
@@ -203,6 +204,15 @@ inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const auto value = [&](int i) { return static_cast<float>(static_cast<std::int8_t>(p[i])); };
   even = each_lane([&](int i) { return value(2 * i); });
   odd = each_lane([&](int i) { return value(2 * i + 1); });
+}
+
+// The bits of E4M3, moved to those of fp16, are the number divided by 256.
+inline float e4m3_over_256(std::uint8_t byte) {
+  return f32_from_f16(static_cast<std::uint16_t>((byte & 0x80) << 8 | (byte & 0x7F) << 7));
+}
+inline void load_e4m3_pairs(const std::uint8_t* p, F32& even, F32& odd) {
+  even = each_lane([&](int i) { return e4m3_over_256(p[2 * i]); });
+  odd = each_lane([&](int i) { return e4m3_over_256(p[2 * i + 1]); });
 }
 
 inline F32 mask_lanes(F32 x, std::uint32_t mask) {
