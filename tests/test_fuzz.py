@@ -14,7 +14,20 @@ pytest.importorskip("peft")
 
 FUZZ = Path(__file__).parent / "fuzz"
 SECONDS = "3"  # for each target
-TARGETS = ("entries", "layer", "optimizer", "config", "folder", "export", "dtypes", "json", "functions", "ops")
+TARGETS = (
+    "entries",
+    "layer",
+    "optimizer",
+    "config",
+    "folder",
+    "export",
+    "dtypes",
+    "json",
+    "files",
+    "gguf",
+    "functions",
+    "ops",
+)
 
 
 def test_any_input_ends_in_a_promised_error_or_none():

@@ -150,10 +150,11 @@ def test_algorithms_of_all_instruction_sets_are_free_of_intrinsics_and_assembly(
 # {room of the Python package, or module in no room: the rooms and modules that it may import, beside its own}. Imports
 # inside functions and those for a type checker alone count as all others do.
 PACKAGE = ROOT / "python/qlora_native"
-LAYERS = ("_core", "functional", "_layers")
+LAYERS = ("_core", "_files", "functional", "_layers")
 MAY_IMPORT = {
     "_core": (),
-    "functional": ("_core",),
+    "_files": ("_core",),
+    "functional": ("_core", "_files"),
     "_layers": ("_core", "functional"),
     "_calibrate": ("_core", "_layers"),
     "_optim": ("_core",),
@@ -162,7 +163,7 @@ MAY_IMPORT = {
     "testing": (),
     "integrations.fuse": (*LAYERS, "nn"),
     "integrations.peft": (*LAYERS, "nn"),
-    "integrations.transformers": (*LAYERS, "nn", "integrations.peft"),
+    "integrations.transformers": (*LAYERS, "_files", "nn", "integrations.peft"),
     "integrations.bitsandbytes": (*LAYERS, "nn", "integrations.peft", "integrations.transformers"),
     "convert": (*LAYERS, "_calibrate", "integrations.transformers"),
     "integrations": (

@@ -38,8 +38,12 @@ if "--atheris" in sys.argv:  # it must instrument our modules while they are imp
     with atheris.instrument_imports(include=["qlora_native"]):
         import qlora_native as qn
         import qlora_native.convert.merge
+        from qlora_native._files.gguf import GGUF_TYPES
+        from qlora_native._files.gguf_file import GGUFFile
 else:
     import qlora_native as qn
+    from qlora_native._files.gguf import GGUF_TYPES
+    from qlora_native._files.gguf_file import GGUFFile
 
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST = 96  # bytes of a random input
@@ -328,6 +332,119 @@ def fuzz_dtypes(choices: Choices) -> None:
             assert torch.allclose(written[name].double(), expected, 2**-7, 1e-6, True), f"{name} has other values"
 
 
+# ---- layers of quantized files ---------------------------------------------------------------------------------------
+
+
+@cache
+def _layers_of_files() -> list[tuple[Any, dict[str, Any]]]:
+    """Each reader with arguments that it accepts. The words and bytes are random, and scales are not NaN."""
+    F, generator = qn.functional, torch.Generator().manual_seed(0)
+
+    def data(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        size = 4 if dtype == torch.int32 else 1
+        return torch.randint(8, (*shape[:-1], size * shape[-1]), dtype=torch.uint8, generator=generator).view(dtype)
+
+    scales, order, group = torch.rand(2, 16).half(), torch.arange(64, dtype=torch.int32), {"group_size": 32}
+    scheme = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", **group}
+    fp8, of_rows = data(16, 64, dtype=torch.float8_e4m3fn), scales.t()
+    packed = {"weight_packed": data(16, 8), "weight_shape": torch.tensor([16, 64]), "weight_scale": of_rows}
+    integers = {"weight": data(16, 64, dtype=torch.int8), "weight_scale": of_rows, "weight_g_idx": order // 32}
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        *((F.from_gguf, {"data": data(4, kind.bytes, dtype=torch.uint8), "type": type, "shape": [2, 2 * kind.elements],
+                         "scale": 1.0})
+          for type, kind in GGUF_TYPES.items()),
+        (F.from_gptq, {"qweight": data(8, 16), "qzeros": data(2, 2), "scales": scales, "g_idx": order % 2, "bits": 4,
+                       "sym": False, "checkpoint_format": "gptq", **group}),
+        (F.from_gptq, {"qweight": data(16, 16), "qzeros": data(2, 4), "scales": scales, "bits": 8, **group}),
+        (F.from_awq, {"qweight": data(64, 2), "qzeros": data(2, 2), "scales": scales, **group}),
+        (F.from_compressed_tensors, {"tensors": {**packed, "weight_zero_point": data(2, 2)}, "weights": scheme,
+                                     "format": "pack-quantized"}),
+        (F.from_compressed_tensors, {"tensors": integers, "weights": {**scheme, "num_bits": 8, "symmetric": True},
+                                     "format": "int-quantized"}),
+        (F.from_compressed_tensors, {"tensors": {"weight": fp8, "weight_scale": torch.rand(1, 2)}, "format":
+                                     "float-quantized", "weights": {"type": "float", "strategy": "block",
+                                                                    "block_structure": [128, 32]}}),
+        (F.from_fp8, {"weight": fp8, "scale": torch.rand(1, 1), "block_size": [128, 128]}),
+        (F.from_fp8, {"weight": fp8, "scale": data(1, 1, dtype=torch.uint8) + 120, "block_size": [128, 128]}),
+    ]  # fmt: skip
+    for function, arguments in calls:
+        function(**arguments)
+    return calls
+
+
+def fuzz_files(choices: Choices) -> None:
+    """The readers of quantized files: what they accept is finite, and multiplies."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return choices.tensor(value)
+        if isinstance(value, dict) and value and not choices.one_in(8):
+            key = choices.of(sorted(value))
+            if choices.one_in(4):
+                return {k: v for k, v in value.items() if k != key}
+            return {**value, key: changed(value[key])}
+        return choices.edited(value)
+
+    function, arguments = choices.of(_layers_of_files())
+    for _ in range(1 + choices.below(3)):
+        arguments = {**arguments, (name := choices.of(sorted(arguments))): changed(arguments[name])}
+    q = function(**arguments)
+    w = q.dequantize(torch.float32)
+    assert q.format == "mxfp4" or w.isfinite().all(), "a weight with NaN was accepted"
+    if len(q.shape) == 2:
+        qn.linear(torch.ones(2, q.shape[1]), q)
+
+
+@cache
+def _gguf_file() -> bytes:
+    """A whole file of a few keys and tensors."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint32("llama.block_count", 1)
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        writer.add_array("tokenizer.ggml.scores", [0.5, 1.5])
+        for name, kind in (
+            ("token_embd.weight", "Q8_0"),
+            ("blk.0.attn_q.weight", "Q4_1"),
+            ("output_norm.weight", "F32"),
+        ):
+            values = torch.linspace(-1, 1, 128).view(*((2, 64) if kind != "F32" else (128,))).numpy()
+            kind = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        return path.read_bytes()
+
+
+def fuzz_gguf(choices: Choices) -> None:
+    """The container of GGUF: what is accepted lies within the file, and its quantized tensors are read or refused."""
+    data = bytearray(_gguf_file())
+    for _ in range(1 + choices.below(4)):
+        at = choices.below(len(data))
+        if choices.one_in(4):
+            number = choices.of([each for each in NUMBERS if type(each) is int and 0 <= each < 1 << 64])
+            data[at : at + 8] = number.to_bytes(8, "little")
+        elif choices.one_in(4):
+            del data[at : at + 1 + choices.below(40)]
+        else:
+            data[at] = choices.below(256)
+        if not data:
+            return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        path.write_bytes(data)
+        file = GGUFFile(path)
+        for tensor in file.tensors.values():
+            assert file.data(tensor).numel() == tensor.end - tensor.begin, "a tensor behind the end of the file"
+            if tensor.type in GGUF_TYPES:
+                with contextlib.suppress(ValueError):
+                    qn.functional.from_gguf(file.data(tensor), tensor.type, tensor.shape)
+
+
 # ---- functions, and the ops themselves -------------------------------------------------------------------------------
 
 
@@ -486,6 +603,8 @@ PROMISED: dict[str, tuple[type[Exception], ...]] = {
     "export": (TypeError, ValueError, OSError),
     "dtypes": (TypeError, ValueError, OSError),
     "json": (ValueError,),
+    "files": (ValueError, TypeError),
+    "gguf": (ValueError,),
     "functions": (ValueError, TypeError),
     "ops": (Exception,),
 }
@@ -533,6 +652,8 @@ def prepare(target: str) -> None:
     """What is done once, before children are forked."""
     if target in OF_FOLDERS:
         _folders()
+    elif target == "files":
+        _layers_of_files()
     elif target == "config":
         import qlora_native.integrations.transformers  # noqa: F401
 
