@@ -1,20 +1,25 @@
 """Guards exported files in llama.cpp itself: it computes what transformers and PEFT compute, and splits text alike."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync._cffi_bindings", exc_type=ImportError)
 
 import models  # noqa: E402
-from gguf_files import make, make_all  # noqa: E402
+from gguf_files import from_gguf, kinds, make, make_all  # noqa: E402
 from llama_cpp_py_sync import _cffi_bindings as bindings  # noqa: E402
 from test_export import PATTERNS  # noqa: E402
 from test_export_tokenizer import BYTE_LEVEL, SENTENCEPIECE, TEXTS, characters_bpe, save  # noqa: E402
 
 from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
+from qlora_native.integrations.transformers import KeepQuantized  # noqa: E402
+from qlora_native.testing import relative_error  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 TOKENS = models.ids(1, 12)
@@ -30,14 +35,22 @@ def bases(tmp_path_factory):
     return make_all(tmp_path_factory)
 
 
+@functools.cache
+def library():
+    """(cffi's interface, llama.cpp), which writes no log."""
+    ffi, lib = bindings.get_ffi(), bindings.get_lib()
+    silent = ffi.callback("ggml_log_callback", lambda level, text, data: None)
+    library.keeps = silent  # llama.cpp calls it until the end
+    lib.llama_log_set(silent, ffi.NULL)
+    lib.llama_backend_init()
+    return ffi, lib
+
+
 class LlamaCpp:
     """A GGUF file of a model, with adapters; keys and values are kept in fp32."""
 
     def __init__(self, path, adapters=()):
-        self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
-        self._silent = self.ffi.callback("ggml_log_callback", lambda level, text, data: None)
-        self.lib.llama_log_set(self._silent, self.ffi.NULL)
-        self.lib.llama_backend_init()
+        self.ffi, self.lib = library()
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model != self.ffi.NULL, "llama.cpp does not load the model"
         options = self.lib.llama_context_default_params()
@@ -99,6 +112,46 @@ def test_model_and_adapter_give_the_same_logits(bases, name, tmp_path):
     for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
         with LlamaCpp(tmp_path / "m.gguf", adapters) as loaded:
             assert_close(loaded.logits(TOKENS[0].tolist()), expected)
+
+
+def quantized(source, out, kind):
+    """A file in a mixture of types that llama.cpp chooses, such as "MOSTLY_Q4_K_M"."""
+    ffi, lib = library()
+    options = lib.llama_model_quantize_default_params()
+    options.nthread, options.ftype = 1, gguf.LlamaFileType[kind].value
+    options = ffi.new("llama_model_quantize_params *", options)
+    assert lib.llama_model_quantize(str(source).encode(), str(out).encode(), options) == 0
+    return out
+
+
+@pytest.mark.parametrize(("kind", "types"), [
+    ("MOSTLY_Q4_K_M", {"Q4_K", "Q6_K"}),
+    ("MOSTLY_IQ4_XS", {"IQ4_XS", "Q6_K"}),
+    ("MOSTLY_Q4_1", {"Q4_1", "Q6_K"}),
+    ("MOSTLY_Q2_K", {"Q2_K", "Q3_K", "Q6_K"}),
+    ("MOSTLY_Q3_K_M", {"Q3_K", "Q4_K", "Q5_K", "Q6_K"}),
+])  # fmt: skip
+def test_adapter_trained_over_a_file_is_served_over_it(kind, types, tmp_path):
+    make("LlamaForCausalLM", hidden_size=256, intermediate_size=512).save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "f16.gguf", "bf16", progress=False)
+    path = quantized(tmp_path / "f16.gguf", tmp_path / "model.gguf", kind)
+    assert set(kinds(path).values()) - {"F32"} == types
+    model = from_gguf(path, quantization_config=KeepQuantized(), dtype=torch.float32)
+    copy.deepcopy(model).dequantize().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    export_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "a.gguf")
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    assert (adapted - plain).norm() > 0.1 * plain.norm()
+    errors = []
+    for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
+        with LlamaCpp(path, adapters) as loaded:
+            errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
+    # llama.cpp rounds activations to 8 bits, and does so over the file alone too.
+    assert errors[0] <= 2**-5 and errors[1] <= 2 * errors[0], errors
 
 
 @pytest.mark.parametrize("kind", ROPES)

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ... import functional
+from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ...nn import Linear4bit, Linear8bit
 
@@ -146,7 +147,18 @@ def _dense(base: Linear4bit) -> nn.Linear:
 
 
 def requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    """Quantize `weight` to the format of `like`."""
+    """Quantize `weight` to the format of `like`.
+
+    Raises:
+        ValueError: weights are not quantized to this format, but read from files.
+    """
+    if not like.layout.quantizes:
+        raise bad(
+            "merge",
+            "a weight in a format that weights are quantized to",
+            f"{like.format}, the bytes of a file: use the adapter beside that file, or merge it into the model that "
+            "dequantize() of the model without adapters returns",
+        )
     codebook = like.code if like.format == "codebook" else None
     double_quant = like.nested_absmax is not None
     q = functional.quantize(weight.detach(), like.format, like.blocksize, double_quant, codebook)

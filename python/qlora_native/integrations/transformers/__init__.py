@@ -11,7 +11,8 @@ A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this
 config, or if bitsandbytes is not installed and this module has been imported.
 """
 
+from . import _keep_quantizer as _keep_quantizer  # so that transformers knows the quantizer of KeepQuantized
 from . import _save as _save  # so that save_pretrained saves models whose layers quantize_model has replaced
-from ._config import BitsAndBytesConfig
+from ._config import BitsAndBytesConfig, KeepQuantized
 
-__all__ = ["BitsAndBytesConfig"]
+__all__ = ["BitsAndBytesConfig", "KeepQuantized"]

@@ -1,4 +1,5 @@
-"""transformers' config for our layers: `BitsAndBytesConfig`, and how it is merged with that of a file.
+"""transformers' configs for our layers: `BitsAndBytesConfig` and `KeepQuantized`, and how each is merged
+with that of a file.
 
 `integrations.transformers` has the class for users.
 """
@@ -20,6 +21,7 @@ import transformers
 from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils import is_bitsandbytes_available
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..._core.blocks import chosen_blocksize
 from ..._core.errors import bad, bad_type, check_float_dtype, dtype_name
@@ -27,8 +29,10 @@ from ..._core.microscaling import MICROSCALED
 from ..._layers.base import QuantizedLayer
 
 METHOD = "qlora_native"
+KEEP = f"{METHOD}_keep"
 FILE_FORMATS = ("nf4", "fp4")  # the formats of bitsandbytes' files, which we write too
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
+KEPT_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "auto-round")  # of folders
 _NOT_IN_FILES = ("strict", "experts_in_mxfp4", "formats", "layers_dtype")
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
@@ -140,6 +144,42 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 register_quantization_config(METHOD)(BitsAndBytesConfig)
 
 
+class KeepQuantized(QuantizationConfigMixin):
+    """Loads a quantized file of another library, and keeps its bytes as frozen weights under adapters.
+
+        config = KeepQuantized()
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+    The first reads a GGUF file of any architecture that transformers reads, and the second a folder whose config.json
+    names the method gptq, awq, compressed-tensors, fp8 or auto-round. Each weight decodes to the file's values, to the
+    bit, before they are rounded to the dtype of the product (docs/formats.md).
+
+    Attributes:
+        dequantize_others: decode quantized weights that cannot be kept, to the dtype of the model. Otherwise they are
+            an error that names each of them, and why.
+        file: the quantization_config of the folder; empty for a GGUF file. transformers fills it in.
+    """
+
+    def __init__(self, dequantize_others: bool = False) -> None:
+        """Make a config.
+
+        Args:
+            dequantize_others: see the class.
+
+        Raises:
+            TypeError: it is no bool.
+        """
+        if not isinstance(dequantize_others, bool):
+            raise bad_type("dequantize_others", "a bool", type(dequantize_others).__name__)
+        self.quant_method = KEEP
+        self.dequantize_others = dequantize_others
+        self.file: dict[str, Any] = {}
+
+
+register_quantization_config(KEEP)(KeepQuantized)
+
+
 # transformers merges the config of the file with that of the caller in this function. It is wrapped to choose our
 # quantizer for bitsandbytes' files, because transformers cannot register a second quantizer for a method that it knows.
 _merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
@@ -149,6 +189,8 @@ _merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
 def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     in_file = quantization_config if isinstance(quantization_config, dict) else {}
     given = quantization_config_from_args
+    if isinstance(given, KeepQuantized):
+        return _of_folder(given, in_file)
     ours, method = isinstance(given, BitsAndBytesConfig), in_file.get("quant_method")
     if ours and method == "mxfp4":
         config = copy.copy(given)
@@ -175,6 +217,17 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     if ours and given.compute_dtype is not None:
         fields["bnb_4bit_compute_dtype"] = given.compute_dtype
     return BitsAndBytesConfig(**fields)
+
+
+def _of_folder(given: KeepQuantized, in_file: dict[str, Any]) -> KeepQuantized:
+    """The config for a folder whose config.json has the quantization_config `in_file`."""
+    if (method := in_file.get("quant_method")) not in KEPT_METHODS:
+        ours = method in ("bitsandbytes", "mxfp4", METHOD)
+        got = f"{method!r}" + ": use BitsAndBytesConfig of qlora_native.integrations.transformers" * ours
+        raise bad("quant_method of config.json", f"one of {', '.join(KEPT_METHODS)}", got)
+    made = copy.copy(given)
+    made.file = dict(in_file)
+    return made
 
 
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)

@@ -11,17 +11,68 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import functional
-from ..._core.errors import bad
+from ..._core.errors import FLOAT_DTYPES, bad
+from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
 from ..._layers.embedding import can_be_quantized
 from ..._layers.sizes import is_linear, note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._weight_files import file_has
+
+# Subclasses of nn.Embedding that multiply rows by `scalar_embed_scale` in the dtype of the rows, and do nothing else.
+_SCALED = frozenset(f"{name}TextScaledWordEmbedding" for name in ("Gemma", "Gemma2", "Gemma3", "Gemma3n", "Gemma4"))
+
+
+class ScaledEmbedding4bit(Embedding4bit):
+    """An `Embedding4bit` whose rows are multiplied by a number, as Gemma's are.
+
+    Attributes:
+        scales: {dtype of the rows: the number, rounded to it}.
+        plain: the class that it stands for.
+    """
+
+    scales: dict[torch.dtype, float]
+    plain: type[nn.Embedding]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up rows of the weight, and multiply them."""
+        rows = super().forward(ids)
+        return rows * self.scales[rows.dtype]
+
+
+def embedding_like(module: nn.Module) -> Callable[[QuantizedWeight], Embedding4bit] | None:
+    """What makes an embedding over a quantized weight that computes what `module` does, or None if nothing does."""
+    if can_be_quantized(module):
+        return lambda q: Embedding4bit.from_quantized(q, module.padding_idx)
+    if type(module).__name__ not in _SCALED or module.max_norm is not None:
+        return None
+
+    def scaled(q: QuantizedWeight) -> Embedding4bit:
+        layer = ScaledEmbedding4bit.from_quantized(q, module.padding_idx)
+        scale = module.scalar_embed_scale
+        layer.scales = {dtype: torch.tensor(scale, dtype=dtype).item() for dtype in FLOAT_DTYPES}
+        layer.plain = type(module)
+        return layer
+
+    return scaled
+
+
+def dense_embedding(layer: Embedding4bit) -> nn.Embedding:
+    """The module that an embedding stands for, without a weight."""
+    sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+    if not isinstance(layer, ScaledEmbedding4bit):
+        return nn.Embedding(*sizes, device="meta")
+    scale = layer.scales[torch.float32]
+    with torch.device("meta"):
+        dense = layer.plain(*sizes, embed_scale=scale)
+    dense.embed_scale = torch.tensor(scale, device=layer.absmax.device)
+    return dense
 
 
 def tied_linears(model: nn.Module) -> dict[str, str]:

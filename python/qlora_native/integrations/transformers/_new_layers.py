@@ -21,7 +21,7 @@ from ..._core.errors import bad
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import note_reason
 from ...nn import Embedding4bit, Linear4bit
-from ._config import BitsAndBytesConfig
+from ._config import BitsAndBytesConfig, KeepQuantized
 
 
 def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing: set[str]) -> None:
@@ -110,7 +110,12 @@ _finalize_model_loading = PreTrainedModel._finalize_model_loading
 
 def _finalize(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
     """Check what was found in the files, and restore layers that they lack, before transformers goes on."""
-    config = getattr(load_config.hf_quantizer, "quantization_config", None)
+    quantizer = load_config.hf_quantizer
+    config = getattr(quantizer, "quantization_config", None)
+    if isinstance(config, KeepQuantized):
+        check_devices(load_config.device_map)
+        missing, unexpected = loading_info.missing_keys, loading_info.unexpected_keys
+        quantizer.finish(model, load_config.device_map, missing, unexpected)
     if isinstance(config, BitsAndBytesConfig):
         check_devices(load_config.device_map)
         _check_keys(loading_info.unexpected_keys)

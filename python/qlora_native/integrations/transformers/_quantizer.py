@@ -37,7 +37,7 @@ from ..._layers.sizes import (
 )
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
 from ._config import METHOD, BitsAndBytesConfig
-from ._embeddings import codes_of_embeddings, replace_embeddings, replace_tied
+from ._embeddings import codes_of_embeddings, dense_embedding, replace_embeddings, replace_tied
 from ._expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
 from ._new_layers import check_devices
 from ._weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
@@ -179,14 +179,19 @@ class Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if not isinstance(module, (Linear4bit, Embedding4bit)):
                 continue
-            if isinstance(module, Linear4bit):
-                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
-                dense.bias = module.bias
+            transposed = getattr(module, "transposed_source", False)
+            if isinstance(module, Embedding4bit):
+                dense = dense_embedding(module)
             else:
-                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+                with torch.device("meta"):
+                    sizes = (module.in_features, module.out_features)
+                    dense = Conv1D(*reversed(sizes)) if transposed else nn.Linear(*sizes, module.bias is not None)
+                dense.bias = module.bias
             codes = id(module._parameters["weight"])
             if codes not in weights:
-                weights[codes] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                weight = module.dequantize(dtype)
+                weight = weight.t().contiguous() if transposed else weight
+                weights[codes] = nn.Parameter(weight, requires_grad=False)
             dense.weight = weights[codes]
             model.set_submodule(name, dense.train(module.training))
         for path, experts in experts_by_path(model).items():
@@ -274,7 +279,8 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
-    quantizer.quantization_config.note_layers(model)
+    if isinstance(quantizer.quantization_config, BitsAndBytesConfig):
+        quantizer.quantization_config.note_layers(model)
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this

@@ -1,0 +1,413 @@
+"""Which tensors of a folder's safetensors files make which quantized weights of a model.
+
+A file says by a weight's own tensors whether it is quantized, so that layers which the lists of a config leave out
+(`ignore`, `modules_to_not_convert`, `dynamic`, `extra_config`) are in 16 bits without being looked up. Names are those
+of transformers' own conversions, which also say which weights of single experts make a stack.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from ..._core.errors import bad
+from ..._core.weight import QuantizedWeight
+from ..._files.awq import from_awq
+from ..._files.compressed_tensors import from_compressed_tensors
+from ..._files.fp8 import from_fp8
+from ..._files.gptq import from_gptq
+from ._kept import NO_LAYER, Decoded, Kept, Plan, Target, checked_order, ignores, incomplete_experts
+
+# What only a server reads that rounds activations, or keys and values of attention.
+_OF_ACTIVATIONS = frozenset(
+    f"{what}_{value}" for what in ("input", "output") for value in ("scale", "zero_point", "global_scale")
+) | {"activation_scale", "q_scale", "k_scale", "v_scale"}
+_SCALE_OF_STACK = "_scale_inv"  # of a parameter of experts that a file has in FP8 as one tensor
+
+Tensors, Config = Mapping[str, Tensor], dict[str, Any]
+Reader = Callable[[str, Tensors, Config, torch.dtype], QuantizedWeight]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of quantization.
+
+    Tensors are called by the last parts of their names.
+
+    Attributes:
+        mark: the tensor by which a weight is known to be quantized, if it is not by the dtype of `weight`.
+        dtypes: those of a `weight` that is quantized, in safetensors' words.
+        required: the tensors that a weight has beside that one.
+        optional: those that it may have.
+        read: makes the weight from (the name of its layer in the file, its tensors, the config, dtype).
+    """
+
+    mark: str | None
+    dtypes: tuple[str, ...]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Reader
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """All tensors that a weight may have."""
+        own = () if self.mark is None else (self.mark,)
+        return frozenset((*own, *(("weight",) if self.dtypes else ()), *self.required, *self.optional))
+
+
+def _gptq(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
+    options = {**config, **_of_layer(name, config.get("dynamic") or {}, "+:")}
+    if (pack := options.get("pack_dtype", "int32")) != "int32":
+        raise bad("pack_dtype", "int32", repr(pack))
+    return from_gptq(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        tensors.get("g_idx"),
+        bits=options.get("bits", 4),
+        group_size=options.get("group_size", 128),
+        sym=options.get("sym", True),
+        checkpoint_format=options.get("checkpoint_format") or options.get("format") or "gptq",
+        dtype=dtype,
+    )
+
+
+def _awq(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
+    return from_awq(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        bits=config.get("bits", config.get("w_bit", 4)),
+        group_size=config.get("group_size", config.get("q_group_size", 128)),
+        version=config.get("version") or "gemm",
+        dtype=dtype,
+    )
+
+
+def _auto_round(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
+    packing = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
+    options = {**config, **_of_layer(name, config.get("extra_config") or {})}
+    if packing == "auto_round:auto_awq":
+        return _awq(name, tensors, options, dtype)
+    return _gptq(name, tensors, {**options, "checkpoint_format": packing}, dtype)
+
+
+def _of_layer(name: str, rules: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options that a config has for one layer: those of the first rule that is its name, or matches it."""
+    for rule, options in rules.items():
+        pattern = rule.removeprefix(prefix)
+        if isinstance(options, dict) and (pattern == name or re.match(pattern, name)):
+            return options
+    return {}
+
+
+def _compressed(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
+    group = _group(name, config)
+    format = group.get("format") or config.get("format")
+    if format == "nvfp4-pack-quantized":
+        packed, scale, factor = (tensors[part] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
+        return QuantizedWeight.from_nvfp4(packed, scale, weight_global_scale=factor, dtype=dtype)
+    if format == "mxfp4-pack-quantized":
+        return QuantizedWeight.from_mxfp4(tensors["weight_packed"], tensors["weight_scale"], dtype)
+    return from_compressed_tensors(tensors, group.get("weights") or {}, format, dtype)
+
+
+def _group(name: str, config: Config) -> Config:
+    """The one of `config_groups` that has a layer, by its name or else by its class, as compressed-tensors finds it."""
+    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, dict)]
+    targets = [(target, group) for group in groups for target in group.get("targets") or ()]
+    for target, group in targets:
+        if target == name or (target.startswith("re:") and re.match(target.removeprefix("re:"), name)):
+            return group
+    for target, group in targets:
+        if target == "Linear":
+            return group
+    raise bad("config_groups", f"a group with {name}", "none")
+
+
+def _fp8(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
+    scales = [part for part in ("weight_scale_inv", "weight_scale", "scale") if part in tensors]
+    if len(scales) != 1:
+        raise bad(f"{name}.weight_scale_inv", "one scale of the weight", ", ".join(scales) or "none")
+    block = config.get("weight_block_size")
+    scale = tensors[scales[0]]
+    one = scale.numel() == 1 or (tensors["weight"].dim() == 3 and scale.numel() == len(scale))
+    return from_fp8(tensors["weight"], scale, block_size=None if block is None or one else tuple(block), dtype=dtype)
+
+
+METHODS = {
+    "gptq": Method("qweight", (), ("qzeros", "scales"), ("g_idx",), _gptq),
+    "awq": Method("qweight", (), ("qzeros", "scales"), (), _awq),
+    "auto-round": Method("qweight", (), ("qzeros", "scales"), ("g_idx",), _auto_round),
+    "compressed-tensors": Method(
+        "weight_packed",
+        ("F8_E4M3", "I8"),
+        ("weight_scale",),
+        ("weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
+        _compressed,
+    ),
+    "fp8": Method(None, ("F8_E4M3", "F8_E4M3FNUZ"), (), ("weight_scale_inv", "weight_scale", "scale"), _fp8),
+}
+
+
+class Folder:
+    """The safetensors files of a folder, which are mapped and not read.
+
+    Attributes:
+        path: the folder.
+        tensors: {name: (file, safetensors' word for the dtype, shape)}.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.path = os.path.dirname(files[0]) if files else ""
+        self.tensors: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+        self._open: dict[str, Any] = {}
+        for file in files:
+            if not str(file).endswith(".safetensors"):
+                raise bad(str(file), "a file of safetensors", "another")
+            try:
+                opened = self._open[str(file)] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise bad(str(file), "a whole file of safetensors", f"another, or a part of one ({error})") from None
+            for name in opened.keys():
+                if name in self.tensors:
+                    raise bad(f"{file}: {name}", "one tensor of this name", f"another in {self.tensors[name][0]}")
+                part = opened.get_slice(name)
+                self.tensors[name] = (str(file), part.get_dtype(), tuple(part.get_shape()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open[self.tensors[name][0]].get_tensor(name)
+
+    def where(self, name: str) -> str:
+        """The file of a tensor, and its name, for errors."""
+        return f"{self.tensors[name][0]}: {name}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized weight [N, K] or [E, N, K] of the files.
+
+    Attributes:
+        name: of its layer in the files, or of the parameter.
+        weight: what the weight would be called in 16 bits.
+        parts: {the last part of a name: the tensor's name}.
+    """
+
+    name: str
+    weight: str
+    parts: dict[str, str]
+
+
+def plan(files: Sequence[str], model: nn.Module, places: dict[str, Target], config: Config) -> Plan:
+    """Decide what becomes of the quantized weights of a folder.
+
+    Args:
+        files: its safetensors files.
+        model: the model that transformers made of its config.json, without values.
+        places: its `targets`.
+        config: the quantization_config of its config.json.
+
+    Raises:
+        ValueError: a weight lacks a tensor, a tensor belongs to no weight, or the model has no such weight.
+    """
+    _check_config(config)
+    return _Planner(Folder(files), model, config).plan(places)
+
+
+def _check_config(config: Config) -> None:
+    """Refuse what changes values or products in another way than by scales."""
+    sparsity = config.get("sparsity_config") or {}
+    if sparsity and sparsity.get("format", "dense") != "dense":
+        raise bad("sparsity_config", "the format dense", repr(sparsity.get("format")))
+    if config.get("transform_config"):
+        raise bad("transform_config", "none: weights that are not rotated", "one")
+
+
+class _Planner:
+    def __init__(self, folder: Folder, model: nn.Module, config: dict[str, Any]) -> None:
+        self.folder, self.model, self.config = folder, model, config
+        self.method = METHODS[config["quant_method"]]
+        # A copy, because matching a name marks a conversion as used.
+        conversions = copy.deepcopy(get_model_conversion_mapping(model))
+        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        self._state = model.state_dict()
+
+    def plan(self, places: dict[str, Target]) -> Plan:
+        kept: dict[str, Kept] = {}
+        decoded: list[Decoded] = []
+        refused: dict[str, str] = {}
+        groups: dict[str, list[tuple[Stored, str | None]]] = {}
+        consumed = set()
+        for stored in sorted(self._stored(), key=lambda each: dot_natural_key(each.name)):
+            name, pattern = self._renamed(stored.weight)
+            consumed.update(self._renamed(part)[0] for part in stored.parts.values())
+            if name in self._state:
+                groups.setdefault(name, []).append((stored, pattern))
+            elif not ignores(self.model, name):
+                part = next(iter(stored.parts.values()))
+                raise bad(self.folder.where(part), f"a weight that {type(self.model).__name__} has", f"one of {name}")
+        for name, group in groups.items():
+            names = self._names(group)
+            if (target := places.get(name)) is not None:
+                nbytes = sum(self._nbytes(part) for stored, _ in group for part in stored.parts.values())
+                kept[name] = Kept(target, names, nbytes, self._reader(name, group, target.shape, target.dtype))
+                continue
+            refused[names[0]] = f"{name}, {NO_LAYER}"
+            own, transposed = self._state[name], isinstance(self._module(name), Conv1D)
+            shape = tuple(reversed(own.shape)) if transposed else tuple(own.shape)
+            if len(shape) != 2:
+                raise bad(names[0], "a weight that can be kept, or one of two dimensions", refused[names[0]])
+            decoded.append(Decoded(name, names, transposed, self._reader(name, group, shape, own.dtype)))
+        for name in incomplete_experts(kept):
+            half = kept.pop(name)
+            refused[half.names[0]] = "the other stack of its experts is in 16 bits"
+            decoded.append(Decoded(name, half.names, half.target.transposed, half.read))
+        return Plan(self.folder.path, list(kept.values()), refused, decoded=decoded, consumed=consumed)
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+    def _stored(self) -> list[Stored]:
+        """The quantized weights of the files. Each tensor that can only be a part of one has been assigned then."""
+        tensors, method = self.folder.tensors, self.method
+        layers: dict[str, dict[str, str]] = {}
+        found = []
+        for name, (_, dtype, _) in tensors.items():
+            layer, _, part = name.rpartition(".")
+            if part.endswith(_SCALE_OF_STACK) and part != "weight_scale_inv":
+                if name.removesuffix(_SCALE_OF_STACK) not in tensors:
+                    raise bad(self.folder.where(name), "the quantized weight that it belongs to", "none")
+            elif dtype in method.dtypes and part != "weight" and f"{name}{_SCALE_OF_STACK}" in tensors:
+                found.append(Stored(name, name, {"weight": name, "weight_scale_inv": name + _SCALE_OF_STACK}))
+            else:
+                layers.setdefault(layer, {})[part] = name
+        for layer, parts in layers.items():
+            own = {part: name for part, name in parts.items() if part in method.parts}
+            if method.mark not in own and not ("weight" in own and tensors[own["weight"]][1] in method.dtypes):
+                if left := sorted(own.keys() - {"weight"}):
+                    raise bad(self.folder.where(own[left[0]]), "the quantized weight that it belongs to", "none")
+                continue
+            if unknown := sorted(parts.keys() - method.parts - _OF_ACTIVATIONS - {"bias"}):
+                expected = f"one of {', '.join(sorted(method.parts))}, of a quantized weight"
+                raise bad(self.folder.where(parts[unknown[0]]), expected, "another tensor")
+            if missing := [part for part in method.required if part not in own]:
+                raise bad(f"{layer}.{missing[0]}", f"a tensor beside {next(iter(own.values()))}", "none")
+            found.append(Stored(layer, f"{layer}.weight", own))
+        return found
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """The name of a tensor in the model, and the pattern of the conversion that makes it, if there is one."""
+        return rename_source_key(
+            name, self._renamings, self._converters, self.model.base_model_prefix or None, self._state
+        )
+
+    def _names(self, group: list[tuple[Stored, str | None]]) -> tuple[str, ...]:
+        return tuple(self.folder.where(next(iter(stored.parts.values()))) for stored, _ in group)
+
+    def _reader(
+        self, name: str, group: list[tuple[Stored, str | None]], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Callable[[], QuantizedWeight]:
+        """What reads the parameter `name`, which is one weight of the files, or a stack of weights."""
+
+        def reader(stored: Stored) -> Callable[[], QuantizedWeight]:
+            def read() -> QuantizedWeight:
+                tensors = {part: self.folder[name] for part, name in stored.parts.items()}
+                return self.method.read(stored.name, tensors, self.config, dtype)
+
+            return read
+
+        readers = [reader(stored) for stored, _ in group]
+        if len(group) == 1 and group[0][1] is None:
+            return readers[0]
+        order = self._order(name, group, shape)
+        return lambda: _stacked(readers, order, shape)
+
+    def _nbytes(self, name: str) -> int:
+        _, dtype, shape = self.folder.tensors[name]
+        bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3", "I32"
+        return torch.Size(shape).numel() * (8 if bits is None else int(bits[0])) // 8
+
+    def _order(self, name: str, group: list[tuple[Stored, str | None]], shape: tuple[int, ...]) -> Tensor:
+        """The order in which a parameter has the rows of its weights: the conversion is run on their numbers."""
+        where, patterns = self._names(group)[0], {pattern for _, pattern in group}
+        if None in patterns:
+            raise bad(where, f"one weight that becomes {name}", len(group))
+        (converter,) = {id(each): each for each in self._converters if patterns & set(each.source_patterns)}.values()
+        if len(converter.target_patterns) != 1:
+            raise bad(where, "a weight that transformers does not divide", f"one of which {name} is a part")
+        rows = torch.Size(shape[:-1]).numel()
+        if rows % len(group):
+            raise bad(where, f"{list(shape)} in weights of one shape, as {name} has", f"{len(group)} weights")
+        each = rows // len(group)
+        made: dict[str, Any] = {}
+        for i, (_, pattern) in enumerate(group):
+            made.setdefault(pattern, []).append(torch.arange(i * each, (i + 1) * each).view(each, 1))
+        try:
+            for operation in converter.operations:
+                made = operation.convert(
+                    made,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                    full_layer_name=name,
+                    model=self.model,
+                    config=self.model.config,
+                )
+            order = next(iter(made.values()))
+            return checked_order(name, order[0] if isinstance(order, list) else order, rows)
+        except (RuntimeError, ValueError, KeyError) as error:
+            text = f"{len(group)}, of which {type(operation).__name__} makes another ({error})"
+            raise bad(where, f"weights whose rows make {list(shape)} of {name}", text) from None
+
+
+def _stacked(readers: list[Callable[[], QuantizedWeight]], order: Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
+    """Read weights one after the other into one weight, whose rows are those of all in turn, taken in `order`."""
+    rows = torch.Size(shape[:-1]).numel()
+    places = torch.empty_like(order)
+    places[order] = torch.arange(rows)
+    made: dict[str, Tensor] = {}
+    begin, first = 0, None
+    for read in readers:
+        q = read()
+        if first is None:
+            first = q
+        N = len(q.codes.view(-1, q.codes.shape[-1]))
+        if (q.format, q.blocksize, q.shape) != (first.format, first.blocksize, first.shape) or q.shape[-1] != shape[-1]:
+            got = f"{q.format} {list(q.shape)} in blocks of {q.blocksize}"
+            raise bad("its weights", f"{first.format} {list(shape)} in blocks of {first.blocksize}", got)
+        if q.tensors().keys() != first.tensors().keys():
+            raise bad("its weights", f"{', '.join(first.tensors())}, as the first has", ", ".join(q.tensors()))
+        for name, tensor in q.tensors().items():
+            if name in ("codes", "absmax", "minimum", "zero_point"):
+                if name not in made:
+                    made[name] = tensor.new_empty(rows, tensor.numel() // N)
+                made[name][places[begin : begin + N]] = tensor.view(N, -1)
+            elif name == "nested_absmax":
+                made[name] = tensor.new_ones(1)  # of E8M0, where all are 1
+            elif not _same_bits(tensor, getattr(first, name)):
+                raise bad("its weights", f"one {name}, as the first has", "another")
+        begin += N
+    if begin != rows:
+        raise bad("its weights", f"{rows} rows", begin)
+    if "nested_absmax" in made:
+        blocks = made["absmax"].numel()
+        made["nested_absmax"] = made["nested_absmax"].expand(-(-blocks // first.layout.nested_blocksize)).contiguous()
+    fields: dict[str, Any] = {name: tensor.view(-1) for name, tensor in made.items()}
+    fields["codes"] = made["codes"].view(*shape[:-1], -1)
+    return replace(first, **fields, shape=shape)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables are equal, of which those of scales have NaN where a byte is none."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
