@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import file_pages
 import machine
 import report
 from cases import OURS
@@ -85,6 +86,12 @@ def account_table() -> str:
     return table(header, rows)
 
 
+def files_tables() -> str:
+    """The figures of files.py of each machine, for docs/numbers.md."""
+    found = [report.figures(path.parent).get("files") for path in sorted(report.RESULTS.glob("*/figures.json"))]
+    return "\n".join(file_pages.numbers(each) for each in found if each)
+
+
 def finetune_runs() -> str:
     """The committed runs of `make finetune` as a table of docs/numbers.md, with the slowest first."""
     paths = [(name, report.RESULTS / folder / FINETUNE) for name, folder in COLUMNS.items()]
@@ -128,6 +135,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs/numbers.md": {
         "": lambda: summary(columns(*COLUMNS)),
         " account": account_table,
+        " files": files_tables,
         " finetune": finetune_runs,
     },
 }

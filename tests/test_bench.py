@@ -81,6 +81,58 @@ def test_footprint_is_what_is_allocated(script, method):
     assert allocated["peak"] == pytest.approx(during, rel=footprint.PEAK_TOLERANCE)
 
 
+# ---- bench/files.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_products(script):
+    """The cases of a small weight in every format, where each takes as many seconds as it has bytes; what was wrong."""
+    pytest.importorskip("gguf")
+    files, llama_cpp = script("files"), script("llama_cpp")
+    if (folder := llama_cpp.folder_of_package()) is None:
+        pytest.skip("pip install llama-cpp-py-sync has not been run")
+    library, shape, wrong = llama_cpp.LlamaCpp(folder, 1), (64, 512), []
+    data = {type: files.gguf_bytes(library, type, *shape) for type in files.GGUF_TYPES}
+    nbytes = {name: weight.nbytes for name, weight in files.weights(shape, data).items()}
+
+    def timer(calls, M):
+        return {name: nbytes.get(name, 1) for name in calls}
+
+    with torch.no_grad():
+        rows = list(files.products(shape, data, [("Y", 2), ("dX", 3)], timer, wrong))
+        weight = files.weights(shape, data)["Q4_K"]
+        peers = list(files.against_peers("Q4_K", weight, data["Q4_K"], library, (1, 3), timer))
+    found = {"machine": script("machine").describe(), "load": {"others": 0.0, "stolen": 0.0}, "llama_cpp": ["avx2"]}
+    return {**found, "products": rows, "peers": peers, "step": None, "wrong": wrong}
+
+
+def test_products_over_files_are_right_in_every_format(script, file_products):
+    pages = script("file_pages")
+    assert not file_products["wrong"]
+    for row in file_products["products"]:
+        assert row["seconds"].keys() == row["bits"].keys() > set(pages.REFERENCES.values())
+        assert set(row["bits"].values()) == set(pages.REFERENCES)
+
+
+def test_llama_cpp_multiplies_the_same_bytes(script, file_products):
+    pages = script("file_pages")
+    for row in file_products["peers"]:
+        assert row["errors"]["qlora_native"] < row["errors"][pages.LLAMA_CPP] < 0.02
+
+
+def test_format_is_slow_where_it_takes_longer_than_its_bytes(script, file_products):
+    slow = script("file_pages").slow
+    assert not [line for line in slow(file_products) if "nf4" in line]
+    file_products["products"][0]["seconds"]["AWQ int4"] *= 2
+    assert ["AWQ int4" in line for line in slow(file_products) if "nf4" in line] == [True]
+
+
+def test_report_on_files_names_every_format(script, file_products):
+    pages = script("file_pages")
+    for text in (pages.page(file_products), pages.numbers(file_products)):
+        assert all(f"| {name} |" in text for name in ("Q4_K", "IQ4_XS", "AWQ int4", "GPTQ int8", "FP8"))
+
+
 # ---- bench/run.py --device cuda, as far as it goes without a GPU -----------------------------------------------------
 
 
@@ -233,7 +285,7 @@ assert MEASURED
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
 def test_committed_figures_are_those_of_one_machine(script, path):
     machine, report = script("machine"), script("report")
-    assert path.stat().st_size < 30_000
+    assert path.stat().st_size < 70_000
     for program in report.figures(path.parent).values():
         assert machine.folder_name(program["machine"]) == path.parent.name
 
