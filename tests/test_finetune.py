@@ -124,6 +124,32 @@ def test_model_in_4_bits_is_trained_as_it_is(folder, eager, written_by):
     assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
 
 
+def test_quantized_files_are_trained_in_their_bytes(folder, tmp_path):
+    base = shutil.copytree(folder / "model", tmp_path / "fp8")
+    changes = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            blocks = [-(-size // 128) for size in weight.shape]
+            scale = weight.abs().max().float() / 448
+            changes |= {
+                name: (weight / scale).to(torch.float8_e4m3fn),
+                f"{name}_scale_inv": scale.expand(blocks).clone(),
+            }
+    models.edit_tensors(base / "model.safetensors", changes)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps(config))
+    data = ("--data", folder / "data.jsonl", "--output", tmp_path / "out")
+    assert " in fp8\n" in run(folder, *data, *SHORT, model=base).stdout
+    found = figures(tmp_path / "out")
+    assert found["held_out_loss"]["after"] < found["held_out_loss"]["before"]
+    assert found["arguments"]["format"] == "file"
+    shown = run(folder, *data, "--format", "nf4", model=base, fails=True)
+    assert "expected weights in 16 bits, or no --format and no --calibrate, got fp8" in shown.stderr
+    shown = run(folder, *data, "--format", "file", fails=True)
+    assert "--format file: expected a model whose weights are quantized, got one in 16 bits" in shown.stderr
+
+
 def test_weight_with_a_scale_beside_it_is_refused(folder, tmp_path):
     """Codes in FP8 whose config does not say so: transformers casts them, and leaves the scales out."""
     base = shutil.copytree(folder / "model", tmp_path / "fp8")
