@@ -291,22 +291,9 @@ def _operands(
     if len(wanted) != 4 or any(want and not has for want, has in zip(wanted, given, strict=True)):
         raise bad("wanted", f"four bools, at most {given}: of hidden, weight, bias and adapter", list(wanted))
     quantized = (
-        codes,
-        absmax,
-        nested_absmax,
-        nested_code,
-        offset,
-        code,
-        minimum,
-        nested_minimum,
-        zero_point,
-        N,
-        K,
-        bits,
-        blocksize,
-        nested_blocksize,
-        byte_format,
-    )
+        codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+        N, K, bits, blocksize, nested_blocksize, byte_format,
+    )  # fmt: skip
     options = (ignore_index, scale, softcap, label_smoothing, z_loss)
     return hidden, labels, Head(weight, quantized, bias, lora_a, lora_b, lora_scaling), options, wanted, row_gradients
 

@@ -69,46 +69,17 @@ def _(weight, blocksize):
 
 @torch.library.register_fake("qlora_native::dequantize")
 def _(
-    codes,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    code,
-    minimum,
-    nested_minimum,
-    zero_point,
-    N,
-    K,
-    bits,
-    blocksize,
-    nested_blocksize,
-    byte_format,
-    dtype,
-):
+    codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+    N, K, bits, blocksize, nested_blocksize, byte_format, dtype,
+):  # fmt: skip
     return codes.new_empty((N, K), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::dequantize_rows")
 def _(
-    codes,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    code,
-    minimum,
-    nested_minimum,
-    zero_point,
-    N,
-    K,
-    bits,
-    blocksize,
-    nested_blocksize,
-    byte_format,
-    dtype,
-    rows,
-):
+    codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
+    N, K, bits, blocksize, nested_blocksize, byte_format, dtype, rows,
+):  # fmt: skip
     return codes.new_empty((rows.shape[0], K), dtype=dtype)
 
 

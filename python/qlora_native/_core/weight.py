@@ -164,14 +164,10 @@ class QuantizedWeight:
             for name in ("nested_absmax", "offset", "code"):
                 check_finite(name, getattr(self, name))
             return self
-        if self.layout.byte_format == E4M3 and not self.codes.is_meta:
-            check_memory("codes", self.codes)
-            if any(((part & 0x7F) == 0x7F).any() for part in self.codes.view(-1).split(1 << 20)):
-                raise bad("codes", "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
         if self.column_order is not None:
             check_permutation("column_order", self.column_order)
         if self.layout.byte_format == E4M3:
-            self._check_fp8_scales()
+            self._check_fp8()
             return self
         sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
         scale, minimum = sizes["absmax"], sizes.get("minimum", 0.0)
@@ -184,8 +180,11 @@ class QuantizedWeight:
             raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
         return self
 
-    def _check_fp8_scales(self) -> None:
-        """Check that the scales of "fp8" lie below 2^120, because kernels multiply them by 256."""
+    def _check_fp8(self) -> None:
+        """Check that codes of "fp8" are numbers, and that scales lie below 2^120, as kernels multiply them by 256."""
+        check_memory("codes", self.codes)
+        if not self.codes.is_meta and any(((part & 0x7F) == 0x7F).any() for part in self.codes.view(-1).split(1 << 20)):
+            raise bad("codes", "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
         largest = check_finite("absmax", self.absmax)
         if self.nested_code is not None and not self.absmax.is_meta:  # powers of two, of which the byte 255 is NaN
             check_scales("absmax", self.absmax, "mxfp4")

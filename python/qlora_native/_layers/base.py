@@ -189,15 +189,16 @@ class QuantizedLayer(nn.Module):
         """
         for name, tensor in {**self.weight_tensors(), "bias": self._parameters.get("bias")}.items():
             check_memory(name, tensor)
+        q = self.quantized_weight
         with torch.no_grad():
             for tensor in (
                 self._parameters["weight"],
                 self.absmax,
                 self.nested_absmax,
                 self.offset,
-                self.quantized_weight.minimum,
-                self.quantized_weight.nested_minimum,
-                self.quantized_weight.zero_point,
+                q.minimum,
+                q.nested_minimum,
+                q.zero_point,
                 self._parameters.get("bias"),
             ):
                 if tensor is not None:

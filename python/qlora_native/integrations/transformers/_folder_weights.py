@@ -27,7 +27,7 @@ from ..._files.awq import from_awq
 from ..._files.compressed_tensors import from_compressed_tensors
 from ..._files.fp8 import from_fp8
 from ..._files.gptq import from_gptq
-from ._kept import NO_LAYER, Decoded, Kept, Plan, Target, checked_order, ignores, incomplete_experts
+from ._kept import NO_LAYER, Decoded, Kept, Plan, Target, checked_order, converted, ignores, incomplete_experts
 
 # What only a server reads that rounds activations, or keys and values of attention.
 _OF_ACTIVATIONS = frozenset(
@@ -356,14 +356,7 @@ class _Planner:
             made.setdefault(pattern, []).append(torch.arange(i * each, (i + 1) * each).view(each, 1))
         try:
             for operation in converter.operations:
-                made = operation.convert(
-                    made,
-                    source_patterns=converter.source_patterns,
-                    target_patterns=converter.target_patterns,
-                    full_layer_name=name,
-                    model=self.model,
-                    config=self.model.config,
-                )
+                made = converted(made, operation, converter, name, self.model)
             order = next(iter(made.values()))
             return checked_order(name, order[0] if isinstance(order, list) else order, rows)
         except (RuntimeError, ValueError, KeyError) as error:

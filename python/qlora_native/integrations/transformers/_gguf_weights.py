@@ -22,7 +22,7 @@ from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._files.gguf import GGUF_TYPES, from_gguf, gguf_rows
 from ..._files.gguf_file import FLOATS, GGUFFile, GGUFTensor
-from ._kept import NO_LAYER, CannotBeKept, Kept, Plan, Target, checked_order, ignores, incomplete_experts
+from ._kept import NO_LAYER, CannotBeKept, Kept, Plan, Target, checked_order, converted, ignores, incomplete_experts
 
 # Tables that llama.cpp computes from the configuration, as transformers does.
 _TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -279,14 +279,7 @@ class _Transforms(_Mapping):
             if (permutation := getattr(operation, "input_permutation", None)) is not None:
                 columns = permutation.to(torch.int32)
                 continue
-            made = operation.convert(
-                made,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=name,
-                model=self.model,
-                config=self.model.config,
-            )
+            made = converted(made, operation, converter, name, self.model)
         order = next(iter(made.values()))
         order = order[0] if isinstance(order, list) else order
         return checked_order(name, order, sum(tensor.rows for tensor in tensors)), columns

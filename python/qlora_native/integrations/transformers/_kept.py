@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.accelerate import get_device
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -117,6 +118,20 @@ class Plan:
 
 class CannotBeKept(ValueError):
     """The reason why a quantized weight of a file can only be a weight in 16 bits."""
+
+
+def converted(
+    tensors: dict[str, Any], operation: ConversionOps, converter: WeightConverter, name: str, model: nn.Module
+) -> dict[str, Any]:
+    """Run one operation of transformers' converter of the parameter `name`."""
+    return operation.convert(
+        tensors,
+        source_patterns=converter.source_patterns,
+        target_patterns=converter.target_patterns,
+        full_layer_name=name,
+        model=model,
+        config=model.config,
+    )
 
 
 def checked_order(name: str, order: Tensor, rows: int) -> Tensor:
