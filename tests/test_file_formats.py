@@ -11,6 +11,7 @@ import torch
 
 import qlora_native as qn
 from qlora_native._core.layouts import LAYOUTS
+from qlora_native._layers.linear import linear_class
 from qlora_native.testing import assert_close_by_norm
 
 FORMATS = [name for name, layout in LAYOUTS.items() if not layout.quantizes]
@@ -94,6 +95,20 @@ def test_experts_are_multiplied_each_by_their_own_weight(format):
     expected = torch.cat([part.double() @ each.double().t() for part, each in zip(x.split([4, 0, 7]), w, strict=True)])
     bound = 256 * 2**-24 * x.double().norm(dim=1)[:, None] * w.double().norm(dim=2).amax()
     assert_close_by_norm("y", y, expected, bound)
+
+
+@weights
+def test_layer_that_is_reset_has_its_tables_and_zeros(format, variant):
+    q = oracle.random_of_file(format, (16, 256), **variant)
+    layer = linear_class(q).from_quantized(q).to_empty(device="cpu")
+    layer.reset_parameters()
+    reset = layer.quantized_weight
+    for name in ("code", "nested_code"):
+        if (table := getattr(q, name)) is not None:
+            assert torch.equal(getattr(reset, name).nan_to_num(-1), table.nan_to_num(-1))
+    assert not reset.dequantize(torch.float32).any()
+    if q.column_order is not None:
+        assert torch.equal(reset.column_order, torch.arange(256, dtype=torch.int32))
 
 
 @weights

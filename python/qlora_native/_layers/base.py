@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._core.blocks import ceil_div, chosen_blocksize
 from .._core.errors import bad_type, check_float_dtype, check_memory
 from .._core.formats import DYNAMIC_MAP, check_format, codes_shape, levels_of
-from .._core.layouts import LAYOUTS
+from .._core.layouts import LAYOUTS, SCALE_LEVELS
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.quantize import code_tensor
 from .._core.weight import QuantizedWeight, check_finite, unchecked
@@ -207,6 +207,8 @@ class QuantizedLayer(nn.Module):
                 self.nested_code.copy_(_levels_of_scales(self.format))
             if (levels := levels_of(self.format)) is not None:
                 self.codebook.copy_(levels)
+            if q.column_order is not None:
+                torch.arange(len(q.column_order), out=q.column_order)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
@@ -257,7 +259,9 @@ class QuantizedLayer(nn.Module):
 
 
 def _levels_of_scales(format: str) -> Tensor:
-    return scale_table(format) if format in MICROSCALED else DYNAMIC_MAP
+    if format in MICROSCALED or format == "fp8":  # scales of fp8 that are bytes are those of mxfp4
+        return scale_table("mxfp4" if format == "fp8" else format)
+    return SCALE_LEVELS.get(format, DYNAMIC_MAP)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
