@@ -26,7 +26,7 @@ def same_bits(actual, expected):
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
-# Where a block of each type has its numbers of 16 bits.
+# These are the places of the numbers of 16 bits in a block of each type.
 FLOAT16_AT = {
     "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2),
     "MXFP4": (), "NVFP4": (),

@@ -21,7 +21,7 @@ struct Format {
   int bits;
   const float* code;  // 16 values; null with 8 bits
   bool microscaled = false;
-  // Of a format of files:
+  // These belong to a format of files:
   int file_blocksize = 0;  // 0 of other formats
   qlora_native::ByteFormat byte_format = qlora_native::ByteFormat::absmax_int8;
   bool nested = false;  // scales of 8 bits, with a nested scale for 256 elements, as in GGUF's K-quants; else of 16
@@ -167,7 +167,7 @@ class Quantized {
   std::vector<std::uint8_t> absmax_codes;
   std::vector<float> nested_absmax, nested_code;
   float offset = 0.0f;
-  // Of formats of files: scales and minima in fp16, or in bytes.
+  // Formats of files have scales and minima in fp16, or in bytes.
   std::vector<std::uint16_t> scales16, minima16;
   std::vector<std::uint8_t> minimum_codes;
   std::vector<float> nested_minimum;
