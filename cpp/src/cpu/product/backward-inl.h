@@ -32,11 +32,12 @@ void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&ac
                      kTarget);
 }
 
-// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies.
-template <class Dot, class Rows>
-class BackwardInput final : public Job {
+// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies. This class has all that does
+// not depend on how W is stored.
+template <class Dot>
+class BackwardInputOf : public Job {
  public:
-  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w) {
+  BackwardInputOf(const LinearBackwardInputArgs& args, const WeightRows& part, bool ragged) : ragged_(ragged) {
     const LoraView& lora = args.lora;
     dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
     v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
@@ -62,12 +63,12 @@ class BackwardInput final : public Job {
   void cut(std::int64_t threads) override {
     tasks_[0] = strips_.count;
     for (std::size_t i = 0; i < adapters_.size(); ++i) {
-      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, b_of(adapters_[i]), threads));
+      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, args_.lora.rank, false, threads));
       tasks_[1] += v_cuts_.back().tasks();
     }
     if (args_.dx.data == nullptr) return;
     for (const LowRank& low_rank : low_ranks_) tasks_[2] += low_rank.strips.count();
-    cut_ = Product::cut(strips_, {0, strips_.count}, w_, threads);
+    cut_ = Product::cut(strips_, {0, strips_.count}, args_.weight.K, ragged_, threads);
     tasks_[3] = cut_.tasks();
   }
   void prepare(std::byte* memory) override {
@@ -92,6 +93,18 @@ class BackwardInput final : public Job {
       default:
         return multiply(task);
     }
+  }
+
+ protected:
+  virtual void multiply(std::int64_t task) = 0;
+
+  template <class Rows>
+  void multiply_with(const Rows& w, std::int64_t task) {
+    const Dropout dropout = adapters_.empty() ? Dropout{} : dropout_of(args_.lora);
+    Product::product(cut_, task, dy_, strips_, w, {low_ranks_, dropout, first_row_},
+                     [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
+                       write_row<Dot::kActivation>(args_.dx, row, col, accumulators, 1.0f);
+                     });
   }
 
  private:
@@ -127,15 +140,8 @@ class BackwardInput final : public Job {
                   {first - adapter.begin, strips_.first_packed(strip + 1) - adapter.begin},
                   low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
   }
-  void multiply(std::int64_t task) {
-    const Dropout dropout = adapters_.empty() ? Dropout{} : dropout_of(args_.lora);
-    Product::product(cut_, task, dy_, strips_, w_, {low_ranks_, dropout, first_row_},
-                     [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
-                       write_row<Dot::kActivation>(args_.dx, row, col, accumulators, 1.0f);
-                     });
-  }
 
-  Rows w_;
+  bool ragged_;                   // whether a chunk of W may begin in a low nibble, or cross blocks
   LinearBackwardInputArgs args_;  // of this job's rows
   std::int64_t first_row_;        // of the call's, as dropout counts them
   Strips strips_{0};
@@ -146,6 +152,18 @@ class BackwardInput final : public Job {
   std::vector<typename Product::Cut> v_cuts_;
   typename Product::Cut cut_;
   float* dy_ = nullptr;
+};
+
+template <class Dot, class Rows>
+class BackwardInput final : public BackwardInputOf<Dot> {
+ public:
+  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part)
+      : BackwardInputOf<Dot>(args, part, !w.aligned()), w_(w) {}
+
+ private:
+  void multiply(std::int64_t task) override { this->multiply_with(w_, task); }
+
+  Rows w_;
 };
 
 // dA = V^T . drop(X), or dB^T = s * U^T . dY. Both are low_rank[rows, rank]^T . dense[rows, cols], whose inner
@@ -176,7 +194,7 @@ class LoraGradient final : public Job {
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(strips_, {0, strips_.count}, dense_, threads);
+    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), false, threads);
     tasks_[0] = ceil_div(inner_, kTransposedRows);
     tasks_[1] = strips_.count;
     tasks_[2] = cut_.tasks();

@@ -14,6 +14,7 @@ class DenseRows {
  public:
   static constexpr bool kQuantized = false;
   static constexpr bool kRare = false;
+  using Scales = BlockScales<false>;  // of which there are none
   static constexpr std::int64_t kChunkScales = 0;
   static constexpr bool kNatural = kNaturalOrder;
   DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)
@@ -22,8 +23,8 @@ class DenseRows {
   std::int64_t rows() const { return matrix_.rows; }
   std::int64_t cols() const { return matrix_.cols; }
 
-  template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
+  template <int kRows, class Sink>
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink, std::int64_t = 0) const {
     with_dtype(matrix_.dtype, [&](auto dtype) {
       for (std::int64_t c = chunks.begin; c < chunks.end; ++c) {
         typename Dot::Chunk chunk[kRows];

@@ -10,13 +10,14 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies.
-template <class Dot, class Rows>
-class Forward final : public Job {
+// Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies. This class has all that does not depend
+// on how W is stored.
+template <class Dot>
+class ForwardOf : public Job {
  public:
-  Forward(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+  ForwardOf(const LinearForwardArgs& args, const WeightRows& part) {
     const LoraView& lora = args.lora;
-    units_ = Product::padded_units(w);
+    units_ = Product::padded_units(DenseRows<Dot, false>(args.x));
     u_units_ = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
     rows_ = part.end - part.begin;
     rows_ = smaller(rows_, rows_per_block(rows_, (units_ + 2 * u_units_) * 4, kStripRows));
@@ -48,8 +49,25 @@ class Forward final : public Job {
   }
   void run(int stage, std::int64_t task) override { stage == 0 ? pack(task) : multiply(task); }
 
- private:
+ protected:
   using Product = ProductNt<Dot>;
+
+  virtual void multiply(std::int64_t task) = 0;
+
+  template <class Rows>
+  void multiply_with(const Rows& w, std::int64_t task) {
+    const std::int64_t first = task % grid_.row_parts * grid_.row_part;
+    const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
+    const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
+    float* panels =
+        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
+    float* accumulators = panels + 2 * Product::kPanelFloats;
+    typename Product::Tiles tiles;
+    Product::multiply(tiles, w, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, accumulators,
+                      [&](Range rows, float* panel_memory) { finish(tiles, x, rows, panel_memory, accumulators); });
+  }
+
+ private:
   static constexpr std::int64_t kMaxTaskRows = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
   // The accumulators of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds
@@ -131,21 +149,13 @@ class Forward final : public Job {
                         packed_u(piece));
   }
 
-  void multiply(std::int64_t task) {
-    const std::int64_t first = task % grid_.row_parts * grid_.row_part;
-    const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
-    const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
-    float* panels =
-        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
-    float* accumulators = panels + 2 * Product::kPanelFloats;
-    typename Product::Tiles tiles;
-    Product::multiply(tiles, w_, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, accumulators,
-                      [&](Range rows, float* panel_memory) {
-                        add_low_rank(tiles, x, rows, panel_memory, accumulators);
-                        for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
-                          Product::write(x.accumulators(s, accumulators, rows), strips_.width(s), rows, 1.0f,
-                                         args_.bias, args_.y, strips_.first(s) * kLanes);
-                      });
+  // Writes these columns of Y, whose accumulators have X . W^T.
+  void finish(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
+              float* accumulators) {
+    add_low_rank(tiles, x, rows, panel_memory, accumulators);
+    for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
+      Product::write(x.accumulators(s, accumulators, rows), strips_.width(s), rows, 1.0f, args_.bias, args_.y,
+                     strips_.first(s) * kLanes);
   }
 
   // Adds U . (s*B)^T to the accumulators of these rows of W.
@@ -184,7 +194,6 @@ class Forward final : public Job {
     for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 3);
   }
 
-  Rows w_;
   LinearForwardArgs args_;  // of this job's rows
   std::int64_t first_row_;  // of the call's, as dropout counts them
   std::int64_t units_, u_units_;
@@ -196,6 +205,17 @@ class Forward final : public Job {
   std::int64_t floats_x_, floats_u_;
   Grid grid_;
   float *x_ = nullptr, *u_ = nullptr;
+};
+
+template <class Dot, class Rows>
+class Forward final : public ForwardOf<Dot> {
+ public:
+  Forward(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : ForwardOf<Dot>(args, part), w_(w) {}
+
+ private:
+  void multiply(std::int64_t task) override { this->multiply_with(w_, task); }
+
+  Rows w_;
 };
 
 }  // namespace

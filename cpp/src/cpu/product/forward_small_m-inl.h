@@ -16,21 +16,18 @@ namespace {
 template <class Dot>
 constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 
-// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
-template <class Dot, int kRows, class Rows, class Sink>
-inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
-  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
-  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
-  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+// Calls sink(s, step) for `steps` of row n of any `rows`, put together from chunks, or of zeros if `count` is 0.
+template <class Dot, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Range steps, Sink&& sink) {
+  const Range chunks{steps.begin * Dot::kStepChunks,
+                     smaller(ceil_div(rows.cols(), kChunk), steps.end * Dot::kStepChunks)};
+  typename Dot::Chunk held[Dot::kStepChunks] = {};
+  rows.template chunks<1>(n, count, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
     const std::int64_t place = c % Dot::kStepChunks;
-    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
-    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
-    typename Dot::Step step[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
-      step[i] = Dot::join(held[i]);
-    }
-    sink(c / Dot::kStepChunks, step);
+    held[place] = chunk[0];
+    if (place != Dot::kStepChunks - 1 && c != chunks.end - 1) return;
+    for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[after] = {};
+    sink(c / Dot::kStepChunks, Dot::join(held));
   });
 }
 
@@ -43,14 +40,13 @@ struct SmallM {
     return ceil_div(rows.cols(), kStepElements<Dot>);
   }
 
+  static void store_step(const typename Dot::Step& step, float* out) {
+    for (int k = 0; k < Dot::kStepVectors; ++k) store(out + k * kLanes, step.vector(k));
+  }
   // x as [step][row][unit], with zeros in rows from `rows` on.
   template <class Rows>
   static void pack(const Rows& x, int rows, int packed_rows, float* out) {
-    for (int m = 0; m < packed_rows; ++m)
-      steps_of_chunks<Dot, 1>(x, m, m < rows, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
-        for (int k = 0; k < Dot::kStepVectors; ++k)
-          store(out + (s * packed_rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
-      });
+    decode_steps<Rows>(&x, 0, rows, packed_rows, {0, steps(x)}, out);
   }
 
   // What one adapter adds: U . (s*B)^T. `u` is [row][padded rank] in fp32, and zero in rows of other adapters.
@@ -90,16 +86,35 @@ struct SmallM {
   static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
 
   template <int kM>
+  struct Totals {
+    F32 of[kRowsOf<kM>][kM];
+  };
+  // Adds U . (s*B)^T to the totals of rows n ... n+count-1.
+  template <int kM>
+  [[gnu::noinline]] static void add_low_rank(std::int64_t n, int count, std::span<const LowRank> loras,
+                                             Totals<kM>& total) {
+    for (const LowRank& lora : loras)
+      for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
+#pragma GCC unroll 8
+        for (int j = 0; j < kRowsOf<kM>; ++j) {
+          const F32 b = j < count ? lora.row(n + j, r) : zero();
+#pragma GCC unroll 8
+          for (int m = 0; m < kM; ++m) total.of[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total.of[j][m]);
+        }
+  }
+
+  template <int kM>
   struct Accumulators {
     static constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
-    F32 part[kRows][kM][kParts], total[kRows][kM];
+    F32 part[kRows][kM][kParts];
+    Totals<kM> total;
 
     [[gnu::always_inline]] Accumulators() {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
-          total[j][m] = zero();
+          total.of[j][m] = zero();
 #pragma GCC unroll 8
           for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
         }
@@ -131,26 +146,23 @@ struct SmallM {
         for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
           for (int i = 0; i < kParts; ++i) {
-            total[j][m] = add(total[j][m], part[j][m][i]);
+            total.of[j][m] = add(total.of[j][m], part[j][m][i]);
             part[j][m][i] = zero();
           }
     }
     // Adds what the adapters add to rows n ... n+count-1, and writes the totals to out[m][j].
     [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
       end_chain();
-      for (const LowRank& lora : loras)
-        for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
-#pragma GCC unroll 8
-          for (int j = 0; j < kRows; ++j) {
-            const F32 b = j < count ? lora.row(n + j, r) : zero();
-#pragma GCC unroll 8
-            for (int m = 0; m < kM; ++m) total[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total[j][m]);
-          }
+      if (!loras.empty()) {
+        Totals<kM> copy = total;  // the original stays in registers
+        add_low_rank(n, count, loras, copy);
+        total = copy;
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kM * kRows; i += 4) {
         F32 four[4];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) four[k] = i + k < kM * kRows ? total[(i + k) % kRows][(i + k) / kRows] : zero();
+        for (int k = 0; k < 4; ++k) four[k] = i + k < kM * kRows ? total.of[(i + k) % kRows][(i + k) / kRows] : zero();
         store_sums(out + i, four);
       }
     }
@@ -195,78 +207,118 @@ struct SmallM {
       }
     accumulators.finish(n, kRows, loras, out);
   }
-  // Computes the same for `count` rows of any kind.
-  template <int kM, class Rows>
-  static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
-                          float* out) {
-    Accumulators<kM> accumulators;
-    steps_of_chunks<Dot, kRowsOf<kM>>(w, n, count, [&](std::int64_t s, const auto& step) {
-      // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
-      // would store each of them at once.
-      Accumulators<kM> copy = accumulators;
+  // The same of rows of any kind, which are decoded to memory, a block of steps at a time.
+  static constexpr std::int64_t kBlockSteps = 16;
+
+  // Writes steps of rows n ... n+count-1 of w as [step][row][unit], with zeros from row n + count to n + rows - 1.
+  using DecodeSteps = void(const void* w, std::int64_t n, int count, int rows, Range block, float* out);
+  template <class Rows>
+  static void decode_steps(const void* w, std::int64_t n, int count, int rows, Range block, float* out) {
+    for (int j = 0; j < rows; ++j)
+      steps_of_chunks<Dot>(*static_cast<const Rows*>(w), n + j, j < count, block,
+                           [&](std::int64_t s, const typename Dot::Step& step) {
+                             store_step(step, out + ((s - block.begin) * rows + j) * kStepUnits);
+                           });
+  }
+  struct DecodedStep {
+    const float* units;
+    F32 vector(int k) const { return load(units + k * kLanes); }
+  };
+  template <int kM>
+  static void multiply_decoded(Range block, const float* x, const float* decoded, Accumulators<kM>& accumulators) {
+    constexpr int kRows = kRowsOf<kM>;
+    // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
+    // would store each of them at once.
+    Accumulators<kM> copy = accumulators;
+    for (std::int64_t s = block.begin; s < block.end; ++s) {
+      DecodedStep step[kRows];
+      for (int j = 0; j < kRows; ++j) step[j].units = decoded + ((s - block.begin) * kRows + j) * kStepUnits;
       copy.multiply(s, x, step);
-      accumulators = copy;
-    });
+    }
+    accumulators = copy;
+  }
+  // Computes out[m][j] for rows n ... n+count-1, kRowsOf<kM> at most.
+  template <int kM>
+  static void ragged_rows(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
+                          const float* x, std::span<const LowRank> loras, float* out) {
+    Accumulators<kM> accumulators;
+    alignas(64) float decoded[kBlockSteps * kRowsOf<kM> * kStepUnits];
+    for (std::int64_t s = 0; s < steps; s += kBlockSteps) {
+      const Range block{s, smaller(s + kBlockSteps, steps)};
+      decode(w, n, count, kRowsOf<kM>, block, decoded);
+      multiply_decoded(block, x, decoded, accumulators);
+    }
     accumulators.finish(n, count, loras, out);
   }
 
-  // Rows of W that a task takes where there are `rows` of them.
-  template <int kM>
-  static std::int64_t task_rows(std::int64_t rows, std::int64_t threads) {
-    constexpr int kRows = kRowsOf<kM>;
-    return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksPerThread) * kRows;
+  // The kernels of one number of rows of x. Those of a dense W are ragged_rows() alone.
+  template <class Rows>
+  struct Kernel {
+    int rows_of_x, rows_of_w;
+    void (*whole_rows)(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
+                       std::span<const LowRank> loras, float* out);
+    DecodeSteps* decode_steps;
+    void (*ragged_rows)(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
+                        const float* x, std::span<const LowRank> loras, float* out);
+
+    // Rows of W that a task takes where there are `rows` of them.
+    std::int64_t task_rows(std::int64_t rows, std::int64_t threads) const {
+      return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
+    }
+  };
+  // The kernel of the least number of rows of x, `rows` or more. Where W is rare there are kernels of powers of two.
+  template <class Rows>
+  static Kernel<Rows> kernel_of(int rows) {
+    Kernel<Rows> kernel{};
+    const auto add = [&]<int kM>() {
+      if constexpr (!Rows::kRare || std::has_single_bit(unsigned{kM})) {
+        kernel = {kM, kRowsOf<kM>, nullptr, decode_steps<Rows>, ragged_rows<kM>};
+        if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<kM, Rows>;
+      }
+    };
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((kernel.rows_of_x < rows ? add.template operator()<i + 1>() : void()), ...);
+    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
+    return kernel;
   }
-  // Multiplies by rows `begin` ... end-1 of W, and calls write(m, n, count, results) for kRowsAtOnce of them at most.
-  template <int kM, class Rows, class Write>
-  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const float* x,
+
+  // Multiplies by some rows of W, and calls write(m, n, count, results) for kRowsAtOnce of them at most.
+  template <class Rows, class Write>
+  static void multiply(const Rows& w, const Kernel<Rows>& kernel, Range rows, const float* x,
                        std::span<const LowRank> loras, const Write& write) {
-    constexpr int kRows = kRowsOf<kM>;
-    static_assert(kRowsAtOnce % kRows == 0);
+    const int rows_of_x = kernel.rows_of_x, rows_of_w = kernel.rows_of_w;
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
-    float results[kM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
-    float* scales = nullptr;
+    float results[cpu::kMaxSmallM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
+    float *scales = nullptr, *minima = nullptr;
     if constexpr (Rows::kQuantized)
-      if (w.aligned())
-        scales = scratch_floats(Slot::thread, (Rows::Scales::kHasMinimum ? 2 : 1) * kRowsAtOnce * row_scales);
-    for (std::int64_t first = begin; first < end; first += kRowsAtOnce) {
-      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, end - first));
+      if (w.aligned()) {
+        constexpr bool kMinimum = Rows::Scales::kHasMinimum;
+        scales = scratch_floats(Slot::thread, (kMinimum ? 2 : 1) * kRowsAtOnce * row_scales);
+        if (kMinimum) minima = scales + kRowsAtOnce * row_scales;
+      }
+    for (std::int64_t first = rows.begin; first < rows.end; first += kRowsAtOnce) {
+      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, rows.end - first));
       int whole = 0;
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
           const Range chunks{0, w.cols() / kChunk};
-          w.prefetch_scales({first + count, first + count + kRowsAtOnce}, chunks);
-          float* const minima = scales + kRowsAtOnce * row_scales;
-          w.chunk_scales({first, first + count}, chunks, scales, minima, row_scales);
-          whole = count / kRows * kRows;
-          for (int j = 0; j < whole; j += kRows)
-            whole_rows<kM>(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
-                           results + j * kM);
+          w.chunk_scales().prefetch({first + count, first + count + kRowsAtOnce}, chunks);
+          w.chunk_scales().decode({first, first + count}, chunks, scales, minima, row_scales);
+          whole = count / rows_of_w * rows_of_w;
+          for (int j = 0; j < whole; j += rows_of_w)
+            kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
+                              results + j * rows_of_x);
         }
-      for (int j = whole; j < count; j += kRows)
-        ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, results + j * kM);
-      for (int m = 0; m < kM; ++m) {
-        for (int j = 0; j < count; j += kRows)
-          __builtin_memcpy(row_results + j, results + j * kM + m * kRows, kRows * sizeof(float));
+      for (int j = whole; j < count; j += rows_of_w)
+        kernel.ragged_rows(&w, kernel.decode_steps, steps(w), first + j, smaller(rows_of_w, count - j), x, loras,
+                           results + j * rows_of_x);
+      for (int m = 0; m < rows_of_x; ++m) {
+        for (int j = 0; j < count; j += rows_of_w)
+          for (int i = 0; i < rows_of_w; ++i) row_results[j + i] = results[j * rows_of_x + m * rows_of_w + i];
         write(m, first, count, row_results);
       }
     }
-  }
-  // The number of rows of x that a kernel is compiled for, `rows` or the next one: a power of two where W is rare.
-  template <class Rows>
-  static constexpr int packed_rows(int rows) {
-    return Rows::kRare ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows))) : rows;
-  }
-  // Calls f with packed_rows() as a compile-time constant.
-  template <class Rows, class F>
-  static void with_rows_of_x(int rows, F&& f) {
-    const auto call = [&]<int kM>() {
-      if constexpr (packed_rows<Rows>(kM) == kM)
-        if (rows == kM) f(std::integral_constant<int, kM>());
-    };
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (call.template operator()<i + 1>(), ...);
-    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
   }
 };
 
@@ -281,17 +333,17 @@ class ForwardSmallM final : public Job {
     adapters_ = job_adapters(args.lora, part, rows_, args.weight);
     for (const JobAdapter& adapter : adapters_)
       loras_.push_back({lora_b(adapter.lora, args.weight.N), adapter.lora.scaling, nullptr, padded_rank()});
-    packed_rows_ = Product::template packed_rows<Rows>(static_cast<int>(rows_));
+    kernel_ = Product::template kernel_of<Rows>(static_cast<int>(rows_));
+    kernel_of_a_ = Product::template kernel_of<RowsOfA>(kernel_.rows_of_x);
+    packed_rows_ = kernel_.rows_of_x;
     x_floats_ = Product::steps(w) * packed_rows_ * Product::kStepUnits;
     u_floats_ = packed_rows_ * padded_rank();
     bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
   }
 
   void cut(std::int64_t threads) override {
-    Product::template with_rows_of_x<Rows>(packed_rows_, [&](auto kM) {
-      u_task_rows_ = Product::template task_rows<kM>(args_.lora.rank, threads);
-      y_task_rows_ = Product::template task_rows<kM>(w_.rows(), threads);
-    });
+    u_task_rows_ = kernel_of_a_.task_rows(args_.lora.rank, threads);
+    y_task_rows_ = kernel_.task_rows(w_.rows(), threads);
     tasks_[0] = adapters_.empty() ? 0 : static_cast<std::int64_t>(adapters_.size()) * u_tasks();
     tasks_[1] = ceil_div(w_.rows(), y_task_rows_);
   }
@@ -313,14 +365,12 @@ class ForwardSmallM final : public Job {
       u += u_floats_;
     }
   }
-  void run(int stage, std::int64_t task) override {
-    Product::template with_rows_of_x<Rows>(packed_rows_,
-                                           [&](auto kM) { stage == 0 ? compute_u<kM>(task) : multiply<kM>(task); });
-  }
+  void run(int stage, std::int64_t task) override { stage == 0 ? compute_u(task) : multiply(task); }
 
  private:
   using Product = SmallM<Dot>;
   using LowRank = typename Product::LowRank;
+  using RowsOfA = DenseRows<Dot, false>;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
 
   std::int64_t padded_rank() const { return ceil_div(args_.lora.rank, kLanes) * kLanes; }
@@ -328,38 +378,34 @@ class ForwardSmallM final : public Job {
   bool has_dropout() const { return !adapters_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
 
   // Computes the U of one adapter for all rows, and saves the rows that are the adapter's.
-  template <int kM>
   void compute_u(std::int64_t task) {
     const JobAdapter& adapter = adapters_[static_cast<std::size_t>(task / u_tasks())];
     const LowRank& lora = loras_[static_cast<std::size_t>(task / u_tasks())];
     const std::int64_t begin = task % u_tasks() * u_task_rows_;
     const F32 scale = set1(dropout_scale(adapter.lora));
-    Product::template multiply<kM>(DenseRows<Dot, false>(lora_a(adapter.lora, args_.x.cols)), begin,
-                                   smaller(begin + u_task_rows_, adapter.lora.rank), dropped_x_, {},
-                                   [&](int m, std::int64_t first, int count, const float* results) {
-                                     if (m < adapter.begin || m >= adapter.end) return;
-                                     for (int r = 0; r < count; r += kLanes) {
-                                       const int lanes = smaller(kLanes, count - r);
-                                       // U is rounded like any operand of a product.
-                                       const F32 value = round_to<Dot::kActivation>(mul(load(results + r), scale));
-                                       store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value,
-                                                                  lanes);
-                                       if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
-                                     }
-                                   });
+    Product::multiply(RowsOfA(lora_a(adapter.lora, args_.x.cols)), kernel_of_a_,
+                      {begin, smaller(begin + u_task_rows_, adapter.lora.rank)}, dropped_x_, {},
+                      [&](int m, std::int64_t first, int count, const float* results) {
+                        if (m < adapter.begin || m >= adapter.end) return;
+                        for (int r = 0; r < count; r += kLanes) {
+                          const int lanes = smaller(kLanes, count - r);
+                          // U is rounded like any operand of a product.
+                          const F32 value = round_to<Dot::kActivation>(mul(load(results + r), scale));
+                          store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value, lanes);
+                          if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
+                        }
+                      });
   }
-  template <int kM>
   void multiply(std::int64_t task) {
     const std::int64_t begin = task * y_task_rows_;
-    Product::template multiply<kM>(w_, begin, smaller(begin + y_task_rows_, w_.rows()), x_, loras_,
-                                   [&](int m, std::int64_t first, int count, const float* results) {
-                                     if (m >= rows_) return;
-                                     for (int j = 0; j < count; j += kLanes) {
-                                       const int lanes = smaller(kLanes, count - j);
-                                       store_elements(args_.y, m, first + j,
-                                                      add(load(results + j), bias(first + j, lanes)), lanes);
-                                     }
-                                   });
+    Product::multiply(w_, kernel_, {begin, smaller(begin + y_task_rows_, w_.rows())}, x_, loras_,
+                      [&](int m, std::int64_t first, int count, const float* results) {
+                        if (m >= rows_) return;
+                        for (int j = 0; j < count; j += kLanes) {
+                          const int lanes = smaller(kLanes, count - j);
+                          store_elements(args_.y, m, first + j, add(load(results + j), bias(first + j, lanes)), lanes);
+                        }
+                      });
   }
 
   static void store_elements(Matrix out, std::int64_t row, std::int64_t col, F32 values, int count) {
@@ -373,6 +419,8 @@ class ForwardSmallM final : public Job {
   Rows w_;
   LinearForwardArgs args_;  // of this job's rows
   std::int64_t first_row_;  // of the call's, as dropout counts them
+  typename Product::template Kernel<Rows> kernel_;
+  typename Product::template Kernel<RowsOfA> kernel_of_a_;
   int packed_rows_;
   std::vector<JobAdapter> adapters_;
   std::vector<LowRank> loras_;

@@ -29,16 +29,17 @@ namespace {
 
 // Decodes a whole panel.
 template <class Panel, class Rows>
-void decode_panel(const Rows& w, const Panel& panel) {
+[[gnu::noinline]] void decode_panel(const Rows& w, const Panel& panel) {
   constexpr int kRows = Panel::kLineRows;
   panel.clear_rest();
   for (std::int64_t line = panel.lines.begin; line < panel.lines.end; ++line) {
     const std::int64_t row = line * kRows;
     const int count = static_cast<int>(smaller<std::int64_t>(kRows, w.rows() - row));
     float* out = panel.data + (line - panel.lines.begin) * panel.line_stride();
-    w.template chunks<kRows>(row, count, panel.chunks, [&](std::int64_t c, const auto& chunk) {
-      Panel::template write<Rows::kNatural>(chunk, out + (c - panel.chunks.begin) * panel.chunk_stride());
-    });
+    w.template chunks<kRows>(
+        row, count, panel.chunks, [&](std::int64_t c, const auto& chunk) __attribute__((always_inline)) {
+          Panel::template write<Rows::kNatural>(chunk, out + (c - panel.chunks.begin) * panel.chunk_stride());
+        });
   }
 }
 
@@ -53,9 +54,10 @@ class Decoder {
     stepwise_ = w.aligned() && rows.count() == lines_ * kLineRows;
     if (!stepwise_) return;
     codes_ = w.codes_at(rows.begin, panel.chunks.begin);
-    w.chunk_scales(rows, panel.chunks, scales_, scales_ + kMinima, width_ * Rows::kChunkScales);
+    w.chunk_scales().decode(rows, panel.chunks, scales_, Rows::Scales::kHasMinimum ? scales_ + kMinima : nullptr,
+                            width_ * Rows::kChunkScales);
     if (next != nullptr) {
-      w.prefetch_scales(rows_of(*next), next->chunks);
+      w.chunk_scales().prefetch(rows_of(*next), next->chunks);
       ahead_ = w.codes_at(rows_of(*next).begin, next->chunks.begin) - codes_;
     }
     panel.clear_rest();
@@ -102,7 +104,7 @@ class Decoder {
     out_ += panel_.line_stride();
     if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
   }
-  void finish() {
+  [[gnu::noinline]] void finish() {
     if (!stepwise_) return decode_panel(w_, panel_);
     while (left_ > 0) step();
   }

@@ -11,6 +11,7 @@
 
 #include "cpu/product/config.h"
 #include "cpu/product/lora-inl.h"
+#include "cpu/quantize/decode_elements-inl.h"
 #include "cpu/runtime/job.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
@@ -23,41 +24,41 @@ template <class Dot>
 struct Panels {
   static constexpr DType kType = Dot::kActivation;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  using Element = DotF32<kType>;
 
-  template <class Rows>
-  static void forward(const Rows& w, const LinearForwardArgs& args) {
+  static void forward(ElementRows w, const LinearForwardArgs& args) {
     const LoraView& lora = args.lora;
     const std::int64_t N = args.weight.N, K = args.weight.K;
     const Memory memory({{K, N}, {K, lora.rank}, {lora.rank, N}}, args.u, args.x.rows, lora.rank);
     if (lora.rank > 0) {
-      const DenseRows<Element, false> a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
+      const AdapterRows a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
       memory.each_low_rank(args.u, args.x.rows, [&](std::int64_t m, Matrix u) {
-        multiply<true>(rows_of(args.x, m, u.rows), a, memory.panel, {.out = u});
-        multiply<true>(readable(u), b, memory.panel, {.bias = args.bias, .out = rows_of(args.y, m, u.rows)});
+        multiply<true>(rows_of(args.x, m, u.rows), elements_of<kType>(a), memory.panel, {.out = u});
+        multiply<true>(readable(u), elements_of<kType>(b), memory.panel,
+                       {.bias = args.bias, .out = rows_of(args.y, m, u.rows)});
       });
     }
     multiply<true>(args.x, w, memory.panel,
                    {.bias = lora.rank > 0 ? nullptr : args.bias, .accumulate = lora.rank > 0, .out = args.y});
   }
 
-  template <class Rows>
-  static void backward_input(const Rows& w, const LinearBackwardInputArgs& args) {
+  static void backward_input(ElementRows w, const LinearBackwardInputArgs& args) {
     const LoraView& lora = args.lora;
     const std::int64_t N = args.weight.N, K = args.weight.K;
     const Memory memory({{N, K}, {N, lora.rank}, {lora.rank, K}}, args.v, args.dy.rows, lora.rank);
     const bool dx = args.dx.data != nullptr;
     if (lora.rank > 0) {
-      const DenseRows<Element, false> a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
+      const AdapterRows a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
       memory.each_low_rank(args.v, args.dy.rows, [&](std::int64_t m, Matrix v) {
-        multiply<false>(rows_of(args.dy, m, v.rows), b, memory.panel, {.out = v});
-        if (dx) multiply<false>(readable(v), a, memory.panel, {.out = rows_of(args.dx, m, v.rows)});
+        multiply<false>(rows_of(args.dy, m, v.rows), elements_of<kType>(b), memory.panel, {.out = v});
+        if (dx) multiply<false>(readable(v), elements_of<kType>(a), memory.panel, {.out = rows_of(args.dx, m, v.rows)});
       });
     }
     if (dx) multiply<false>(args.dy, w, memory.panel, {.accumulate = lora.rank > 0, .out = args.dx});
   }
 
  private:
+  using AdapterRows = DenseRows<DotF32<kType>, false>;
+
   // What X or a low-rank operand is multiplied by: its inner dimension, and the columns of the result.
   struct Operand {
     std::int64_t inner, cols;
@@ -99,20 +100,13 @@ struct Panels {
   }
 
   // Decodes to.rows x to.cols elements, from row n and column k of `from` on; k is a multiple of kChunk.
-  template <class Rows>
-  static void decode_rows(const Rows& from, std::int64_t n, std::int64_t k, Matrix to) {
+  static void decode_rows(ElementRows from, std::int64_t n, std::int64_t k, Matrix to) {
     constexpr std::int64_t kRows = 16;  // that a task decodes
-    const std::int64_t first = k / kChunk;
-    const Range chunks{first, first + ceil_div(to.cols, kChunk)};
+    const Range chunks{k / kChunk, ceil_div(k + to.cols, kChunk)};
     parallel_for(ceil_div(to.rows, kRows), [&](std::int64_t task) {
       const std::int64_t end = smaller((task + 1) * kRows, to.rows);
-      for (std::int64_t row = task * kRows; row < end; ++row) {
-        char* out = static_cast<char*>(to.data) + row * to.stride * kSize;
-        from.template chunks<1>(n + row, 1, chunks, [&](std::int64_t c, const typename Element::Chunk(&chunk)[1]) {
-          const std::int64_t at = (c - first) * kChunk;
-          store_chunk<kType>(chunk[0], out + at * kSize, smaller<std::int64_t>(kChunk, to.cols - at));
-        });
-      }
+      for (std::int64_t row = task * kRows; row < end; ++row)
+        from.decode(n + row, chunks, static_cast<char*>(to.data) + row * to.stride * kSize);
     });
   }
 
@@ -122,8 +116,8 @@ struct Panels {
     Matrix out;
   };
   // out = x . w^T, or x . w unless kTransposed, with panels of w that are decoded into `memory`.
-  template <bool kTransposed, class Rows>
-  static void multiply(ConstMatrix x, const Rows& w, char* memory, const Result& result) {
+  template <bool kTransposed>
+  static void multiply(ConstMatrix x, ElementRows w, char* memory, const Result& result) {
     const std::int64_t inner = x.cols, cols = result.out.cols, at_once = cols_at_once({inner, cols});
     for (std::int64_t n = 0; n < cols; n += at_once) {
       const std::int64_t count = smaller(at_once, cols - n);
@@ -158,9 +152,9 @@ class PanelsJob final : public Job {
   void prepare(std::byte*) override {}
   void run(int, std::int64_t) override {
     if constexpr (std::is_same_v<Args, LinearForwardArgs>)
-      Panels<Dot>::forward(w_, args_);
+      Panels<Dot>::forward(elements_of<Dot::kActivation>(w_), args_);
     else
-      Panels<Dot>::backward_input(w_, args_);
+      Panels<Dot>::backward_input(elements_of<Dot::kActivation>(w_), args_);
   }
   bool runs_alone() const override { return true; }
 

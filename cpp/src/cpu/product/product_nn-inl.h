@@ -95,13 +95,12 @@ struct ProductNn : LayoutNn<DotOf> {
     Range strips{};
     std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
   };
-  template <class Rows>
-  static Cut cut(const Strips& strips, Range range, const Rows& w, std::int64_t threads) {
-    const Tiling cut = tiling(strips.rows, Rows::kQuantized && !w.aligned());
+  static Cut cut(const Strips& strips, Range range, std::int64_t cols, bool ragged, std::int64_t threads) {
+    const Tiling cut = tiling(strips.rows, ragged);
     const std::int64_t max_strips =
         larger<std::int64_t>(scaled_to_l2(kMaxAccumulators, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
     const std::int64_t min_strips = 128 / kStripRows;
-    const Grid grid = make_grid(range.count(), ceil_div(w.cols(), kChunk), {max_strips, min_strips, cut.chunks, 1, 1},
+    const Grid grid = make_grid(range.count(), ceil_div(cols, kChunk), {max_strips, min_strips, cut.chunks, 1, 1},
                                 threads, cut.tasks_per_thread);
     return {cut, grid, range};
   }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/codebook.h"
+#include "cpu/quantize/decode_elements-inl.h"
 #include "cpu/quantize/nearest_level-inl.h"
-#include "cpu/quantize/quantized_rows-inl.h"
 #include "cpu/runtime/blocking.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
@@ -196,35 +196,24 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
   });
 }
 
-constexpr int kAheadBytes = 4096;  // codes so far ahead are prefetched while a weight is read once
-
-// Decodes some chunks of row n. `out` is where the row begins.
-template <DType kType, bool kStream, class Rows>
-inline void decode_chunks(const Rows& rows, std::int64_t n, Range chunks, char* out) {
-  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  const auto store = [&](std::int64_t c, const typename DotF32<kType>::Chunk(&chunk)[1]) {
-    store_chunk<kType, kStream>(chunk[0], out + c * kChunk * kSize,
-                                smaller<std::int64_t>(kChunk, rows.cols() - c * kChunk));
-  };
-  rows.template chunks<1, kAheadBytes>(n, 1, chunks, store);
-  if (kStream) end_stream();
-}
-
-template <DType kType, bool kStream>
-inline void dequantize_as(const DequantizeArgs& args) {
+template <DType kType>
+inline void dequantize_all(const DequantizeArgs& args) {
   // Tasks are long: with a sixteenth of these a large weight took 7 to 37 % longer.
   constexpr std::int64_t kMinTaskChunks = 1 << 10, kMaxTaskChunks = 1 << 14;
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
   flat.N = flat.count = 1;
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
   const std::int64_t chunks_per_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
   const std::int64_t task_chunks = smaller(larger(chunks_per_thread, kMinTaskChunks), kMaxTaskChunks);
+  const bool stream = wants_streaming_stores(args.out, flat.K * kSize);
   with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
+    const ElementRows elements = elements_of<kType>(rows);
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
       const std::int64_t first = task * task_chunks;
-      decode_chunks<kType, kStream>(rows, 0, {first, smaller(first + task_chunks, chunks)},
-                                    static_cast<char*>(args.out));
+      elements.decode(0, {first, smaller(first + task_chunks, chunks)},
+                      static_cast<char*>(args.out) + first * kChunk * kSize, stream);
     });
   });
 }
@@ -232,7 +221,7 @@ inline void dequantize_as(const DequantizeArgs& args) {
 // Decodes the requested rows. They lie anywhere in the weight, and the next product reads the result, so no store is
 // non-temporal.
 template <DType kType>
-inline void dequantize_rows_as(const DequantizeArgs& args) {
+inline void dequantize_rows(const DequantizeArgs& args) {
   constexpr std::int64_t kTaskElements = 1 << 14;  // as many as take some microseconds
   QuantizedWeightView all = args.weight;
   all.N *= all.count;
@@ -240,28 +229,19 @@ inline void dequantize_rows_as(const DequantizeArgs& args) {
   const std::int64_t row_bytes = all.K * static_cast<std::int64_t>(size_of(kType));
   const std::int64_t task_rows = ceil_div(kTaskElements, all.K);
   with_rows<DotF32<kType>>(all, 0, [&](const auto& rows) {
+    const ElementRows elements = elements_of<kType>(rows);
     parallel_for(ceil_div(args.row_count, task_rows), [&](std::int64_t task) {
       const std::int64_t end = smaller((task + 1) * task_rows, args.row_count);
-      for (std::int64_t i = task * task_rows; i < end; ++i) {
-        char* const out = static_cast<char*>(args.out) + i * row_bytes;
-        decode_chunks<kType, false>(rows, args.rows[i], {0, ceil_div(all.K, kChunk)}, out);
-      }
+      for (std::int64_t i = task * task_rows; i < end; ++i)
+        elements.decode(args.rows[i], {0, ceil_div(all.K, kChunk)}, static_cast<char*>(args.out) + i * row_bytes);
     });
   });
 }
 
-template <DType kType>
-inline void dequantize_as(const DequantizeArgs& args) {
-  if (args.rows != nullptr)
-    dequantize_rows_as<kType>(args);
-  else if (wants_streaming_stores(args.out, args.elements() * static_cast<std::int64_t>(size_of(kType))))
-    dequantize_as<kType, true>(args);
-  else
-    dequantize_as<kType, false>(args);
-}
-
 inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
-  with_dtype(args.dtype, [&](auto dtype) { dequantize_as<dtype()>(args); });
+  with_dtype(args.dtype, [&](auto dtype) {
+    args.rows != nullptr ? dequantize_rows<dtype()>(args) : dequantize_all<dtype()>(args);
+  });
 }
 
 }  // namespace

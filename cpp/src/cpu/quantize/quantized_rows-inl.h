@@ -7,7 +7,7 @@
 #include "common/layout.h"
 #include "cpu/isa/dot_f32-inl.h"
 #include "cpu/isa/utility-inl.h"
-#include "cpu/quantize/scales-inl.h"
+#include "cpu/quantize/chunk_scales-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -31,7 +31,7 @@ class QuantizedRows {
         first_row_(which * w.N),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
         aligned_(w.blocksize >= kScaleElements && (w.K % kChunk == 0 || w.N * w.count == 1)),
-        decoder_(w) {
+        scales_(w, first_row_, kScales) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
 
@@ -39,23 +39,23 @@ class QuantizedRows {
   std::int64_t cols() const { return w_.K; }
 
   // Calls sink(c, chunk) for every c of `chunks`. chunk[i] is chunk c of row n + i, and zero from row n + count on. The
-  // codes kAhead bytes further on are prefetched.
-  template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
+  // codes `ahead` bytes further on are prefetched.
+  template <int kRows, class Sink>
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink, std::int64_t ahead = 0) const {
     float scales[kRows][kMaxScales], minima[kMinimum ? kRows : 1][kMaxScales];
     const auto minima_of = [&](int row) { return kMinimum ? minima[row] : nullptr; };
     for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kChunksAtOnce) {
       const std::int64_t end = smaller(begin + kChunksAtOnce, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
-      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, minima_of(0), sink);
+      if (whole > 0) whole_chunks<kRows>(n, begin, whole, scales, minima_of(0), ahead, sink);
       if (begin + whole == end) continue;
       std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
         const std::int64_t first = element(n + i, begin);
         first_block[i] = first >> shift_;
         const std::int64_t blocks = ((first + elements - 1) >> shift_) + 1 - first_block[i];
-        decoder_.decode(first_block[i], blocks, scales[i], minima_of(i));
+        scales_.decode_blocks(first_block[i], blocks, scales[i], minima_of(i));
       }
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
@@ -72,36 +72,8 @@ class QuantizedRows {
 
   // Whether every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of some chunks of some rows. `out` has the rows `stride` floats apart, and `minima` those of their
-  // minima.
-  void chunk_scales(Range rows, Range chunks, float* out, float* minima, std::int64_t stride) const {
-    const int shift = shift_ - __builtin_ctz(kScaleElements);  // scales that are handed out -> blocks
-    const std::int64_t per_row = w_.K / kChunk * kScales;
-    const std::int64_t first = (first_row_ + rows.begin) * per_row + chunks.begin * kScales;
-    BlocksOfRows blocks{first, chunks.count() * kScales, rows.count(), per_row};
-    if (blocks.count == per_row && stride == per_row)  // one long row
-      blocks = {first, blocks.count * blocks.rows, 1, 0};
-    if (shift == 0) return decoder_.decode(blocks, out, minima, stride);
-    const std::int64_t times = std::int64_t{1} << shift, skipped = first & (times - 1);
-    if (per_row % times == 0 || blocks.rows == 1) {  // no block straddles rows
-      decoder_.decode({first >> shift, ceil_div(skipped + blocks.count, times), blocks.rows, per_row >> shift}, out,
-                      minima, stride);
-      for (std::int64_t row = 0; row < blocks.rows; ++row) {
-        repeat(out + row * stride, blocks.count, skipped, shift);
-        if constexpr (kMinimum) repeat(minima + row * stride, blocks.count, skipped, shift);
-      }
-      return;
-    }
-    for (std::int64_t row = 0; row < rows.count(); ++row)
-      chunk_scales({rows.begin + row, rows.begin + row + 1}, chunks, out + row * stride,
-                   kMinimum ? minima + row * stride : nullptr, blocks.count);
-  }
-  // Prefetches such scales, as far as the weight has the rows.
-  void prefetch_scales(Range rows, Range chunks) const {
-    const std::int64_t first = element(rows.begin, chunks.begin) >> shift_;
-    const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
-    decoder_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
-  }
+  // Whose functions take these rows' numbers.
+  const ChunkScales& chunk_scales() const { return scales_; }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales, Scales>,
                                            typename Dot::template Step8<kCodes, kScales, Scales>>;
@@ -141,43 +113,23 @@ class QuantizedRows {
   static constexpr std::int64_t kMaxScales = kChunksAtOnce * kChunk / 16 + 2;  // of the smallest blocks
 
   // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
-  template <int kRows, int kAhead, class Sink>
-  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMaxScales],
-                    float* minima, Sink&& sink) const {
+  template <int kRows, class Sink>
+  [[gnu::always_inline]] void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count,
+                                           float (&scales)[kRows][kMaxScales], float* minima, std::int64_t ahead,
+                                           Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
-    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], minima, kMaxScales);
+    scales_.decode({n, n + kRows}, {begin, begin + count}, scales[0], minima, kMaxScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         const std::uint8_t* p = codes[i] + j * kChunkBytes;
-        if (kAhead != 0) __builtin_prefetch(p + kAhead, 0, 2);
+        if (ahead != 0) __builtin_prefetch(p + ahead, 0, 2);
         chunks[i] = chunk(p, Scales{scales[i], kMinimum ? minima + i * kMaxScales : nullptr} + j * kScales);
       }
       sink(begin + j, chunks);
-    }
-  }
-
-  // Lets each scale stand 2^shift times, in place, the first one `skipped` times fewer: `count` scales in all.
-  static void repeat(float* scales, std::int64_t count, std::int64_t skipped, int shift) {
-    const std::int64_t times = std::int64_t{1} << shift;
-    if (skipped == 0 && count % times == 0) {
-      for (std::int64_t have = count / times; have < count; have *= 2) repeat_twice(scales, have);
-      return;
-    }
-    // From the last on: no scale is overwritten before it is read.
-    for (std::int64_t i = count; i-- > 0;) scales[i] = scales[(i + skipped) >> shift];
-  }
-  static void repeat_twice(float* scales, std::int64_t count) {
-    for (std::int64_t i = (count - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {
-      const int lanes = static_cast<int>(smaller<std::int64_t>(kLanes, count - i));
-      const F32 once = load_as_f32<DType::f32>(scales + i, lanes);
-      F32 first, second;
-      interleave(once, once, first, second);
-      store_from_f32<DType::f32>(scales + 2 * i, first, smaller(kLanes, 2 * lanes));
-      if (2 * lanes > kLanes) store_from_f32<DType::f32>(scales + 2 * i + kLanes, second, 2 * lanes - kLanes);
     }
   }
 
@@ -221,7 +173,7 @@ class QuantizedRows {
   std::int64_t first_row_;
   int shift_;
   bool aligned_;  // whether a chunk has kScales scales and begins in a high nibble
-  ScaleDecoder decoder_;
+  ChunkScales scales_;
   Table16 code_{};
 };
 

@@ -52,10 +52,6 @@ class ScaleDecoder {
         for (std::int64_t i = 0; i < blocks.count; ++i) out[i] *= 256.0f;
     }
   }
-  // Those of blocks first ... first+count-1.
-  void decode(std::int64_t first, std::int64_t count, float* out, float* minima) const {
-    decode({first, count, 1, 0}, out, minima, 0);
-  }
   void prefetch(const BlocksOfRows& blocks) const {
     for (const Source& source : {scales_, minima_})
       if (source.data != nullptr)
