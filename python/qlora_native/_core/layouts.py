@@ -104,5 +104,5 @@ SCALE_LEVELS: dict[str, Tensor] = {
     "q5_k": _BYTES,
     "q3_k": _BYTES - 32,
     "iq4_xs": _BYTES - 32,
-    "q6_k": torch.arange(256, dtype=torch.uint8).view(torch.int8).float(),
+    "q6_k": _BYTES - 128,
 }

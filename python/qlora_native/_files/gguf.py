@@ -121,7 +121,7 @@ def _q5_k(blocks: Tensor) -> dict[str, Tensor]:
 def _q6_k(blocks: Tensor) -> dict[str, Tensor]:
     high = _shifted(blocks[:, 128:192].reshape(len(blocks), 2, 32), 0, 2, 4, 6).reshape(len(blocks), 256) & 3
     return {
-        "absmax": blocks[:, 192:208],
+        "absmax": blocks[:, 192:208] ^ 0x80,  # from -128 on
         "nested_absmax": _float16(blocks, 208).float(),
         "codes": (_nibbles(blocks[:, :128], 64) | high << 4) - 32,
     }

@@ -95,6 +95,7 @@ concept ProductPrimitives =
       Table256(from);
       lookup_bytes(table256, bytes, values);
       lookup_bytes(table256, bytes, values, 1);
+      { bytes_as_f32(bytes) } -> FloatOf<V>;  // kLanes numbers without a sign
 
       // Philox's counters (dropout-inl.h). at_least_u16(): the low halves of four vectors have each counter's four
       // words, which are eight numbers of 16 bits; bit 8 * lane + i says whether number i reaches the threshold.

@@ -33,9 +33,11 @@ class ChunkScales {
     if (shift_ == 0) return decoder_.decode(blocks, out, minima, stride);
     const std::int64_t times = std::int64_t{1} << shift_, skipped = blocks.first & (times - 1);
     if (per_row_ % times == 0 || blocks.rows == 1) {  // no block straddles rows
-      decoder_.decode(
-          {blocks.first >> shift_, ceil_div(skipped + blocks.count, times), blocks.rows, per_row_ >> shift_}, out,
-          minima, stride);
+      const std::int64_t count = ceil_div(skipped + blocks.count, times);
+      const bool side_by_side = stride == blocks.count && stride == count * times;
+      decoder_.decode({blocks.first >> shift_, count, blocks.rows, per_row_ >> shift_}, out, minima,
+                      side_by_side ? count : stride);
+      if (side_by_side) blocks = {blocks.first, blocks.count * blocks.rows, 1, 0};
       for (std::int64_t row = 0; row < blocks.rows; ++row) {
         repeat(out + row * stride, blocks.count, skipped);
         if (minima != nullptr) repeat(minima + row * stride, blocks.count, skipped);

@@ -24,7 +24,7 @@ class QuantizedRows {
   static constexpr std::int64_t kChunkScales = kScales;
   // Products have fewer kernels for a rare format: not each number of rows of x has its own, and no panel is decoded
   // while another one is multiplied. Each class is compiled for each product.
-  static constexpr bool kRare = kScales == 4 && (kCodes != CodeKind::nibbles || kMinimum);
+  static constexpr bool kRare = kScales == 4 && kMinimum;
   // `which` of w.count weights.
   explicit QuantizedRows(const QuantizedWeightView& w, std::int64_t which = 0)
       : w_(w),
@@ -177,26 +177,27 @@ class QuantizedRows {
   Table16 code_{};
 };
 
-// Calls f with the rows of `which` of the weights, as the products of a Dot take them.
-// Rare combinations take the class of smaller blocks: E4M3 and minima that of half a chunk, and bytes with minima that
-// of a quarter.
+// Calls f with the rows of `which` of the weights, as the products of a Dot take them. Bytes with minima, and E4M3,
+// have no class for blocks of a whole chunk, and take that of halves.
 template <class Dot, class F>
 inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&& f) {
-  const auto call = [&]<CodeKind kCodes, int kScales, bool kMinimum = false>() {
+  const bool whole = weight.blocksize >= kChunk, halves = weight.blocksize >= kChunk / 2;
+  const auto call = [&]<CodeKind kCodes, int kScales, bool kMinimum>() {
     return f(QuantizedRows<Dot, kCodes, kScales, kMinimum>(weight, which));
   };
+  const auto by_blocks = [&]<CodeKind kCodes, bool kMinimum>() {
+    if constexpr (kCodes == CodeKind::nibbles || !kMinimum)
+      if (whole) return call.template operator()<kCodes, 1, kMinimum>();
+    if (halves) return call.template operator()<kCodes, 2, kMinimum>();
+    return call.template operator()<kCodes, 4, kMinimum>();
+  };
   using enum CodeKind;
-  const bool whole = weight.blocksize >= kChunk, halves = weight.blocksize >= kChunk / 2;
-  if (weight.bits == 8) {
-    if (weight.has_minimum()) return call.template operator()<int8, 4, true>();
-    if (weight.byte_format == ByteFormat::e4m3) return call.template operator()<e4m3, 2>();
-    if (whole) return call.template operator()<int8, 1>();
-    return halves ? call.template operator()<int8, 2>() : call.template operator()<int8, 4>();
-  }
-  if (weight.has_minimum())
-    return halves ? call.template operator()<nibbles, 2, true>() : call.template operator()<nibbles, 4, true>();
-  if (whole) return call.template operator()<nibbles, 1>();
-  return halves ? call.template operator()<nibbles, 2>() : call.template operator()<nibbles, 4>();
+  if (weight.byte_format == ByteFormat::e4m3 && weight.bits == 8) return call.template operator()<e4m3, 2, false>();
+  if (weight.bits == 8)
+    return weight.has_minimum() ? by_blocks.template operator()<int8, true>()
+                                : by_blocks.template operator()<int8, false>();
+  return weight.has_minimum() ? by_blocks.template operator()<nibbles, true>()
+                              : by_blocks.template operator()<nibbles, false>();
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The scales of a weight's blocks, and their minima.
 #pragma once
 
+#include <optional>
 #include <type_traits>
 
 #include "cpu/isa/utility-inl.h"
@@ -32,25 +33,24 @@ class ScaleDecoder {
         nested_shift_(w.nested_absmax != nullptr && (w.nested_blocksize & (w.nested_blocksize - 1)) == 0
                           ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize))
                           : -1),
-        levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {}
+        counts_up_(w.nested_code != nullptr && counts_up(w.nested_code)) {
+    if (nested_code_ != nullptr && !counts_up_) table_.emplace(nested_code_);
+  }
 
   // What a level of 1 is in each block, and the block's minimum unless `minima` is null. Both results have rows
   // `stride` floats apart.
   void decode(const BlocksOfRows& blocks, float* out, float* minima, std::int64_t stride) const {
     read(scales_, blocks, out, stride);
     if (minima != nullptr && minima_.data != nullptr) read(minima_, blocks, minima, stride);
-    if (zero_point_ == nullptr && unit_ == Unit::one) return;
-    for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
-      if (minima != nullptr && zero_point_ != nullptr) {
-        const std::int8_t* const zero_point = zero_point_ + blocks.first + row * blocks.row_blocks;
-        float* const of_row = minima + row * stride;
-        for (std::int64_t i = 0; i < blocks.count; ++i) of_row[i] = -(static_cast<float>(zero_point[i]) * out[i]);
-      }
-      if (unit_ == Unit::over_127)
-        for (std::int64_t i = 0; i < blocks.count; ++i) out[i] /= 127.0f;
-      if (unit_ == Unit::times_256)
-        for (std::int64_t i = 0; i < blocks.count; ++i) out[i] *= 256.0f;
-    }
+    if (minima != nullptr && zero_point_ != nullptr)
+      each_part(zero_point_, 1, blocks, stride, [&](const void* data, std::int64_t at, std::int64_t count) {
+        const auto* const zero_point = static_cast<const std::int8_t*>(data);
+        for (std::int64_t i = 0; i < count; ++i) minima[at + i] = -(static_cast<float>(zero_point[i]) * out[at + i]);
+      });
+    if (unit_ == Unit::one) return;
+    for (std::int64_t row = 0; row < blocks.rows; ++row)
+      for (std::int64_t i = row * stride; i < row * stride + blocks.count; ++i)
+        out[i] = unit_ == Unit::over_127 ? out[i] / 127.0f : out[i] * 256.0f;
   }
   void prefetch(const BlocksOfRows& blocks) const {
     for (const Source& source : {scales_, minima_})
@@ -64,7 +64,6 @@ class ScaleDecoder {
   static constexpr std::int64_t kStaged = 512;  // scales of short rows that are decoded together
   // So many scales or fewer are looked up one by one, for the lookup of a vector goes through all of the table.
   static constexpr std::int64_t kMaxOneByOne = 4;
-  static constexpr float kNoLevels[256] = {};
 
   // Scales, or minima: numbers of a dtype, or bytes if they have nested scales.
   struct Source {
@@ -83,19 +82,56 @@ class ScaleDecoder {
       for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 
+  // Whether levels are integers, one after another, as those of GGUF's K-quants. They are computed, not looked up.
+  static bool counts_up(const float* levels) {
+    if (!(levels[0] >= -256.0f && levels[0] <= 0.0f)) return false;
+    float expected[256];
+    for (int i = 0; i < 256; ++i) expected[i] = static_cast<float>(static_cast<int>(levels[0]) + i);
+    return __builtin_memcmp(levels, expected, sizeof(expected)) == 0;
+  }
+  // The levels of kAtOnce bytes, or of the first `count` of them.
+  [[gnu::always_inline]] void levels_of(const std::uint8_t* bytes, F32 (&values)[kTableVectors],
+                                        std::int64_t count = kAtOnce) const {
+    if (!counts_up_) return lookup_bytes(*table_, bytes, values, static_cast<int>(count));
+    std::uint8_t copy[kAtOnce] = {};
+    if (count < kAtOnce) {
+      copy_bytes(bytes, count, copy);
+      bytes = copy;
+    }
+    for (int k = 0; k < kTableVectors; ++k) values[k] = add(bytes_as_f32(bytes + k * kLanes), set1(nested_code_[0]));
+  }
+
   void read(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
     if (source.nested != nullptr) return read_nested(source, blocks, out, stride);
     with_dtype(dtype_, [&](auto dtype) {
       constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
-      for (std::int64_t row = 0; row < blocks.rows; ++row) {
-        const char* const from =
-            static_cast<const char*>(source.data) + (blocks.first + row * blocks.row_blocks) * kSize;
-        for (std::int64_t i = 0; i < blocks.count; i += kLanes) {
-          const int lanes = lanes_of(blocks.count - i);
-          store_from_f32<DType::f32>(out + row * stride + i, load_as_f32<dtype()>(from + i * kSize, lanes), lanes);
+      each_part(source.data, kSize, blocks, stride, [&](const void* data, std::int64_t at, std::int64_t count) {
+        const char* const from = static_cast<const char*>(data);
+        for (std::int64_t i = 0; i < count; i += kLanes) {
+          const int lanes = lanes_of(count - i);
+          store_from_f32<DType::f32>(out + at + i, load_as_f32<dtype()>(from + i * kSize, lanes), lanes);
         }
-      }
+      });
     });
+  }
+  // Calls f(data, place in the result, count) for what these blocks have in an array of `size` bytes for each block:
+  // for each row, or, where short rows lie side by side in the result, for many rows whose parts are copied together.
+  template <class F>
+  static void each_part(const void* array, std::int64_t size, const BlocksOfRows& blocks, std::int64_t stride, F&& f) {
+    const auto [first, count, rows, row_blocks] = blocks;
+    const auto* const from = static_cast<const std::uint8_t*>(array) + first * size;
+    if (count > kLanes / 4 || count != stride) {
+      for (std::int64_t row = 0; row < rows; ++row) f(from + row * row_blocks * size, row * stride, count);
+      return;
+    }
+    const std::int64_t together = kStaged / count;
+    for (std::int64_t row = 0; row < rows; row += together) {
+      const std::int64_t end = smaller(row + together, rows);
+      std::uint8_t bytes[kStaged * sizeof(float)];
+      for (std::int64_t r = row; r < end; ++r)
+        copy_bytes(from + r * row_blocks * size, count * size, bytes + (r - row) * count * size);
+      f(bytes, row * count, (end - row) * count);
+    }
   }
 
   void read_nested(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
@@ -114,14 +150,14 @@ class ScaleDecoder {
     // the parts that were just stored.
     const std::int64_t together = kStaged / count;
     for (std::int64_t row = 0; row < rows; row += together) {
-      const std::int64_t end = row + together < rows ? row + together : rows;
+      const std::int64_t end = smaller(row + together, rows);
       std::uint8_t bytes[kStaged] = {};
       for (std::int64_t r = row; r < end; ++r)
         copy_bytes(source.bytes() + first + r * row_blocks, count, bytes + (r - row) * count);
       float levels[kStaged + kLanes];
       for (std::int64_t i = 0; i < (end - row) * count; i += kAtOnce) {
         F32 values[kTableVectors];
-        lookup_bytes(levels_, bytes + i, values);
+        levels_of(bytes + i, values);
         for (int k = 0; k < kTableVectors; ++k) store(levels + i + k * kLanes, values[k]);
       }
       for (std::int64_t r = row; r < end; ++r)
@@ -138,8 +174,7 @@ class ScaleDecoder {
   void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
     for (std::int64_t i = 0; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
-      lookup_bytes(levels_, source.bytes() + first + i, values,
-                   static_cast<int>(count - i < kAtOnce ? count - i : kAtOnce));
+      levels_of(source.bytes() + first + i, values, smaller(count - i, kAtOnce));
       if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
         const F32 nested = set1(source.nested[nested_of(first + i)]);
         for (int k = 0; k < kTableVectors; ++k) store(out + i + k * kLanes, scaled(values[k], nested, source.offset));
@@ -185,7 +220,8 @@ class ScaleDecoder {
   const float* nested_code_;
   std::int64_t nested_blocksize_;
   int nested_shift_;  // -1 where the blocksize is no power of two. Those of this library and of bitsandbytes are.
-  Table256 levels_;
+  bool counts_up_;
+  std::optional<Table256> table_;  // of the levels of nested scales, unless they count up
 };
 
 }  // namespace

@@ -239,6 +239,7 @@ inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVecto
 
 inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
 
+inline F32 bytes_as_f32(const std::uint8_t* p) { return _mm256_cvtepi32_ps(load_bytes(p)); }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));

@@ -233,6 +233,7 @@ inline F32 scales_of_16(const float* scales) {
   return _mm512_mask_broadcastss_ps(set1(scales[0]), 0xFF00, _mm_load_ss(scales + 1));
 }
 
+inline F32 bytes_as_f32(const std::uint8_t* p) { return _mm512_cvtepi32_ps(load_bytes(p)); }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));

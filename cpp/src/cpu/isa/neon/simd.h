@@ -283,6 +283,7 @@ template <DType kType>
   }
 }
 
+inline F32 bytes_as_f32(const std::uint8_t* p) { return vcvtq_f32_s32(load_bytes(p)); }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = vreinterpretq_s32_s16(vmovl_s8(load_from<int8x8_t>(p)));
   even = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(pairs, 16), 16));
