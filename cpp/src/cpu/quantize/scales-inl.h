@@ -107,10 +107,10 @@ class ScaleDecoder {
       constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
       each_part(source.data, kSize, blocks, stride, [&](const void* data, std::int64_t at, std::int64_t count) {
         const char* const from = static_cast<const char*>(data);
-        for (std::int64_t i = 0; i < count; i += kLanes) {
-          const int lanes = lanes_of(count - i);
-          store_from_f32<DType::f32>(out + at + i, load_as_f32<dtype()>(from + i * kSize, lanes), lanes);
-        }
+        std::int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) store(out + at + i, load_as_f32<dtype()>(from + i * kSize));
+        if (const int rest = static_cast<int>(count - i); rest > 0)
+          store_from_f32<DType::f32>(out + at + i, load_as_f32<dtype()>(from + i * kSize, rest), rest);
       });
     });
   }
@@ -172,7 +172,12 @@ class ScaleDecoder {
       out[i] = nested_code_[source.bytes()[first + i]] * source.nested[nested_of(first + i)] + source.offset;
   }
   void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
-    for (std::int64_t i = 0; i < count; i += kAtOnce) {
+    std::int64_t i = 0;
+    if (counts_up_)
+      for (const F32 begin = set1(nested_code_[0]); i + kLanes <= count; i += kLanes)
+        store(out + i, scaled(add(bytes_as_f32(source.bytes() + first + i), begin),
+                              nested_of_lanes(source.nested, first + i, kLanes), source.offset));
+    for (; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
       levels_of(source.bytes() + first + i, values, smaller(count - i, kAtOnce));
       if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
