@@ -335,9 +335,8 @@ class ForwardSmallM final : public Job {
       loras_.push_back({lora_b(adapter.lora, args.weight.N), adapter.lora.scaling, nullptr, padded_rank()});
     kernel_ = Product::template kernel_of<Rows>(static_cast<int>(rows_));
     kernel_of_a_ = Product::template kernel_of<RowsOfA>(kernel_.rows_of_x);
-    packed_rows_ = kernel_.rows_of_x;
-    x_floats_ = Product::steps(w) * packed_rows_ * Product::kStepUnits;
-    u_floats_ = packed_rows_ * padded_rank();
+    x_floats_ = Product::steps(w) * kernel_.rows_of_x * Product::kStepUnits;
+    u_floats_ = kernel_.rows_of_x * padded_rank();
     bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
   }
 
@@ -349,7 +348,7 @@ class ForwardSmallM final : public Job {
   }
   void prepare(std::byte* memory) override {
     const auto pack = [&](const DenseRows<Dot, false>& x, float* out) {
-      Product::pack(x, static_cast<int>(rows_), packed_rows_, out);
+      Product::pack(x, static_cast<int>(rows_), kernel_.rows_of_x, out);
     };
     x_ = dropped_x_ = reinterpret_cast<float*>(memory);
     pack(DenseRows<Dot, false>(args_.x), x_);
@@ -421,7 +420,6 @@ class ForwardSmallM final : public Job {
   std::int64_t first_row_;  // of the call's, as dropout counts them
   typename Product::template Kernel<Rows> kernel_;
   typename Product::template Kernel<RowsOfA> kernel_of_a_;
-  int packed_rows_;
   std::vector<JobAdapter> adapters_;
   std::vector<LowRank> loras_;
   std::int64_t x_floats_, u_floats_;
