@@ -3,6 +3,9 @@
 // instruction treats subnormal inputs and results as zero, whatever the control register says.
 #pragma once
 
+#include <bit>
+
+#include "common/microscaling.h"
 #include "cpu/isa/avx512/simd.h"
 
 #include "cpu/isa/dot_f32-inl.h"
@@ -124,15 +127,24 @@ struct DotBf16 {
     for (int i = 0; i < kScales; ++i) step.levels[i] = levels_of_two(code, scales + 2 * i);
     return step;
   }
+  // 64 bytes as levels: vector k has byte k of each lane.
+  template <CodeKind kCodes>
+  struct Levels {
+    __m512i bytes;
+    static Levels of(__m512i codes) { return {codes}; }
+    F32 vector(int k) const {
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, static_cast<unsigned>(24 - 8 * k)), 24));
+    }
+  };
   template <CodeKind kCodes, int kScales, class Scales>
   struct Step8 {
-    __m512i chunk[kStepChunks];                    // four bytes a lane
+    Levels<kCodes> levels[kStepChunks];
     F32 scale[kStepChunks], minimum[kStepChunks];  // of each lane
     F32 vector(int k) const {
       F32 values[kStepChunks];
       for (int i = 0; i < kStepChunks; ++i) {
-        const F32 levels = levels_of_byte<kCodes>(chunk[i], k);
-        values[i] = Scales::kHasMinimum ? fma(levels, scale[i], minimum[i]) : mul(levels, scale[i]);
+        const F32 level = levels[i].vector(k);
+        values[i] = Scales::kHasMinimum ? fma(level, scale[i], minimum[i]) : mul(level, scale[i]);
       }
       return to_bf16(values);
     }
@@ -141,7 +153,7 @@ struct DotBf16 {
   static Step8<kCodes, kScales, Scales> step8(const std::uint8_t* codes, const Scales& scales) {
     Step8<kCodes, kScales, Scales> step;
     for (int i = 0; i < kStepChunks; ++i) {
-      step.chunk[i] = _mm512_loadu_si512(codes + i * kChunk);
+      step.levels[i] = Levels<kCodes>::of(_mm512_loadu_si512(codes + i * kChunk));
       step.scale[i] = of_lanes<kScales>(scales.scale + i * kScales);
       if constexpr (Scales::kHasMinimum) step.minimum[i] = of_lanes<kScales>(scales.minimum + i * kScales);
     }
@@ -222,16 +234,6 @@ struct DotBf16 {
  private:
   static constexpr int kAndOr = 0xEA;  // of a ternary logic instruction: (a & b) | c
 
-  // The level of byte k of each lane; that of E4M3 is divided by 256.
-  template <CodeKind kCodes>
-  static F32 levels_of_byte(__m512i bytes, int k) {
-    if constexpr (kCodes == CodeKind::int8)
-      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, static_cast<unsigned>(24 - 8 * k)), 24));
-    // As in load_e4m3_pairs(), of every second byte at once.
-    const __m512i high = k % 2 == 0 ? _mm512_slli_epi16(bytes, 8) : bytes;
-    const __m512i half = _mm512_and_si512(_mm512_srai_epi16(high, 1), _mm512_set1_epi16(static_cast<short>(0xBF80)));
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(k < 2 ? half : _mm512_srli_epi32(half, 16)));
-  }
   // The scale of each lane, whose four bytes are in one of kScales blocks of 64 bytes.
   template <int kScales>
   static F32 of_lanes(const float* scales) {
@@ -266,6 +268,20 @@ struct DotBf16 {
     return _mm512_load_si512(kBits.byte);
   }
 
+  // Byte `which` of the bfloat16 numbers that the codes 64 * half ... 64 * half + 63 of E4M3 are, divided by 256.
+  template <int half, int which>
+  static __m512i bytes_of_e4m3() {
+    static constexpr Bytes kBytes = [] {
+      Bytes bytes{};
+      for (int i = 0; i < 64; ++i) {
+        const float value = f32_from_e4m3(static_cast<std::uint8_t>(64 * half + i)) / 256.0f;
+        bytes.byte[i] = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(value) >> (16 + 8 * which));
+      }
+      return bytes;
+    }();
+    return _mm512_load_si512(kBytes.byte);
+  }
+
   static constexpr std::uint64_t kEven = 0x5555555555555555, kOdd64 = 0xAAAAAAAAAAAAAAAA;
 
   static __m512i word_numbers() {
@@ -296,6 +312,25 @@ struct DotBf16 {
     const I32 order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     out[0] = _mm512_permutex2var_ps(low, order, high);
     out[1] = _mm512_permutex2var_ps(low, _mm512_add_epi32(order, _mm512_set1_epi32(8)), high);
+  }
+};
+
+// A lookup has the numbers of 64 codes as bfloat16, which is half of fp32.
+template <>
+struct DotBf16::Levels<CodeKind::e4m3> {
+  __m512i even, odd;  // bytes 0 and 2 of each lane, and bytes 1 and 3
+  static Levels of(__m512i codes) {
+    const __m512i low = _mm512_permutex2var_epi8(bytes_of_e4m3<0, 0>(), codes, bytes_of_e4m3<1, 0>());
+    const __m512i size = _mm512_permutex2var_epi8(bytes_of_e4m3<0, 1>(), codes, bytes_of_e4m3<1, 1>());
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80)), low_bytes = _mm512_set1_epi16(0x00FF);
+    const __m512i high = _mm512_ternarylogic_epi64(codes, sign, size, kAndOr);
+    return {_mm512_ternarylogic_epi64(low, low_bytes, _mm512_slli_epi16(high, 8), kAndOr),
+            _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(low_bytes, high))};
+  }
+  F32 vector(int k) const {
+    const __m512i words = k % 2 == 0 ? even : odd;
+    return _mm512_castsi512_ps(k < 2 ? _mm512_slli_epi32(words, 16)
+                                     : _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
   }
 };
 
