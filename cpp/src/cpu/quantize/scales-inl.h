@@ -173,10 +173,19 @@ class ScaleDecoder {
   }
   void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
     std::int64_t i = 0;
-    if (counts_up_)
-      for (const F32 begin = set1(nested_code_[0]); i + kLanes <= count; i += kLanes)
-        store(out + i, scaled(add(bytes_as_f32(source.bytes() + first + i), begin),
-                              nested_of_lanes(source.nested, first + i, kLanes), source.offset));
+    // As a loop without a branch where each vector has one nested scale, or two as in K-quants of blocks of 32.
+    const auto whole_vectors = [&](auto nested_of_vector) {
+      for (const F32 begin = set1(nested_code_[0]); i + kLanes <= count; i += kLanes) {
+        const F32 levels = add(bytes_as_f32(source.bytes() + first + i), begin);
+        store(out + i, scaled(levels, nested_of_vector(source.nested + ((first + i) >> nested_shift_)), source.offset));
+      }
+    };
+    if (counts_up_ && first % kLanes == 0 && nested_shift_ >= 0) {
+      if ((1 << nested_shift_) >= kLanes)
+        whole_vectors([](const float* nested) { return set1(*nested); });
+      else if (nested_shift_ == 3)
+        whole_vectors([](const float* nested) { return scales_of_16(nested); });
+    }
     for (; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
       levels_of(source.bytes() + first + i, values, smaller(count - i, kAtOnce));
