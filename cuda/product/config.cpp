@@ -243,10 +243,17 @@ WgmmaConfig wgmma_config(const ProductShape& shape, int tile_rows, const std::op
 
 // ---- panels --------------------------------------------------------------------------------------------------------
 
-// Products of up to this many rows go to the kernels that decode while they multiply. Decoding takes as long as 331
-// rows of an H100's dense product. Where nothing hides it, M rows therefore reach M / (M + 331) of that product's rate:
-// 70 % at 768. The best published kernel that decodes while it multiplies reaches 73 %, from 1024 rows on.
-constexpr std::int64_t kMaxFusedRows = 768;
+// From this many rows on, decoded panels go to the application's product. No GPU has run a kernel of this folder yet,
+// so this is what others have measured on an H100 of products that decode 4-bit weights while they multiply (Humming),
+// and of cuBLAS's dense product, in per cent of the dense peak:
+//
+//   rows     16   64  128  256  1024  2048
+//   fused     8   24   35   39    51    49
+//   cuBLAS    4   15   29   55    71    68
+//
+// The fused product falls behind between 128 and 256 rows. Our estimates of wgmma promise more than that, and do
+// not decide before a device has confirmed them.
+constexpr std::int64_t kMinPanelRows = 256;
 
 // The size of a part if `count` is cut evenly: a multiple of `step`, and at most `max_size`.
 std::int64_t even_part(std::int64_t count, std::int64_t max_size, std::int64_t step) {
@@ -266,55 +273,25 @@ std::int64_t panel_tile_bytes(const ProductShape& shape) {
   return kPanelCols * panel_column_elements(shape.inner, shape.rank) * element_bytes;
 }
 
-struct ChosenPanels {
-  PanelsConfig config;
-  double utilization;
-};
-
 // cuBLAS's tiles are 128 x 128, one for each SM. Among the panels that memory allows, this takes the smallest whose
 // products keep 95 % of the SMs busy, or else those that keep the most busy.
-ChosenPanels choose_panels(const ProductShape& shape) {
+PanelsConfig panels_config(const ProductShape& shape) {
   constexpr double kEnough = 0.95;
-  ChosenPanels best{{.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kMaxConcatenatedRows, kPanelCols)},
-                    0.0};
+  PanelsConfig best{.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kMaxConcatenatedRows, kPanelCols)};
+  double best_utilization = 0.0;
   const std::int64_t tile_bytes = panel_tile_bytes(shape), col_tiles = ceil_div(shape.cols, kPanelCols);
-  const std::int64_t row_tiles = ceil_div(std::min(best.config.rows, shape.rows), kPanelCols);
+  const std::int64_t row_tiles = ceil_div(std::min(best.rows, shape.rows), kPanelCols);
   for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
-       tiles * tile_bytes <= kMaxPanelBytes && best.utilization < kEnough; ++tiles) {
+       tiles * tile_bytes <= kMaxPanelBytes && best_utilization < kEnough; ++tiles) {
     const std::int64_t panel_tiles = even_part(col_tiles, tiles, 1);
     const double utilization = sm_utilization(row_tiles, col_tiles, panel_tiles, shape.num_sms);
-    if (utilization > best.utilization) {
-      best.utilization = utilization;
-      best.config.cols = panel_tiles * kPanelCols;
+    if (utilization > best_utilization) {
+      best_utilization = utilization;
+      best.cols = panel_tiles * kPanelCols;
     }
     if (tiles >= col_tiles) break;
   }
   return best;
-}
-
-// Whether panels are faster than gemm. Where more than a quarter of the SMs has no tile of cuBLAS, the dense product
-// does not reach 73 % of its rate (kMaxFusedRows) either.
-bool panels_beat_gemm(const ProductShape& shape) {
-  constexpr double kMinUtilization = 0.75;
-  return shape.rows > kMaxFusedRows && choose_panels(shape).utilization >= kMinUtilization;
-}
-
-// Whether wgmma is faster than panels, where both can compute a product: by the cycles above, for an H100 and an H200,
-// over 18 weights of 1024 ... 28672 rows and columns. A launch takes 1 us, and the dense product has the 790 TFLOP/s
-// that were measured of cuBLAS. No GPU has confirmed it.
-//
-// Up to kRows rows it is faster, in the median by 5 ... 9% without an adapter and by 11 ... 17% with one: the first
-// panel is decoded while nothing is multiplied, and panels leave more of the device idle. It is not where the inner
-// dimension is so short that the ends of tiles take as much.
-//
-// Beyond kRows rows the two are within 5% of each other, mostly, but for the adapter. Panels then copy [X | U]: 4 bytes
-// of 3.35 TB/s an element, for which the dense product computes 2 * cols of 790 TFLOP/s. So the copy takes 472 / cols
-// of its time. wgmma spends the adapter's step, its waits for B and the store of the result once a tile: 3.1 steps of
-// the tile's inner / 64, which are 201 / inner of its time. The copy takes more if cols <= 2.3 * inner.
-bool wgmma_beats_panels(const ProductShape& shape) {
-  constexpr std::int64_t kRows = 2048, kMinInner = 3072, kMinInnerWithAdapter = 2048;
-  if (shape.rows <= kRows) return shape.inner >= (shape.rank > 0 ? kMinInnerWithAdapter : kMinInner);
-  return shape.rank > 0 && shape.cols <= 2 * shape.inner;
 }
 
 bool is_wgmma_tile(int rows) {
@@ -348,50 +325,61 @@ bool supports_panels(const ProductShape& shape) {
          panel_tile_bytes(shape) <= kMaxPanelBytes;
 }
 
-ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced) {
+namespace {
+
+// The configuration of a kernel, if it supports the shape.
+std::optional<ProductConfig> config_of(const ProductShape& shape, const KernelOverride& chosen) {
   using Kernel = KernelOverride::Kernel;
-  const bool gemv = supports_gemv(shape), wgmma = supports_wgmma(shape), panels = supports_panels(shape);
-  const bool gemm = supports_gemm(shape);
-  if (forced) {
-    if (forced->kernel == Kernel::general) return GeneralConfig{};
-    if (forced->kernel == Kernel::gemv && gemv) return gemv_config(shape);
-    if (forced->kernel == Kernel::gemm && gemm) return gemm_config(shape);
-    if (forced->kernel == Kernel::wgmma && wgmma) return wgmma_config(shape, forced->tile_rows, forced->pairs);
-    if (forced->kernel == Kernel::panels && panels) return choose_panels(shape).config;
-  }
-  if (gemv && reads_take_longest(shape)) return gemv_config(shape);
-  // What is left beside panels is general.cu, which decodes the weight for each 64 rows, and multiplies no faster.
-  if (panels && !shape.plain_scales) return choose_panels(shape).config;
-  if (panels && panels_beat_gemm(shape) && !(wgmma && wgmma_beats_panels(shape))) return choose_panels(shape).config;
-  if (wgmma) return wgmma_config(shape, 0, std::nullopt);
-  if (gemm) return gemm_config(shape);
+  if (chosen.kernel == Kernel::general) return GeneralConfig{};
+  if (chosen.kernel == Kernel::gemv && supports_gemv(shape)) return gemv_config(shape);
+  if (chosen.kernel == Kernel::gemm && supports_gemm(shape)) return gemm_config(shape);
+  if (chosen.kernel == Kernel::wgmma && supports_wgmma(shape))
+    return wgmma_config(shape, chosen.tile_rows, chosen.pairs);
+  if (chosen.kernel == Kernel::panels && supports_panels(shape)) return panels_config(shape);
+  return std::nullopt;
+}
+
+}  // namespace
+
+ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced) {
+  if (forced)
+    if (const auto config = config_of(shape, *forced)) return *config;
+  if (supports_gemv(shape) && reads_take_longest(shape)) return gemv_config(shape);
+  // Without plain scales, what is left beside panels is general.cu, which decodes the weight for each 64 rows.
+  const bool for_panels = shape.rows >= kMinPanelRows || !shape.plain_scales;
+  if (for_panels && supports_panels(shape)) return panels_config(shape);
+  if (supports_wgmma(shape)) return wgmma_config(shape, 0, std::nullopt);
+  if (supports_gemm(shape)) return gemm_config(shape);
   return GeneralConfig{};
 }
 
-std::optional<KernelOverride> forced_kernel() {
+std::optional<KernelOverride> kernel_of_name(std::string_view name) {
   using Kernel = KernelOverride::Kernel;
+  if (name == "general") return KernelOverride{Kernel::general};
+  if (name == "gemv") return KernelOverride{Kernel::gemv};
+  if (name == "gemm") return KernelOverride{Kernel::gemm};
+  if (name == "panels") return KernelOverride{Kernel::panels};
+  constexpr std::string_view kWgmma = "wgmma", kPairs = ",pairs", kAlone = ",alone";
+  if (!name.starts_with(kWgmma)) return std::nullopt;
+  KernelOverride found{Kernel::wgmma};
+  name.remove_prefix(kWgmma.size());
+  if (name.ends_with(kPairs) || name.ends_with(kAlone)) {
+    found.pairs = name.ends_with(kPairs);
+    name.remove_suffix(kPairs.size());
+  }
+  if (name.empty()) return found;
+  const char* const end = name.data() + name.size();
+  if (name.front() != ':' || std::from_chars(name.data() + 1, end, found.tile_rows).ptr != end ||
+      !is_wgmma_tile(found.tile_rows)) {
+    return std::nullopt;
+  }
+  return found;
+}
+
+std::optional<KernelOverride> forced_kernel() {
   const char* const value = std::getenv("QLN_FORCE_KERNEL");
   if (value == nullptr || *value == '\0') return std::nullopt;
-  std::string_view text = value;
-  if (text == "general") return KernelOverride{Kernel::general};
-  if (text == "gemv") return KernelOverride{Kernel::gemv};
-  if (text == "gemm") return KernelOverride{Kernel::gemm};
-  if (text == "panels") return KernelOverride{Kernel::panels};
-  constexpr std::string_view kWgmma = "wgmma", kPairs = ",pairs", kAlone = ",alone";
-  if (text.starts_with(kWgmma)) {
-    KernelOverride forced{Kernel::wgmma};
-    text.remove_prefix(kWgmma.size());
-    if (text.ends_with(kPairs) || text.ends_with(kAlone)) {
-      forced.pairs = text.ends_with(kPairs);
-      text.remove_suffix(kPairs.size());
-    }
-    if (text.empty()) return forced;
-    const char* const end = text.data() + text.size();
-    if (text.front() == ':' && std::from_chars(text.data() + 1, end, forced.tile_rows).ptr == end &&
-        is_wgmma_tile(forced.tile_rows)) {
-      return forced;
-    }
-  }
+  if (const auto found = kernel_of_name(value)) return found;
   throw Unavailable(
       "QLN_FORCE_KERNEL: expected general, gemv, gemm, wgmma[:ROWS][,pairs|,alone] with 16, 32, 64, 128 "
       "or 256 rows, or panels, got \"" +

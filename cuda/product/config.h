@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
 
 #include "qlora_native/types.h"
@@ -218,11 +219,14 @@ struct KernelOverride {
   enum class Kernel : std::uint8_t { general, gemv, gemm, wgmma, panels } kernel;
   int tile_rows = 0;          // wgmma: of its tiles; 0: those that take the least time
   std::optional<bool> pairs;  // wgmma: whether pairs of blocks share rows; they cannot on one SM
+  bool operator==(const KernelOverride&) const = default;
 };
-// The one that QLN_FORCE_KERNEL names: general, gemv, gemm, wgmma[:ROWS][,pairs|,alone] or panels.
+// The one of a name: general, gemv, gemm, wgmma[:ROWS][,pairs|,alone] or panels.
+std::optional<KernelOverride> kernel_of_name(std::string_view name);
+// The one that QLN_FORCE_KERNEL names.
 std::optional<KernelOverride> forced_kernel();
 
-// The kernel of `forced` if it supports the shape, or else the one that takes the least time.
+// The kernel of `forced` if it supports the shape, or else the one that takes the least time by estimates.
 ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced = std::nullopt);
 
 // The text that QLN_PRINT_CONFIG=1 prints of each product, for people.

@@ -221,7 +221,7 @@ ProductShape dense_shape(std::int64_t rows, std::int64_t cols = 4096, std::int64
 bool is_by_panels(const ProductShape& shape) { return takes<PanelsConfig>(shape); }
 
 TEST(dense_product_gets_panels) {
-  EXPECT(is_by_panels(dense_shape(769, 14336, 1024)) && !is_by_panels(dense_shape(768, 14336, 1024)));
+  EXPECT(is_by_panels(dense_shape(256, 14336, 1024)) && !is_by_panels(dense_shape(255, 14336, 1024)));
   for (const int bits : {4, 8})
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
       for (const bool backward : {false, true})
@@ -241,7 +241,8 @@ TEST(dense_product_gets_panels) {
         }
 }
 
-// The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 SMs.
+// The panel is the smallest one whose products fill the device, so that each wave uses 128 or more of the 132 SMs; or
+// the one that memory allows and that comes nearest.
 TEST(panel_is_within_its_memory_and_fills_the_device) {
   const struct {
     std::int64_t rows, cols, inner, panel_cols;
@@ -250,9 +251,9 @@ TEST(panel_is_within_its_memory_and_fills_the_device) {
                                                                                                  // which are two waves
   for (const auto& [rows, cols, inner, panel_cols] : panels)
     EXPECT(panels_of(dense_shape(rows, cols, inner)).cols == panel_cols);
-  EXPECT(!is_by_panels(dense_shape(1024, 4096, 14336)));       // a panel of 32 MB has half of the tiles that it needs
-  EXPECT(!is_by_panels(dense_shape(100'000, 4096, 140'000)));  // a panel would not have even 128 columns
-  for (const std::int64_t rows : {769, 8192, 8193, 100'000})
+  EXPECT(panels_of(dense_shape(1024, 4096, 14336)).cols == 1024);  // 64 tiles in 32 MB, half as many as SMs
+  EXPECT(!is_by_panels(dense_shape(100'000, 4096, 140'000)));      // a panel would not have even 128 columns
+  for (const std::int64_t rows : {256, 769, 8192, 8193, 100'000})
     for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256})
       for (const std::int64_t inner : {1, 100, 4096, 28672, 65536})
         for (const std::int64_t rank : {0, 1, 64})
@@ -269,9 +270,6 @@ TEST(panel_is_within_its_memory_and_fills_the_device) {
               EXPECT(config.cols > 0 && config.cols % kPanelCols == 0);
               EXPECT(config.cols * column_elements * static_cast<std::int64_t>(size_of(dtype)) <= kMaxPanelBytes);
               EXPECT(rank == 0 ? config.rows == rows : config.rows <= kMaxConcatenatedRows && config.rows > rows / 16);
-              const std::int64_t tiles =
-                  ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
-              EXPECT(4 * tiles >= 3 * num_sms);
             }
 }
 
@@ -310,28 +308,17 @@ TEST(wgmma_is_for_all_rows_but_those_of_gemv) {
   EXPECT(is_by_wgmma(on_hopper(1), kWgmma));
 }
 
-// Where there is a dense product, more than 2048 rows are for panels unless copying [X | U] beside them takes too long.
-constexpr struct {
-  std::int64_t rows, cols, inner, rank;
-  bool by_wgmma;
-} kDenseShapes[] = {
-    {2048, 4096, 4096, 0, true},     {2049, 4096, 4096, 0, false},   {2048, 4096, 3008, 0, false},
-    {2048, 4096, 3008, 16, true},    {2048, 4096, 1984, 16, false},  {2049, 4096, 4096, 8, true},
-    {100'000, 4096, 4096, 16, true}, {8192, 14336, 4096, 16, false}, {2048, 14336, 4096, 16, true},
-    {8192, 4096, 14336, 16, true},   {8192, 8192, 4096, 16, true},   {8192, 8320, 4096, 16, false},
-};
-
-TEST(wgmma_or_panels_is_the_faster_one) {
-  for (const auto& [rows, cols, inner, rank, by_wgmma] : kDenseShapes) {
-    ProductShape shape = on_hopper(rows, cols, inner);
-    shape.rank = rank;
-    EXPECT(is_by_wgmma(shape));
-    shape.has_dense_gemm = true;
-    EXPECT(is_by_wgmma(shape) == by_wgmma && is_by_panels(shape) == !by_wgmma);
-    EXPECT(is_by_wgmma(shape, kWgmma));
-    shape.has_wgmma = false;
-    EXPECT(is_by_panels(shape));
-  }
+TEST(wgmma_is_for_fewer_rows_than_panels_where_there_is_a_dense_product) {
+  for (const bool backward : {false, true})
+    for (const std::int64_t rank : {0, 16})
+      for (const std::int64_t rows : {64, 255, 256, 2048, 100'000}) {
+        ProductShape shape = on_hopper(rows, 4096, 4096, backward);
+        shape.rank = rank;
+        EXPECT(is_by_wgmma(shape));
+        shape.has_dense_gemm = true;
+        EXPECT(is_by_wgmma(shape) == (rows < 256) && is_by_panels(shape) == (rows >= 256));
+        EXPECT(is_by_wgmma(shape, kWgmma));
+      }
 }
 
 TEST(wgmma_takes_only_what_it_can_load) {

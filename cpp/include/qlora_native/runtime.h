@@ -62,7 +62,7 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 // decode the weight on the way, for any number of rows. Several threads may call the dense product at once, and it may
 // throw. Not to be set while an operation runs.
 //
-//   cuda  It is used from 769 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
+//   cuda  It is used from 256 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
 //   cpu   It is used where it is faster (cpp/src/cpu/product/config.h): on processors with AMX, for bf16 from 1024 rows
 //   on, and
