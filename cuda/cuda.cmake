@@ -92,7 +92,7 @@ else()
   set(qln_cuda_sources cuda/runtime/no_cuda.cpp)
 endif()
 list(APPEND qln_cuda_sources cuda/runtime/availability.cpp cuda/product/config.cpp
-     cuda/runtime/side_stream.cpp)
+     cuda/product/measured.cpp cuda/runtime/side_stream.cpp)
 
 set(qln_cuda_objects)
 if(TARGET qln_wgmma)

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "common/layout.h"
+#include "product/measured.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native {
@@ -251,8 +252,8 @@ WgmmaConfig wgmma_config(const ProductShape& shape, int tile_rows, const std::op
 //   fused     8   24   35   39    51    49
 //   cuBLAS    4   15   29   55    71    68
 //
-// The fused product falls behind between 128 and 256 rows. Our estimates of wgmma promise more than that, and do
-// not decide before a device has confirmed them.
+// The fused product falls behind between 128 and 256 rows. Our estimates of wgmma promise more than that, so they
+// decide only after a device has confirmed them, by rows of measured.inc.
 constexpr std::int64_t kMinPanelRows = 256;
 
 // The size of a part if `count` is cut evenly: a multiple of `step`, and at most `max_size`.
@@ -342,8 +343,9 @@ std::optional<ProductConfig> config_of(const ProductShape& shape, const KernelOv
 }  // namespace
 
 ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced) {
-  if (forced)
-    if (const auto config = config_of(shape, *forced)) return *config;
+  for (const std::optional<KernelOverride>& chosen : {forced, measured_kernel(shape)})
+    if (chosen)
+      if (const auto config = config_of(shape, *chosen)) return *config;
   if (supports_gemv(shape) && reads_take_longest(shape)) return gemv_config(shape);
   // Without plain scales, what is left beside panels is general.cu, which decodes the weight for each 64 rows.
   const bool for_panels = shape.rows >= kMinPanelRows || !shape.plain_scales;

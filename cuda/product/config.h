@@ -119,6 +119,7 @@ struct ProductShape {
   std::int64_t groups = 0;      // of rows; 0: all rows share the weight and the adapter
   bool group_weights = false;   // each group has its own weight, so that no tile has rows of two groups
   bool masked = false;          // backward: dropout masks the adapter's part within the accumulators
+  int compute_capability = 0;   // of the device, 90 for 9.0; 0: of the emulator
   bool has_dense_gemm = false;  // the application has a dense product (runtime.h)
   bool has_wgmma = false;       // the build has wgmma/, and the device is of compute capability 9.0
   bool tma_can_load = false;    // TMA can load tiles of x and of U or V
@@ -226,7 +227,8 @@ std::optional<KernelOverride> kernel_of_name(std::string_view name);
 // The one that QLN_FORCE_KERNEL names.
 std::optional<KernelOverride> forced_kernel();
 
-// The kernel of `forced` if it supports the shape, or else the one that takes the least time by estimates.
+// The kernel of `forced` if it supports the shape; or else the one that was measured to be the fastest (measured.h), if
+// it does; or else the one that takes the least time by estimates.
 ProductConfig choose_product(const ProductShape& shape, const std::optional<KernelOverride>& forced = std::nullopt);
 
 // The text that QLN_PRINT_CONFIG=1 prints of each product, for people.

@@ -28,6 +28,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .groups = p.groups.count,
       .group_weights = p.group_weights,
       .masked = p.backward && p.u.cols > 0 && p.dropout.threshold > 0,
+      .compute_capability = compute_capability(stream),
       .has_dense_gemm = hooks().dense_gemm != nullptr,
       .has_wgmma = has_wgmma(stream),
       .tma_can_load = tma_can_load(p.x, p.inner) && tma_can_load(p.u, p.u.cols),

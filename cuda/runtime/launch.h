@@ -4,6 +4,7 @@
 //   launch<kernel>(shape, stream, args...)                launches a kernel, instead of <<<
 //   fill_bytes(data, byte, bytes, stream)                 as cudaMemsetAsync
 //   num_sms, max_smem_bytes, reserved_smem_bytes(stream)  attributes of the stream's device
+//   compute_capability(stream)                            90 for 9.0
 //   is_hopper(stream)                                     whether it has the instructions of device/hopper.cuh
 //   DeviceGuard(stream)                                   makes the stream's device current while it lives
 //   allocate_workspace, release_workspace, poison         memory of a Workspace (workspace.h)

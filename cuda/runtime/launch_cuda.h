@@ -108,12 +108,13 @@ inline std::size_t reserved_smem_bytes(const Stream& stream) {
   return static_cast<std::size_t>(bytes);
 }
 
-// No other device, not even a later one, runs code for sm_90a.
-inline bool is_hopper(const Stream& stream) {
+inline int compute_capability(const Stream& stream) {
   int major = 0, minor = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, stream.index));
-  return major == 9 && minor == 0;
+  return 10 * major + minor;
 }
+// No other device, not even a later one, runs code for sm_90a.
+inline bool is_hopper(const Stream& stream) { return compute_capability(stream) == 90; }
 
 }  // namespace qlora_native::cuda

@@ -65,6 +65,8 @@ inline int num_sms(const Stream&) { return emulator::num_sms(); }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
+// No device has this number, so that no measurement decides for the emulator.
+inline int compute_capability(const Stream&) { return 0; }
 // The emulated device is a Hopper if QLN_FORCE_KERNEL names wgmma.
 inline bool is_hopper(const Stream&) {
   const char* const forced = std::getenv("QLN_FORCE_KERNEL");

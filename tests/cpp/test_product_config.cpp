@@ -9,6 +9,7 @@
 
 #include "common/layout.h"
 #include "expect.h"
+#include "product/measured.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native {
@@ -642,6 +643,76 @@ TEST(steps_are_counted_beyond_an_int) {
   const auto config = std::get<GemmConfig>(
       choose_product({.rows = 9, .cols = 4, .inner = inner, .dtype = DType::f16, .aligned = true, .num_sms = 100}));
   EXPECT(config.steps == inner / kGemmStep && config.first_step(config.blocks) == inner / kGemmStep);
+}
+
+// ---- measurements ----
+
+constexpr MeasuredProduct kMeasured[] = {
+    {80, MeasuredProduct::forward, DType::bf16, 0, 64, 4096, 4096, "panels", 1.0},
+    {90, MeasuredProduct::forward, DType::bf16, 0, 64, 4096, 4096, "gemm", 1.0},
+    {90, MeasuredProduct::forward, DType::bf16, 0, 64, 4096, 14336, "wgmma:64,alone", 1.0},
+    {90, MeasuredProduct::forward, DType::bf16, 16, 64, 4096, 4096, "general", 1.0},
+    {90, MeasuredProduct::dx, DType::bf16, 0, 64, 4096, 14336, "wgmma:32", 1.0},
+    {90, MeasuredProduct::forward, DType::bf16, 0, 256, 4096, 4096, "wgmma", 1.0},
+};
+ProductShape of_capability(int capability, ProductShape shape) {
+  shape.compute_capability = capability;
+  return shape;
+}
+std::string measured(const ProductShape& shape) {
+  for (const MeasuredProduct& row : kMeasured) {
+    const auto found = measured_kernel(shape, kMeasured);
+    if (found && row.compute_capability == shape.compute_capability && found == kernel_of_name(row.kernel))
+      return std::string(row.kernel);
+  }
+  return "";
+}
+
+TEST(nearest_measurement_of_the_same_kind_decides) {
+  const auto kernel = [](std::int64_t rows, std::int64_t N, std::int64_t K, const auto& change) {
+    ProductShape shape = of_capability(90, on_hopper(rows, N, K));
+    change(shape);
+    return measured(shape);
+  };
+  const auto as_it_is = [](ProductShape&) {};
+  EXPECT(kernel(64, 4096, 4096, as_it_is) == "gemm" && kernel(64, 4096, 14336, as_it_is) == "wgmma:64,alone");
+  EXPECT(kernel(32, 4096, 4096, as_it_is) == "gemm" && kernel(31, 4096, 4096, as_it_is).empty());
+  EXPECT(kernel(127, 4096, 4096, as_it_is) == "gemm" && kernel(129, 4096, 4096, as_it_is) == "wgmma");
+  EXPECT(kernel(64, 8192, 8192, as_it_is) == "wgmma:64,alone" && kernel(64, 8192, 7168, as_it_is) == "gemm");
+  EXPECT(kernel(64, 8320, 4096, as_it_is).empty() && kernel(0, 4096, 4096, as_it_is).empty());
+  EXPECT(kernel(64, 4096, 4096, [](ProductShape& shape) { shape.rank = 4; }) == "general");
+  EXPECT(kernel(64, 4096, 4096, [](ProductShape& shape) { shape.dtype = DType::f16; }) == "gemm");
+  EXPECT(kernel(64, 14336, 4096, [](ProductShape& shape) { shape.backward = true; }) == "wgmma:32");  // dX of [N, K]
+  EXPECT(kernel(64, 4096, 4096, [](ProductShape& shape) { shape.compute_capability = 80; }) == "panels");
+  for (const auto& change :
+       {+[](ProductShape& shape) { shape.compute_capability = 0; },
+        +[](ProductShape& shape) { shape.compute_capability = 120; },
+        +[](ProductShape& shape) { shape.dtype = DType::f32; }, +[](ProductShape& shape) { shape.bits = 8; },
+        +[](ProductShape& shape) { shape.groups = 2; }, +[](ProductShape& shape) { shape.plain_scales = false; },
+        +[](ProductShape& shape) { shape.aligned_64 = false; }})
+    EXPECT(kernel(64, 4096, 4096, change).empty());
+}
+
+// So that devices of one compute capability compute the same.
+TEST(measurement_decides_for_any_number_of_sms) {
+  for (const int num_sms : kNumSms) {
+    ProductShape shape = of_capability(90, on_hopper(100, 5000, 5000));
+    shape.num_sms = num_sms;
+    EXPECT(measured(shape) == "gemm");
+  }
+}
+
+TEST(committed_measurements_name_kernels) {
+  for (const MeasuredProduct& row : measured_products()) {
+    EXPECT(kernel_of_name(row.kernel).has_value() && row.us > 0 && row.rank >= 0);
+    EXPECT(row.compute_capability >= 80 && std::min({row.M, row.N, row.K}) > 0);
+    ProductShape shape = on_hopper(row.M, row.N, row.K);
+    if (row.direction == MeasuredProduct::dx) shape = on_hopper(row.M, row.K, row.N, true);
+    shape.compute_capability = row.compute_capability;
+    shape.dtype = row.dtype;
+    shape.rank = row.rank;
+    EXPECT(measured_kernel(shape) == kernel_of_name(row.kernel));  // there are no two rows of a product
+  }
 }
 
 }  // namespace
