@@ -261,7 +261,7 @@ def measure_step(rounds: int) -> dict[str, Any]:
         Q4_1_STEP: step.step_of_quantized(step.load(KeepQuantized()), 0.0),
         NF4_STEP: step.step_of_ours(decoded, 0.0),
     }
-    found = step.alternated(steps, rounds)
+    found = step.alternated(steps, rounds, tokens)
     first = found[Q4_1_STEP]["losses"][0]
     if abs(first - loss) > step.LOSS_TOLERANCE * loss:
         raise RuntimeError(f"{Q4_1_STEP}: expected the decoded model's loss {loss:.4f}, got {first:.4f}")

@@ -55,6 +55,25 @@ def gpu_missing() -> str:
     return native.cuda_unavailable_reason() or ("" if torch.cuda.is_available() else "torch sees no GPU")
 
 
+def gpu_or_emulator() -> str:
+    """The kind of the device that runs the CUDA kernels: "cuda", or "cpu" over the emulator (QLN_BACKEND).
+
+    Raises:
+        SystemExit: there is neither.
+    """
+    if os.environ.get("QLN_BACKEND") == "cuda_emulated":
+        return "cpu"
+    if reason := gpu_missing():
+        raise SystemExit(f"no GPU can be measured: {reason}")
+    return "cuda"
+
+
+def first_day_folder(kind: str) -> Path:
+    """Where first_day.py and tune_cuda.py keep what they know of the device of `gpu_or_emulator`."""
+    name = folder_name({"gpu": torch.cuda.get_device_name()}) if kind == "cuda" else "emulated"
+    return Path(__file__).parent.parent / "build/first_day" / name
+
+
 def describe() -> dict[str, object]:
     """What a reader needs to judge the figures: processor, threads, instruction sets, versions, variables, date."""
     import qlora_native._C as native

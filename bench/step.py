@@ -1,10 +1,11 @@
 """A training step of SmolLM2-135M: ours under PEFT, with everything fused, against bitsandbytes NF4 under stock PEFT.
 
     python bench/run.py --operations step
+    python bench/step.py [--device cuda] [--tiny]    alone, on a GPU too; --tiny: a random model that takes seconds
 
 All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
-layer, in fp32 as PEFT makes it). Ours has `fuse_loss`, `fuse_blocks` and `fuse_attention`, as in examples/finetune.py;
-the others have transformers' own code. Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW.
+layer, in fp32 as PEFT makes it). Ours has `qn.fuse`, as in examples/finetune.py; the others have transformers' own
+code. Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW.
 Contestants alternate step by step in one process; a step is forward, backward and optimizer. All start from the same
 values, so their first losses must be equal: that is the check.
 
@@ -23,18 +24,20 @@ account.py says where the time of a step goes, and what is its limit.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import machine
 from cases import OURS
 from timing import in_own_process, set_allocator
 
@@ -69,14 +72,17 @@ def merged(found: list[dict]) -> dict[str, object]:
     return report
 
 
-def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_memory: bool = False) -> dict[str, object]:
-    """Time the contestants' steps alternately, after one untimed step each.
+def measure(
+    rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_memory: bool = False, tiny: bool = False
+) -> dict[str, object]:
+    """Time the contestants' steps on torch's default device alternately, after one untimed step each.
 
     Args:
         rounds: the number of timed steps of each contestant.
         dropout: LoRA's dropout, the same for all.
         dense: also measure LoRA over the bf16 weights.
         keep_memory: from now on the C allocator returns no memory to the system.
+        tiny: of a random model and few tokens instead, to see that it works.
 
     Returns:
         A report with `contestants`: name -> {seconds (median), tokens_per_s, losses}; `ratio`: tokens/s of
@@ -89,18 +95,21 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     if keep_memory:
         set_allocator("kept")
     with torch.enable_grad():
-        model = load()
+        with torch.device("cpu"):
+            model, tokens = (tiny_model(), torch.randint(TINY_VOCABULARY, (2, 8))) if tiny else (load(), some_tokens())
+        model, tokens = model.to(machine.device()), tokens.to(machine.device())
         steps = {OURS: step_of_ours(copy.deepcopy(model), dropout)}
         if importlib.util.find_spec("bitsandbytes"):
             steps["bitsandbytes + PEFT"] = step_of_bitsandbytes(copy.deepcopy(model), dropout)
         if dense:
             steps["bf16 + PEFT"] = step_of_dense(copy.deepcopy(model), dropout)
         del model
-        contestants = alternated(steps, rounds)
+        contestants = alternated(steps, rounds, tokens)
     _compare({name: contestant["losses"] for name, contestant in contestants.items()})
     report: dict[str, object] = {
-        "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dropout": dropout,
-        "memory": "kept" if keep_memory else "default", "dtype": "bfloat16", "contestants": contestants,
+        "model": "tiny" if tiny else "SmolLM2-135M-Instruct", "tokens": tokens.numel(), "rank": RANK,
+        "dropout": dropout, "memory": "kept" if keep_memory else "default", "dtype": "bfloat16",
+        "contestants": contestants,
     }  # fmt: skip
     if "bitsandbytes + PEFT" in contestants:
         report["ratio"] = contestants["bitsandbytes + PEFT"]["seconds"] / contestants[OURS]["seconds"]
@@ -109,12 +118,11 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     return report
 
 
-def alternated(steps: dict[str, Callable[[Tensor], float]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Take the contestants' steps alternately. Returns {name: {seconds (median), tokens_per_s, losses}}.
+def alternated(steps: dict[str, Callable[[Tensor], float]], rounds: int, tokens: Tensor) -> dict[str, dict[str, Any]]:
+    """Take the contestants' steps on `tokens` alternately. Returns {name: {seconds (median), tokens_per_s, losses}}.
 
     The first step of each is not timed, so there is one loss more than `rounds`.
     """
-    tokens = some_tokens()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 1):
@@ -126,7 +134,7 @@ def alternated(steps: dict[str, Callable[[Tensor], float]], rounds: int) -> dict
     return {
         name: {
             "seconds": statistics.median(times),
-            "tokens_per_s": BATCH * SEQUENCE / statistics.median(times),
+            "tokens_per_s": tokens.numel() / statistics.median(times),
             "losses": [round(loss, 4) for loss in losses[name]],
         }
         for name, times in seconds.items()
@@ -159,6 +167,21 @@ def load(quantization: Any = None) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
     )
+
+
+TINY_VOCABULARY = 128
+
+
+def tiny_model() -> nn.Module:
+    """A random model of one layer, in bf16."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=TINY_VOCABULARY,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def tokenizer() -> Any:
@@ -198,14 +221,11 @@ def step_of_quantized(model: nn.Module, dropout: float, *, fused: bool = True) -
     """A training step over our quantized layers; without `fused` all but the products is that of torch and
     transformers."""
     import qlora_native as qn
-    from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
     from qlora_native.integrations.peft import register
 
     model = with_adapter(model, dropout, register)
     if fused:
-        fuse_loss(model)
-        fuse_blocks(model)
-        fuse_attention(model)
+        qn.fuse(model)
     return _step(model, qn.optim.AdamW8bit)
 
 
@@ -222,7 +242,7 @@ def in_bitsandbytes(model: nn.Module) -> nn.Module:
             quantized.weight = Params4bit(
                 linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=64
             )
-            model.set_submodule(path, quantized.to("cpu"))  # quantizes
+            model.set_submodule(path, quantized.to(machine.device()))  # quantizes
     model.is_loaded_in_4bit = True  # PEFT needs this to use its layer for bitsandbytes
     return model
 
@@ -293,3 +313,21 @@ def seconds_by_part(step: Callable[[], object], vocabulary: int) -> dict[str, fl
     for operation in profile.key_averages(group_by_input_shape=True):
         seconds[part_of(operation, vocabulary)] += 1e-6 * operation.self_cpu_time_total
     return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="a random model that takes seconds, to see that it works")
+    args = parser.parse_args(argv)
+    torch.set_default_device(args.device)
+    found = measure(tiny=args.tiny)
+    print(f"{found['model']}, {found['tokens']} tokens, LoRA r={found['rank']}, {found['dtype']}, {args.device}")
+    for name, contestant in found["contestants"].items():
+        speed = f"{1e3 * contestant['seconds']:.1f} ms, {contestant['tokens_per_s']:.0f} tokens/s"
+        print(f"{name}: {speed}, losses {', '.join(map(str, contestant['losses']))}")
+
+
+if __name__ == "__main__":
+    main()
