@@ -43,7 +43,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=OPERATIONS, default="cpu")
     add("--operations", nargs="+", choices=OPERATIONS["cpu"], help="default: all that the device has")
-    add("--shapes", nargs="+", type=_shape, metavar="NxK")
+    add("--shapes", nargs="+", type=shape_of, metavar="NxK")
     add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--peers", nargs="*", metavar="PEER", help="names in peers.PEERS (default: all that the device has)")
@@ -64,7 +64,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape_of(text: str) -> tuple[int, int]:
+    """The shape of a weight, (N, K), from the text NxK."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or int(match[2]) % data.BLOCKSIZE:
         raise argparse.ArgumentTypeError(f"expected NxK with K a multiple of {data.BLOCKSIZE}, got {text!r}")
