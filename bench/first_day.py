@@ -5,8 +5,8 @@
     QLN_BACKEND=cuda_emulated python bench/first_day.py
                                                     the same steps over the emulator, with two tiny shapes
 
-A step is a command with a time limit below ten minutes, so that the day may be spent on machines that are lent for a
-short time. Its output goes into FOLDER/<step>.log, and how it ended into FOLDER/steps.json (by default FOLDER is
+A step is a command with a time limit below ten minutes, so that the day may be cut into short rents of a GPU. Its
+output goes into FOLDER/<step>.log, and how it ended into FOLDER/steps.json (by default FOLDER is
 build/first_day/<device>). A step that fails does not keep the next ones from running, and runs again at the next start;
 so does one whose program is missing. `tune` also writes the rows of cuda/product/measured.inc, and `products` the
 report of bench/run.py: build the package again after the first, and repeat the second with --steps to see what the rows
