@@ -156,12 +156,14 @@ constexpr std::int64_t kPairBarrierCycles = 13;
 // beginning adds those of one run after another, which takes so much more for each two runs.
 constexpr std::int64_t kStreamKSteps = 6, kStreamKStepsPerTwoRuns = 3;
 
-// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 SMs, so that
-// clusters of 4 or 8 may leave 2 of 18 idle.
+// How many clusters the device certainly runs at once. The blocks of a cluster run in one of its graphics processing
+// clusters, of up to 18 SMs. How many SMs each of them has differs from one H100 to another of 132, whose clusters of 8
+// were measured to occupy 120 (accel-sim/gpu-app-collection#87). Because a second wave takes as long as the first, and
+// the choice must be the same on all, these are the numbers that CUTLASS falls back to: as few as if all graphics
+// processing clusters but the last had 18 SMs. Of 132 SMs that leaves 29 clusters of 4, and 14 of 8.
 int clusters_at_once(int blocks_per_cluster, int num_sms) {
-  constexpr int kTogether = 16;
-  if (blocks_per_cluster <= 2) return num_sms / blocks_per_cluster;
-  return num_sms / kTogether * (kTogether / blocks_per_cluster);
+  constexpr int kMaxTogether = 18;
+  return num_sms / kMaxTogether * (kMaxTogether / blocks_per_cluster) + num_sms % kMaxTogether / blocks_per_cluster;
 }
 
 // How many tiles the device has at once, if `cluster` blocks share each.

@@ -351,33 +351,40 @@ constexpr struct {
   int tile;
   bool backward = false;
 } kTilesOfWgmma[] = {
-    {9, 4096, 4096, 16},
-    {16, 4096, 4096, 16},
-    {17, 4096, 4096, 32},
-    {32, 4096, 4096, 32},
-    {33, 4096, 4096, 64},
-    {64, 4096, 4096, 64},
-    {65, 4096, 4096, 128},
-    {128, 4096, 4096, 128},
+    {9, 3712, 4096, 16},
+    {16, 3712, 4096, 16},
+    {17, 3712, 4096, 32},
+    {32, 3712, 4096, 32},
+    {33, 3712, 4096, 64},
+    {64, 3712, 4096, 64},
+    {65, 3584, 4096, 128},
+    {128, 3584, 4096, 128},
+    {128, 4096, 4096, 64},  // 64 in clusters of 2, because pairs of 128 rows have too few clusters of 8
     {512, 4096, 4096, 128},
     {768, 4096, 4096, 256},
     {100'000, 4096, 4096, 256},
-    {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in clusters of 4
+    {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in runs
     {640, 4096, 4096, 128},  // 160, rather than 96 of 128 rows that do not exist
-    {128, 1024, 4096, 64},
-    {256, 1024, 4096, 64},    // 16 in clusters of 8 and 32 in clusters of 4, rather than half
+    {128, 896, 4096, 64},
+    {256, 896, 4096, 64},     // 14 in clusters of 8 and 28 in clusters of 4, rather than half
     {1536, 4096, 1024, 128},  // 384, three for most SMs, rather than 192
     // dX, whose steps take other times, and whose warpgroups exchange elements at the end of each tile
     {12, 4096, 14336, 16, true},
     {12, 8192, 4096, 16, true},
     {160, 3072, 2048, 32, true},   // 120, rather than 72 of 64 rows in runs
-    {160, 8192, 14336, 256, true}  // 64 in clusters of 2, rather than 128 of 128 rows
+    {160, 7168, 14336, 256, true}  // 56 in runs, rather than 112 of 128 rows
 };
 
 TEST(tile_of_wgmma_takes_the_least_time) {
   for (const auto& [rows, cols, inner, tile, backward] : kTilesOfWgmma) {
     EXPECT(wgmma_of(on_hopper(rows, cols, inner, backward), std::nullopt).gemm.tile_rows == tile);
   }
+}
+
+// Of clusters of 4 an H100 of 132 SMs may run only 29 at once, and of clusters of 8 only 14.
+void expect_one_wave_on_every_h100(const WgmmaConfig& config, int num_sms) {
+  const int blocks = config.blocks_per_cluster(), clusters = config.gemm.blocks / blocks;
+  if (num_sms == 132) EXPECT(clusters <= (blocks == 8 ? 14 : blocks == 4 ? 29 : 132 / blocks));
 }
 
 TEST(tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once) {
@@ -403,6 +410,7 @@ TEST(tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once) {
             }
             EXPECT(!config.splits_a_tile());  // so that there is no memory of runs
             EXPECT(wgmma.blocks_per_cluster() <= kMaxCluster);
+            expect_one_wave_on_every_h100(wgmma, num_sms);
             EXPECT(config.blocks % wgmma.blocks_per_cluster() == 0);
             if (cluster == 1) {
               const int max_blocks = pairs ? num_sms / 2 * 2 : num_sms;
@@ -415,14 +423,14 @@ TEST(tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once) {
         }
 }
 
-// How many blocks share a tile by wgmma on 132 SMs, of which clusters of 4 and 8 can use 128; 0 is runs.
+// How many blocks share a tile by wgmma on 132 SMs, of which clusters of 4 can use 116, and of 8 112; 0 is runs.
 // The tile has 16, 64 or 256 rows, and no pairs of blocks share them.
 constexpr struct {
   std::int64_t rows, cols, inner;
   int cluster;
 } kClusters[] = {
-    {64, 4096, 4096, 4},     // 32 tiles
-    {64, 4224, 4096, 0},     // 33, one more than there are clusters of 4
+    {64, 3712, 4096, 4},     // 29 tiles
+    {64, 3840, 4096, 0},     // 30, one more than there are clusters of 4
     {512, 4096, 4096, 2},    // 64
     {512, 4224, 4096, 2},    // 66
     {512, 4352, 4096, 0},    // 68
@@ -432,10 +440,10 @@ constexpr struct {
     {2048, 4096, 4096, 1},   // 256, two waves of almost all SMs
     {2048, 4096, 14336, 0},  // the same, but the 8 that are idle could do more than an exchange takes
     {64, 1024, 4096, 8},     // 8 tiles, each of which 16 runs would share
-    {64, 2048, 4096, 8},     // 16
-    {64, 2176, 4096, 4},     // 17, one more than there are clusters of 8
+    {64, 1792, 4096, 8},     // 14
+    {64, 1920, 4096, 4},     // 15, one more than there are clusters of 8
     {64, 1024, 64 * 24, 8},  // 24 steps
-    {64, 1024, 64 * 12, 4},   {16, 4096, 64 * 16, 4},
+    {64, 1024, 64 * 12, 4},   {16, 3712, 64 * 16, 4},
     {64, 4096, 64 * 8, 2},    {64, 4096, 64 * 5, 1},  // so few that they take as long as an exchange
     {100'000, 4096, 4096, 0},                         // many waves
 };
@@ -454,8 +462,9 @@ constexpr struct {
   bool backward, pairs;
 } kPairs[] = {
     {1024, 4096, 4096, false, true},     // 128 tiles
-    {256, 4096, 4096, false, true},      // 64 in clusters of 4 blocks
-    {128, 4096, 4096, false, true},      // 32 in clusters of 8
+    {256, 3584, 4096, false, true},      // 56 in clusters of 4 blocks
+    {128, 3584, 4096, false, true},      // 28 in clusters of 8
+    {256, 4096, 4096, false, false},     // 64, for which there are too few clusters of 4
     {100'000, 4096, 4096, false, true},  // many waves, as quick as runs
     {1024, 4096, 4096, true, true},      // 128 tiles of dX
     {64, 4096, 4096, true, false},       // decoding takes longer
@@ -477,8 +486,8 @@ constexpr struct {
   int cluster, blocks;
 } kForcedPairs[] = {
     {64, 2048, 16, 4, 64},     // 8 clusters of 4 + 4 blocks, rather than of 8
-    {64, 4096, 32, 4, 128},    // 16, which is as many as run at once
-    {64, 4224, 34, 2, 68},     // 17 of 2 + 2
+    {64, 3584, 28, 4, 112},    // 14, which is as many as run at once
+    {64, 3712, 30, 2, 60},     // 15 of 2 + 2
     {256, 4224, 136, 1, 132},  // four rows of tiles; the last 4 are a second wave
     {64, 128, 2, 4, 8},        // one tile, and one that has no columns
 };
