@@ -46,13 +46,15 @@ if(qln_with_cuda)
       list(APPEND qln_architectures 100 120)
     endif()
     # The library has machine code for each of these, and PTX, which a driver compiles, for other GPUs: PTX of the last
-    # for what comes after it, and of the first for what lies between (sm_87, sm_103, sm_110).
-    list(TRANSFORM qln_architectures APPEND -real)
-    list(GET qln_architectures 0 qln_first)
+    # for what comes after it, of the first for what lies between (sm_87), and of 90, with which kernels can overlap
+    # (runtime/launch.h), for what lies between that and the last (sm_110).
     list(POP_BACK qln_architectures qln_last)
-    string(REPLACE -real -virtual qln_first ${qln_first})
-    string(REPLACE -real "" qln_last ${qln_last})
-    set(CMAKE_CUDA_ARCHITECTURES ${qln_architectures} ${qln_first} ${qln_last} CACHE STRING "GPU architectures" FORCE)
+    set(qln_virtual 80-virtual)
+    if(NOT qln_last EQUAL 90)
+      list(APPEND qln_virtual 90-virtual)
+    endif()
+    list(TRANSFORM qln_architectures APPEND -real)
+    set(CMAKE_CUDA_ARCHITECTURES ${qln_architectures} ${qln_virtual} ${qln_last} CACHE STRING "GPU architectures" FORCE)
   endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)

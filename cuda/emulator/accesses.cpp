@@ -78,6 +78,7 @@ bool is_last_to_arrive(std::uint32_t* counter, int count, Site site) {
 }
 
 void griddepcontrol_wait(Site site) {
+  current->block->run.has_waited = true;
   const GridRun* const before = current->block->run.before;
   if (before != nullptr) wait_for(&before->has_ended, 1, site);
 }

@@ -76,6 +76,7 @@ struct GridRun {
   const GridRun* before;    // the grid before it, which may not have ended yet; or null
   std::int64_t unfinished;  // blocks that have not ended
   std::uint32_t has_ended = 0;
+  bool has_waited = false;  // a thread has called griddepcontrol_wait()
 };
 
 // The blocks of a cluster. cluster.cpp has what their threads do together.

@@ -19,7 +19,7 @@ std::size_t misalignment(const std::byte* address) { return reinterpret_cast<std
 }  // namespace
 
 CallMemory::~CallMemory() {
-  emulator::run_pending_grid();  // of a call that has thrown
+  emulator::run_pending_grids();  // of a call that has thrown
   if (memory_ != nullptr) emulator::release_on_device(memory_);
 }
 
@@ -67,7 +67,7 @@ void CallMemory::move_to_device() {
 }
 
 void CallMemory::copy_back() const {
-  emulator::run_pending_grid();
+  emulator::run_pending_grids();
   const emulator::DeviceWork work;
   for (const View& view : views_) {
     const auto bytes = static_cast<std::size_t>(view.row_bytes);

@@ -8,7 +8,6 @@
 #include <exception>
 #include <limits>
 #include <list>
-#include <optional>
 #include <utility>
 
 #include "emulator/block.h"
@@ -50,10 +49,11 @@ constinit thread_local Schedule schedule;
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxClusterBlocks = 8;
+constexpr int kFirstPtxWithGriddepcontrol = 90;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
 // The blocks that run at the same time under the schedule "concurrent"; a device may have room for more.
 constexpr std::size_t kMaxResidentBlocks = 6;
-constexpr std::size_t kMaxEarly = 2;       // blocks, or clusters, of a grid that begin before the grid before it
+constexpr std::size_t kMaxEarly = 2;       // blocks, or clusters, of a grid that begin before the grids before it
 constexpr int kMaxStepsLog2 = 9;           // a block takes at most 2^9 steps until another may run
 constexpr std::size_t kMaxPublished = 32;  // fewer pieces of memory than this are published before another block runs
 
@@ -66,7 +66,11 @@ constexpr std::size_t kMaxPublished = 32;  // fewer pieces of memory than this a
 // Removes a block that is done.
 std::list<Block>::iterator end(std::list<Block>& blocks, std::list<Block>::iterator block) {
   GridRun& run = block->run;
-  if (--run.unfinished == 0) run.has_ended = 1;
+  if (--run.unfinished == 0) {
+    // The next kernel, which waits for this one, would not wait for the one before.
+    if (run.grid.programmatic_launch && !run.has_waited) fail("no block of a dependent kernel has waited");
+    run.has_ended = 1;
+  }
   return blocks.erase(block);
 }
 
@@ -77,7 +81,7 @@ struct Start {
   std::int64_t first;
 };
 
-// All that begin, in order: grid after grid, but some blocks of a dependent last grid may be the first.
+// All that begin, in order: grid after grid, but some blocks of a dependent grid may precede all of the grids before.
 std::vector<Start> order_of_starts(std::vector<GridRun>& runs) {
   std::vector<Start> starts;
   for (GridRun& run : runs) {
@@ -166,11 +170,16 @@ class ConcurrentRun {
   // its blocks from beginning.
   bool can_begin() const {
     const auto may_wait = [](const GridRun& run) { return run.before != nullptr && run.before->has_ended == 0; };
-    const auto waiting = static_cast<std::size_t>(
-        std::count_if(resident_.begin(), resident_.end(), [&](const Block& block) { return may_wait(block.run); }));
-    const std::size_t others = resident_.size() - waiting, more = static_cast<std::size_t>(next_->run->grid.cluster);
-    if (!may_wait(*next_->run)) return others == 0 || others + more <= max_resident_;
-    return waiting < kMaxEarly * more || resident_.size() + more <= max_resident_;
+    const auto count_if = [&](const auto& is_counted) {
+      return static_cast<std::size_t>(std::count_if(resident_.begin(), resident_.end(), is_counted));
+    };
+    const std::size_t more = static_cast<std::size_t>(next_->run->grid.cluster);
+    if (may_wait(*next_->run)) {
+      const std::size_t early = count_if([&](const Block& block) { return &block.run == next_->run; });
+      return early < kMaxEarly * more || resident_.size() + more <= max_resident_;
+    }
+    const std::size_t others = count_if([&](const Block& block) { return !may_wait(block.run); });
+    return others == 0 || others + more <= max_resident_;
   }
   Blocks::iterator end(Blocks::iterator block) {
     for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
@@ -211,14 +220,13 @@ class ConcurrentRun {
   StoreBuffer ended_stores_;  // stores of blocks that have ended
 };
 
-// Runs the grid; if there is one before it, that has not begun either.
-void run(const Grid* before, const Grid& grid) {
+// Runs grids of which each depends on the one before it.
+void run(const std::vector<Grid>& grids) {
   const DeviceWork work;
   schedule = Schedule::from_environment();
   std::vector<GridRun> runs;
-  runs.reserve(2);  // the second points to the first
-  if (before != nullptr) runs.push_back({*before, nullptr, before->blocks, before->blocks == 0});
-  runs.push_back({grid, before == nullptr ? nullptr : runs.data(), grid.blocks});
+  runs.reserve(grids.size());  // a run points to the one before it
+  for (const Grid& grid : grids) runs.push_back({grid, runs.empty() ? nullptr : &runs.back(), grid.blocks});
   const std::vector<Start> starts = order_of_starts(runs);
   concurrent = schedule.is_concurrent();
   if (concurrent) {
@@ -230,8 +238,8 @@ void run(const Grid* before, const Grid& grid) {
   position = nullptr;
 }
 
-// The host thread's grid that is launched and has not begun.
-thread_local std::optional<Grid> pending;
+// The host thread's grids that are launched and have not begun: each of them but the first depends on the one before.
+thread_local std::vector<Grid> pending;
 
 }  // namespace
 
@@ -300,6 +308,11 @@ int num_sms() {
   return static_cast<int>(device_attribute("QLN_EMULATED_SMS", "a number of SMs", kDefault));
 }
 
+int ptx_version() {
+  constexpr int kHopper = 90;
+  return static_cast<int>(device_attribute("QLN_EMULATED_PTX", "an architecture", kHopper));
+}
+
 namespace {
 
 // True in a pseudo-random half of the calls, and not in every second one: each product makes the same number of calls,
@@ -322,28 +335,31 @@ void launch(Grid grid) {
     fail(std::to_string(grid.blocks) + " blocks in clusters of " + std::to_string(grid.cluster));
   }
   if (current != nullptr) fail("a kernel launches another");
-  if (!grid.programmatic_launch) run_pending_grid();
-  if (grid.next_programmatic_launch) {
-    // A kernel between two others overlaps with only one of them: now with the one before it, now with the one after.
-    const std::optional<Grid> before = std::exchange(pending, std::nullopt);
-    if (before && is_picked_half_of_the_time()) return run(&*before, grid);
-    if (before) run(nullptr, *before);
-    pending = std::move(grid);
+  const bool is_last = !grid.next_programmatic_launch;
+  if (grid.blocks == 0) {  // nothing is launched
+    if (is_last) run_pending_grids();
     return;
   }
-  const std::optional<Grid> before = std::exchange(pending, std::nullopt);
-  run(before ? &*before : nullptr, grid);
+  if (grid.programmatic_launch) {
+    if (ptx_version() < kFirstPtxWithGriddepcontrol) fail("a dependent kernel whose code has no griddepcontrol");
+    if (pending.empty()) fail("a dependent kernel that does not follow another one at once");
+  } else {
+    run_pending_grids();
+  }
+  pending.push_back(std::move(grid));
+  if (is_last) run_pending_grids();
 }
 
-void run_pending_grid() {
-  const std::optional<Grid> grid = std::exchange(pending, std::nullopt);
-  if (grid) run(nullptr, *grid);
+void run_pending_grids() {
+  if (!pending.empty()) run(std::exchange(pending, {}));
 }
 
-void check_no_pending_grid() {
-  if (!pending) return;
-  if (std::uncaught_exceptions() == 0) fail("memory is released before the dependent kernel is launched");
-  run_pending_grid();  // the call ends here
+void check_no_pending_grid(const char* what) {
+  if (pending.empty()) return;
+  if (std::uncaught_exceptions() == 0) {
+    fail(std::string("memory is ") + what + " before the dependent kernel is launched");
+  }
+  run_pending_grids();  // the call ends here
 }
 
 void poison(void* memory, std::size_t bytes) {

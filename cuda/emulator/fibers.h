@@ -25,8 +25,8 @@
 //     signal, or at a random later time, at the latest when the kernel has ended. 16-byte pieces may become visible in
 //     any order.
 //   - The blocks of a cluster begin together (cluster.cpp has the rules of clusters).
-//   - Of a dependent kernel (LaunchShape::programmatic_launch), up to two blocks, or clusters, begin before the kernel
-//     before it.
+//   - Of each dependent kernel (LaunchShape::programmatic_launch), up to two blocks, or clusters, begin before the
+//     kernels before it.
 //   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call has raised.
 //
 // The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
@@ -95,17 +95,21 @@ std::size_t max_smem_bytes();
 int num_sms();
 // The shared memory of each block that the device reserves.
 constexpr std::size_t kReservedSmemBytes = 1024;
+// The architecture that the code of kernels is of: QLN_EMULATED_PTX, or 90. Code of an earlier one has no
+// griddepcontrol, and a grid of it must not be dependent.
+int ptx_version();
 
-// Runs the grid, and returns when it is done. If the next grid is dependent, this one only begins when the next is
-// launched, and then both run: blocks of the next begin before this one, in its middle, or after it, by the schedule.
+// Runs the grid, and returns when it is done. If the next grid is dependent, this one only begins when the last of such
+// a chain is launched, and then all of them run: blocks of one begin before the others, in their middle, or after them,
+// by the schedule. A dependent grid that follows no such grid ends the process.
 // Several host threads may launch grids at once. A mistake of the kernel that no device would forgive (a deadlock,
 // lanes that meet at different calls) ends the process, with file and line.
 void launch(Grid grid);
-// Runs the host thread's grid that is launched and has not begun, if there is one. Whatever else a stream does must
-// wait for it.
-void run_pending_grid();
-// The process ends if memory is released before the grid that may still use it has begun.
-void check_no_pending_grid();
+// Runs the host thread's grids that are launched and have not begun. Whatever else a stream does must wait for them.
+void run_pending_grids();
+// The process ends if memory is allocated or released before the grids that may still use it have begun: `what` is done
+// with it.
+void check_no_pending_grid(const char* what);
 
 // Fills fresh memory with values that a kernel must not rely on.
 void poison(void* memory, std::size_t bytes);

@@ -3,6 +3,7 @@
 #include "hooks.h"
 #include "product/low_rank.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
 #include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
@@ -38,23 +39,24 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
   };
 }
 
-void multiply(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
-  if (config.small_m) return multiply_small_m(product, config, counters, stream);
-  product.backward ? multiply_backward(product, config, counters, stream)
-                   : multiply_forward(product, config, counters, stream);
+void multiply(const Product& product, const GemmConfig& config, const StreamKMemory& memory, const Stream& stream) {
+  if (config.small_m) return multiply_small_m(product, config, memory, stream);
+  product.backward ? multiply_backward(product, config, memory, stream)
+                   : multiply_forward(product, config, memory, stream);
 }
-void multiply(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream) {
-  product.backward ? multiply_backward(product, config, counters, stream)
-                   : multiply_forward(product, config, counters, stream);
+void multiply(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory, const Stream& stream) {
+  product.backward ? multiply_backward(product, config, memory, stream)
+                   : multiply_forward(product, config, memory, stream);
 }
 template <class Config>
-void multiply(const Product& product, const Config& config, Counters&, const Stream& stream) {
+void multiply(const Product& product, const Config& config, const StreamKMemory&, const Stream& stream) {
   multiply(product, config, stream);
 }
 
-std::int64_t counters_of(const GemmConfig& config) { return config.counters(); }
-std::int64_t counters_of(const WgmmaConfig& config) { return config.gemm.counters(); }
-std::int64_t counters_of(const auto&) { return 0; }
+// How the blocks share tiles; those of the other kernels share none.
+GemmConfig stream_k_of(const GemmConfig& config) { return config; }
+GemmConfig stream_k_of(const WgmmaConfig& config) { return config.gemm; }
+GemmConfig stream_k_of(const auto&) { return {}; }
 
 // Whether the kernel of the product waits for the one that makes U or V only where it reads them.
 bool overlaps_low_rank(const ProductConfig& config) {
@@ -72,25 +74,31 @@ ProductConfig config_of(const Product& product, const Stream& stream) {
 void multiply(const Product& product, const Stream& stream) {
   std::visit(
       [&](const auto& kernel_config) {
-        Counters counters(counters_of(kernel_config), stream);
-        multiply(product, kernel_config, counters, stream);
+        const GemmConfig shared = stream_k_of(kernel_config);
+        Counters counters(shared.counters(), stream);
+        const StreamKWorkspace workspace(shared, counters, stream);
+        counters.clear();
+        multiply(product, kernel_config, workspace.memory(), stream);
       },
       config_of(product, stream));
 }
-// Makes U or V, and multiplies. Each kernel may begin while the one before it runs, so nothing is launched between
-// them, and the memory of all is released after the last launch.
+// Makes U or V, and multiplies. Each kernel may begin while the one before it runs, so nothing else is put into the
+// stream between them: the memory of all is allocated before the first launch, and released after the last.
 template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& low_rank, const Product& product,
               const Stream& stream) {
   const ProductConfig config = config_of(product, stream);
   std::visit(
       [&](const auto& kernel_config) {
+        const GemmConfig shared = stream_k_of(kernel_config);
+        Counters counters(low_rank.counters() + shared.counters(), stream);
+        const LowRankWorkspace low_rank_workspace(low_rank, counters, stream);
+        const StreamKWorkspace workspace(shared, counters, stream);
         // A product that takes tickets does so as it begins, which may be before the kernel before U or V has ended.
-        Counters counters(low_rank.counters() + counters_of(kernel_config), stream, counters_of(kernel_config) == 0);
-        const LowRankWorkspace workspace(low_rank, counters, stream);
-        launch_low_rank(left, right, low_rank, workspace.memory(), counters.next_programmatic_launch(),
-                        overlaps_low_rank(config), stream);
-        multiply(product, kernel_config, counters, stream);
+        const bool follows_clear = counters.clear(/*next_waits=*/shared.counters() == 0);
+        launch_low_rank(left, right, low_rank, low_rank_workspace.memory(), follows_clear, overlaps_low_rank(config),
+                        stream);
+        multiply(product, kernel_config, workspace.memory(), stream);
       },
       config);
 }

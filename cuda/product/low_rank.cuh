@@ -197,9 +197,10 @@ void launch_low_rank(const Left& left, const Right& right, const LowRankProduct&
 // One of these products alone.
 template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& product, const Stream& stream) {
-  Counters counters(product.counters(), stream, true);
+  Counters counters(product.counters(), stream);
   const LowRankWorkspace workspace(product, counters, stream);
-  launch_low_rank(left, right, product, workspace.memory(), counters.next_programmatic_launch(), false, stream);
+  const bool follows_clear = counters.clear(/*next_waits=*/true);
+  launch_low_rank(left, right, product, workspace.memory(), follows_clear, false, stream);
 }
 
 // The U or V of a call: the caller's matrix if the caller saves it, or one in a workspace.

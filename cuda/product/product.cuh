@@ -153,15 +153,21 @@ class TileAdapters {
 };
 
 // One function for each kernel: general.cu, gemv.cu and panels.cu; gemm/small_m.cu, forward.cu and backward.cu for
-// GemmConfig; wgmma/forward.cu and backward.cu for WgmmaConfig. Those that take counters use GemmConfig::counters().
+// GemmConfig; wgmma/forward.cu and backward.cu for WgmmaConfig. Those that share tiles take the memory for it.
+struct StreamKMemory;  // stream_k.cuh
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
-void multiply_forward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream);
-void multiply_backward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream);
+void multiply_forward(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory,
+                      const Stream& stream);
+void multiply_backward(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory,
+                       const Stream& stream);
 bool has_wgmma(const Stream& stream);
-void multiply_small_m(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
-void multiply_forward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
-void multiply_backward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
+void multiply_small_m(const Product& product, const GemmConfig& config, const StreamKMemory& memory,
+                      const Stream& stream);
+void multiply_forward(const Product& product, const GemmConfig& config, const StreamKMemory& memory,
+                      const Stream& stream);
+void multiply_backward(const Product& product, const GemmConfig& config, const StreamKMemory& memory,
+                       const Stream& stream);
 
 }  // namespace qlora_native::QLN_CUDA

@@ -55,13 +55,13 @@ class StreamKWorkspace {
 
 // The arguments of the kernels of this folder, and of wgmma/.
 struct GemmArgs : Product {
-  GemmArgs(const Product& product, const GemmConfig& config, const StreamKWorkspace& workspace)
+  GemmArgs(const Product& product, const GemmConfig& config, const StreamKMemory& memory)
       : Product(product),
         scales(scales_of(product.weight)),
         last_chunk(last_chunk_of(product.weight)),
         u_has_vectors(rows_are_vectors(product.u, product.u.cols)),
         config(config),
-        stream_k(workspace.memory()) {}
+        stream_k(memory) {}
 
   WeightScales scales;
   std::uint32_t last_chunk;  // of an aligned weight

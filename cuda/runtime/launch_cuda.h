@@ -35,16 +35,27 @@ void raise_smem_limit(std::size_t bytes, int device) {
   if (is_remembered) limits[device].store(bytes, std::memory_order_relaxed);
 }
 
-// CUDA graphs have such launches from CUDA 12.3 on, and any launch may be captured into a graph.
-inline bool supports_programmatic_launch(const Stream& stream) {
-  int major = 0;
-  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
-  return major >= 9 && driver_version() >= kCuda123;
+// The virtual architecture, 80, 90, 100, ..., of the PTX that became the code which this device runs, whether nvcc or
+// the driver has compiled it. (The attribute's binaryVersion is the device's where the driver has.)
+template <auto kKernel>
+int ptx_version(const Stream& stream) {
+  constexpr int kDevices = 64;  // as in raise_smem_limit()
+  static std::atomic<int> versions[kDevices];
+  const bool is_remembered = stream.index >= 0 && stream.index < kDevices;
+  if (is_remembered) {
+    if (const int version = versions[stream.index].load(std::memory_order_relaxed); version != 0) return version;
+  }
+  cudaFuncAttributes attributes{};
+  QLN_CHECK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+  if (is_remembered) versions[stream.index].store(attributes.ptxVersion, std::memory_order_relaxed);
+  return attributes.ptxVersion;
 }
+// CUDA graphs have such launches from CUDA 12.3 on, and any launch may be captured into a graph.
+inline bool supports_programmatic_launch() { return driver_version() >= kCuda123; }
 
 template <class... Parameters>
-void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
-                   std::type_identity_t<Parameters>... arguments) {
+void launch_function(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
+                     std::type_identity_t<Parameters>... arguments) {
   if constexpr ((sizeof(Parameters) + ... + 0) > kPortableParameterBytes) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
@@ -60,7 +71,7 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
-  if (shape.programmatic_launch && supports_programmatic_launch(stream)) {
+  if (shape.programmatic_launch && supports_programmatic_launch()) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -68,10 +79,10 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
   QLN_CHECK_CUDA(cudaLaunchKernelExC(&config, function, pointers));
 }
 template <auto kKernel, class... Args>
-void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
+void launch_kernel(const LaunchShape& shape, const Stream& stream, const Args&... args) {
   if (shape.blocks == 0) return;
   if (shape.smem_bytes > kDefaultMaxSmemBytes) raise_smem_limit<kKernel>(shape.smem_bytes, stream.index);
-  launch_kernel(kKernel, shape, stream, args...);
+  launch_function(kKernel, shape, stream, args...);
 }
 
 // A Workspace takes this memory if the application gives none (memory.cu).

@@ -15,8 +15,13 @@ namespace qlora_native::cuda_emulated {
 // dense product in a stream.
 using emulator::DeviceWork;
 
+template <auto kKernel>
+int ptx_version(const Stream&) {
+  return emulator::ptx_version();
+}
+
 template <auto kKernel, class... Args>
-void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
+void launch_kernel(const LaunchShape& shape, const Stream&, const Args&... args) {
   int number = 0;
   (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
   emulator::launch({.blocks = shape.blocks,
@@ -34,18 +39,20 @@ class DeviceGuard {
 };
 
 inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
+  emulator::check_no_pending_grid("allocated");
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
 inline void release_workspace(const DeviceMemory& memory, const Stream&) {
-  emulator::check_no_pending_grid();
+  emulator::check_no_pending_grid("released");
   emulator::release_on_device(memory.data);
 }
 // Memory that the application gives is reachable for kernels from make_reachable() until make_unreachable().
 inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
+  emulator::check_no_pending_grid("allocated");
   emulator::register_managed(memory.data, bytes, "a workspace in the application's memory");
 }
 inline void make_unreachable(const DeviceMemory& memory) {
-  emulator::check_no_pending_grid();
+  emulator::check_no_pending_grid("released");
   emulator::unregister_managed(memory.data);
 }
 // Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
@@ -56,7 +63,7 @@ inline void poison(void* memory, std::size_t bytes) {
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   emulator::check_argument("fill_bytes", 1, data);
-  emulator::run_pending_grid();
+  emulator::run_pending_grids();
   const DeviceWork work;
   std::memset(data, byte, bytes);
 }

@@ -44,34 +44,42 @@ __global__ void clear_kernel(T* at, std::int64_t count) {
   for (std::int64_t i = thread_index(); i < count; i += block_threads()) at[i] = T{};
 }
 
-// The flags and tickets that blocks of a call's kernels share. A memset before all of the kernels sets them to 0. Where
-// the first kernel calls griddepcontrol_wait() before it takes a ticket, a kernel does that instead, which the first
-// one may overlap (LaunchShape::programmatic_launch), so that its launch costs no time.
+// The flags and tickets that blocks of a call's kernels share. They are 0 after clear(), which precedes all of the
+// kernels, and follows the allocation of all of the call's memory: nothing may come between kernels that overlap
+// (LaunchShape::programmatic_launch).
 class Counters {
  public:
-  Counters(std::int64_t count, const Stream& stream, bool next_programmatic_launch = false)
-      : workspace_(static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream),
-        next_(reinterpret_cast<std::uint32_t*>(workspace_.data())),
-        next_programmatic_launch_(next_programmatic_launch && count > 0) {
-    if (next_programmatic_launch_) {
-      launch<clear_kernel<std::uint32_t>>({.blocks = 1, .threads = 256, .next_programmatic_launch = true}, stream,
-                                          next_, count);
-    } else if (count > 0) {
-      fill_bytes(next_, 0, static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream);
-    }
-  }
-  bool next_programmatic_launch() const { return next_programmatic_launch_; }
+  Counters(std::int64_t count, const Stream& stream)
+      : stream_(stream),
+        count_(count),
+        workspace_(static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream),
+        next_(reinterpret_cast<std::uint32_t*>(workspace_.data())) {}
   // The next `count` of them; null if there are none.
   std::uint32_t* take(std::int64_t count) {
     if (count == 0) return nullptr;
     next_ += count;
     return next_ - count;
   }
+  // Sets all of them to 0, by a memset. With `next_waits` the first kernel calls griddepcontrol_wait() before it takes
+  // a ticket, so a kernel does it instead, which the first one may overlap, and its launch costs no time. Returns
+  // whether the first kernel may be launched so.
+  bool clear(bool next_waits = false) const {
+    if (count_ == 0) return false;
+    auto* const all = reinterpret_cast<std::uint32_t*>(workspace_.data());
+    if (next_waits) {
+      launch<clear_kernel<std::uint32_t>>({.blocks = 1, .threads = 256, .next_programmatic_launch = true}, stream_, all,
+                                          count_);
+    } else {
+      fill_bytes(all, 0, static_cast<std::size_t>(count_) * sizeof(std::uint32_t), stream_);
+    }
+    return next_waits;
+  }
 
  private:
+  const Stream stream_;
+  const std::int64_t count_;
   const Workspace workspace_;
   std::uint32_t* next_;
-  const bool next_programmatic_launch_;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -93,6 +93,16 @@ TEST(products_have_the_same_bits) {
   }
 }
 
+// In code of compute_80, which a later device may run, kernels of a call do not overlap.
+TEST(products_have_the_same_bits_in_code_without_griddepcontrol) {
+  const Case& one = cases().front();
+  const Bytes expected = results(one);
+  setenv("QLN_EMULATED_PTX", "80", 1);
+  EXPECT(results(one) == expected);
+  EXPECT(has_the_same_bits([&] { return results(one); }, [&] { return one.name(); }));
+  unsetenv("QLN_EMULATED_PTX");
+}
+
 // Otherwise the cases would not test the flags.
 TEST(several_blocks_compute_a_tile) {
   for (const Case& each : cases()) {

@@ -34,19 +34,21 @@ __global__ void double_kernel(const int* in, int* out) {
   out[element()] = 2 * in[element()];
 }
 
-enum class Mistake { none, reads_before_the_wait, writes_before_the_wait };
+enum class Mistake { none, reads_before_the_wait, writes_before_the_wait, no_wait };
 
 template <Mistake kMistake>
 __global__ void add_one_kernel(const int* doubled, int* in, int* out) {
+  const int i = kCount - 1 - element(), early = doubled[i];
   if constexpr (kMistake == Mistake::writes_before_the_wait) in[element()] = 0;
-  if constexpr (kMistake != Mistake::reads_before_the_wait) griddepcontrol_wait();
-  out[element()] = doubled[kCount - 1 - element()] + 1;
+  if constexpr (kMistake != Mistake::no_wait) griddepcontrol_wait();
+  out[element()] = (kMistake == Mistake::reads_before_the_wait ? early : doubled[i]) + 1;
 }
 
 const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_programmatic_launch = true};
 const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .programmatic_launch = true};
 
-// Three kernels, of which the second and the third are dependent, and one of the two has a mistake.
+// Three kernels, of which the second and the third are dependent, and one of the two has a mistake. A write of the
+// third before its wait is to what the first reads.
 template <Mistake kSecondMistake, Mistake kThirdMistake>
 Managed<int> doubled_plus_two() {
   Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
@@ -55,27 +57,43 @@ Managed<int> doubled_plus_two() {
       .blocks = kBlocks, .threads = kThreads, .programmatic_launch = true, .next_programmatic_launch = true};
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
   launch<add_one_kernel<kSecondMistake>>(between, {}, doubled.data(), in.data(), more.data());
-  launch<add_one_kernel<kThirdMistake>>(kSecond, {}, more.data(), doubled.data(), out.data());
+  launch<add_one_kernel<kThirdMistake>>(kSecond, {}, more.data(), in.data(), out.data());
   return out;
 }
-// Each launch overlaps another kernel in some of the calls, whatever the schedule is.
 template <Mistake kSecondMistake, Mistake kThirdMistake>
-bool is_right_in_all_of_many_calls() {
-  constexpr int kCalls = 8;
+bool is_right_under_all_schedules() {
   Managed<int> expected(kCount);
   for (int i = 0; i < kCount; ++i) expected[i] = 2 * i + 2;
-  int right = 0;
-  for (int i = 0; i < kCalls; ++i) right += right_schedules(doubled_plus_two<kSecondMistake, kThirdMistake>, expected);
-  return right == kCalls * kAll;
+  return right_schedules(doubled_plus_two<kSecondMistake, kThirdMistake>, expected) == kAll;
 }
 
 TEST(kernel_that_waits_sees_what_the_previous_one_has_written) {
-  EXPECT((is_right_in_all_of_many_calls<Mistake::none, Mistake::none>()));
+  EXPECT((is_right_under_all_schedules<Mistake::none, Mistake::none>()));
 }
 TEST(access_before_the_wait_is_caught) {
-  EXPECT((!is_right_in_all_of_many_calls<Mistake::reads_before_the_wait, Mistake::none>()));
-  EXPECT((!is_right_in_all_of_many_calls<Mistake::none, Mistake::reads_before_the_wait>()));
-  EXPECT((!is_right_in_all_of_many_calls<Mistake::writes_before_the_wait, Mistake::none>()));
+  EXPECT((!is_right_under_all_schedules<Mistake::reads_before_the_wait, Mistake::none>()));
+  EXPECT((!is_right_under_all_schedules<Mistake::none, Mistake::reads_before_the_wait>()));
+  EXPECT((!is_right_under_all_schedules<Mistake::writes_before_the_wait, Mistake::none>()));
+  EXPECT((!is_right_under_all_schedules<Mistake::none, Mistake::writes_before_the_wait>()));
+}
+TEST(dependent_kernel_without_a_wait_is_caught) {
+  under_each_schedule([] {
+    const std::string words = death_message([] { doubled_plus_two<Mistake::no_wait, Mistake::none>(); });
+    EXPECT(contains(words, "no block of a dependent kernel has waited"));
+  });
+}
+
+// Code of compute_80 has no griddepcontrol, and so its kernels must not overlap.
+TEST(kernels_without_griddepcontrol_run_one_after_the_other) {
+  setenv("QLN_EMULATED_PTX", "80", 1);
+  EXPECT((is_right_under_all_schedules<Mistake::none, Mistake::none>()));
+  Managed<int> in(kCount, 1), doubled(kCount), out(kCount);
+  const std::string words = death_message([&] {
+    launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
+    launch_kernel<add_one_kernel<Mistake::none>>(kSecond, {}, doubled.data(), in.data(), out.data());
+  });
+  EXPECT(contains(words, "a dependent kernel whose code has no griddepcontrol"));
+  unsetenv("QLN_EMULATED_PTX");
 }
 
 TEST(launched_kernel_runs_before_anything_else_in_its_stream) {
@@ -89,15 +107,27 @@ TEST(launched_kernel_runs_before_anything_else_in_its_stream) {
   EXPECT(doubled == Managed<int>(kCount, 8));
 }
 
-TEST(memory_released_between_two_kernels_that_overlap_is_caught) {
+// What the process says if `between` happens between two kernels that overlap.
+template <class F>
+std::string message_of(const F& between) {
   Managed<int> in(kCount, 1), out(kCount);
-  const std::string words = death_message([&] {
+  return death_message([&] {
     const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
     launch<double_kernel>(kFirst, {}, in.data(), static_cast<int*>(doubled.data));
+    between(doubled);
+    launch<add_one_kernel<Mistake::none>>(kSecond, {}, static_cast<int*>(doubled.data), in.data(), out.data());
     release_workspace(doubled, {});
-    launch<double_kernel>(kSecond, {}, in.data(), out.data());
   });
-  EXPECT(contains(words, "memory is released before the dependent kernel is launched"));
+}
+
+TEST(whatever_comes_between_two_kernels_that_overlap_is_caught) {
+  EXPECT(message_of([](const DeviceMemory&) {}).empty());
+  EXPECT(contains(message_of([](const DeviceMemory& memory) { release_workspace(memory, {}); }),
+                  "memory is released before the dependent kernel is launched"));
+  EXPECT(contains(message_of([](const DeviceMemory&) { allocate_workspace(8, {}); }),
+                  "memory is allocated before the dependent kernel is launched"));
+  EXPECT(contains(message_of([](const DeviceMemory& memory) { fill_bytes(memory.data, 0, 8, {}); }),
+                  "a dependent kernel that does not follow another one at once"));
 }
 
 // ---- the last block to arrive ----

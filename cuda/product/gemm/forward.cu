@@ -3,8 +3,9 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_forward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
-  gemm<DecodedRows>(product, config, counters, stream);
+void multiply_forward(const Product& product, const GemmConfig& config, const StreamKMemory& memory,
+                      const Stream& stream) {
+  gemm<DecodedRows>(product, config, memory, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -6,10 +6,9 @@
 namespace qlora_native::QLN_CUDA {
 
 template <template <class> class Weights>
-void gemm(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
+void gemm(const Product& product, const GemmConfig& config, const StreamKMemory& memory, const Stream& stream) {
   if (config.blocks == 0) return;
-  const StreamKWorkspace workspace(config, counters, stream);
-  const GemmArgs args(product, config, workspace);
+  const GemmArgs args(product, config, memory);
   const auto launch_for = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
     const LaunchShape shape = {.blocks = config.blocks,

@@ -3,10 +3,10 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_small_m(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
+void multiply_small_m(const Product& product, const GemmConfig& config, const StreamKMemory& memory,
+                      const Stream& stream) {
   if (config.blocks == 0) return;
-  const StreamKWorkspace workspace(config, counters, stream);
-  const GemmArgs args(product, config, workspace);
+  const GemmArgs args(product, config, memory);
   const auto launch_for = [&]<class T, int kRows>() {
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = kGemmThreads,

@@ -3,8 +3,9 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_backward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream) {
-  wgmma_gemm<WgmmaColumns>(product, config, counters, stream);
+void multiply_backward(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory,
+                       const Stream& stream) {
+  wgmma_gemm<WgmmaColumns>(product, config, memory, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -5,8 +5,9 @@ namespace qlora_native::QLN_CUDA {
 
 bool has_wgmma(const Stream& stream) { return is_hopper(stream); }
 
-void multiply_forward(const Product& product, const WgmmaConfig& config, Counters& counters, const Stream& stream) {
-  wgmma_gemm<WgmmaRows>(product, config, counters, stream);
+void multiply_forward(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory,
+                      const Stream& stream) {
+  wgmma_gemm<WgmmaRows>(product, config, memory, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -32,7 +32,7 @@ TileSource tiles_of_codes(const QuantizedWeightView& w) {
 }
 
 template <class Weights>
-void wgmma_gemm(const Product& product, const WgmmaConfig& wgmma, Counters& counters, const Stream& stream) {
+void wgmma_gemm(const Product& product, const WgmmaConfig& wgmma, const StreamKMemory& memory, const Stream& stream) {
   const GemmConfig& config = wgmma.gemm;
   if (config.blocks == 0) return;
   constexpr bool kForward = Weights::kForward;
@@ -42,8 +42,7 @@ void wgmma_gemm(const Product& product, const WgmmaConfig& wgmma, Counters& coun
                  {},
                  TensorMap(tiles_of_codes<Weights>(product.weight))};
   if (rank > 0) maps.u = TensorMap(tiles_of(kForward ? "u" : "v", product.u, rank, box_rows));
-  const StreamKWorkspace workspace(config, counters, stream);
-  const WgmmaArgs args(product, wgmma, workspace);
+  const WgmmaArgs args(product, wgmma, memory);
   const auto launch_for = [&]<class T, int kRows>() {
     using Tile = WgmmaTile<kRows, kForward>;
     const LaunchShape shape = {.blocks = config.blocks,

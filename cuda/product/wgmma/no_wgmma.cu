@@ -7,10 +7,10 @@ namespace qlora_native::QLN_CUDA {
 
 bool has_wgmma(const Stream&) { return false; }
 
-void multiply_forward(const Product&, const WgmmaConfig&, Counters&, const Stream&) {
+void multiply_forward(const Product&, const WgmmaConfig&, const StreamKMemory&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
-void multiply_backward(const Product&, const WgmmaConfig&, Counters&, const Stream&) {
+void multiply_backward(const Product&, const WgmmaConfig&, const StreamKMemory&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
 

@@ -7,8 +7,8 @@
 namespace qlora_native::QLN_CUDA {
 
 struct WgmmaArgs : GemmArgs {
-  WgmmaArgs(const Product& product, const WgmmaConfig& config, const StreamKWorkspace& workspace)
-      : GemmArgs(product, config.gemm, workspace), cluster(config.cluster), pairs(config.pairs ? 1 : 0) {}
+  WgmmaArgs(const Product& product, const WgmmaConfig& config, const StreamKMemory& memory)
+      : GemmArgs(product, config.gemm, memory), cluster(config.cluster), pairs(config.pairs ? 1 : 0) {}
 
   int cluster;  // as WgmmaConfig has it
   int pairs;    // 1 or 0: two tiles, or one, belong to a cluster of blocks
