@@ -15,6 +15,7 @@ class TensorMap {
  public:
   TensorMap() { source_.name = nullptr; }
   explicit TensorMap(const TileSource& source) : source_(source) {
+    emulator::check_context("cuTensorMapEncodeTiled");
     if (const std::string fault = source.fault(); !fault.empty()) {
       throw Error(source.name, "an operand of which TMA can load tiles", fault);
     }

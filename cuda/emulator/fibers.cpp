@@ -240,6 +240,7 @@ void run(const std::vector<Grid>& grids) {
 
 // The host thread's grids that are launched and have not begun: each of them but the first depends on the one before.
 thread_local std::vector<Grid> pending;
+thread_local bool has_context = false;
 
 }  // namespace
 
@@ -360,6 +361,11 @@ void check_no_pending_grid(const char* what) {
     fail(std::string("memory is ") + what + " before the dependent kernel is launched");
   }
   run_pending_grids();  // the call ends here
+}
+
+void bind_context() { has_context = true; }
+void check_context(const char* call) {
+  if (!has_context) fail(std::string(call) + " in a thread without a context");
 }
 
 void poison(void* memory, std::size_t bytes) {

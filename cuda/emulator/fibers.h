@@ -99,6 +99,11 @@ constexpr std::size_t kReservedSmemBytes = 1024;
 // griddepcontrol, and a grid of it must not be dependent.
 int ptx_version();
 
+// In a host thread the driver's functions can be called only after a context was bound, which launches, fills and
+// allocations do too.
+void bind_context();
+void check_context(const char* call);
+
 // Runs the grid, and returns when it is done. If the next grid is dependent, this one only begins when the last of such
 // a chain is launched, and then all of them run: blocks of one begin before the others, in their middle, or after them,
 // by the schedule. A dependent grid that follows no such grid ends the process.

@@ -7,6 +7,7 @@
 //   compute_capability(stream)                            90 for 9.0
 //   is_hopper(stream)                                     whether it has the instructions of device/hopper.cuh
 //   ptx_version<kernel>(stream)                           the architecture that the device's code of a kernel is of
+//   bind_context(stream)                                  lets this host thread call the driver
 //   DeviceGuard(stream)                                   makes the stream's device current while it lives
 //   allocate_workspace, release_workspace, poison         memory of a Workspace (workspace.h)
 #pragma once

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <type_traits>
 
+#include "runtime/capture.h"
 #include "runtime/check.h"
 
 namespace qlora_native::cuda {
@@ -83,6 +84,17 @@ void launch_kernel(const LaunchShape& shape, const Stream& stream, const Args&..
   if (shape.blocks == 0) return;
   if (shape.smem_bytes > kDefaultMaxSmemBytes) raise_smem_limit<kKernel>(shape.smem_bytes, stream.index);
   launch_function(kKernel, shape, stream, args...);
+}
+
+// Calls of the driver's own functions need a context that is current in the calling thread. In a thread whose first
+// call this is, none is (pytorch/pytorch#195256), even if the device is the right one. Many functions of the runtime
+// make the device's primary context current where there is none; cudaFree(nullptr) is the one that does nothing else.
+inline void bind_context(const Stream&) {
+  thread_local bool is_bound = false;
+  if (is_bound) return;
+  const RelaxedCapture relaxed;
+  QLN_CHECK_CUDA(cudaFree(nullptr));
+  is_bound = true;
 }
 
 // A Workspace takes this memory if the application gives none (memory.cu).

@@ -19,9 +19,11 @@ template <auto kKernel>
 int ptx_version(const Stream&) {
   return emulator::ptx_version();
 }
+inline void bind_context(const Stream&) { emulator::bind_context(); }
 
 template <auto kKernel, class... Args>
 void launch_kernel(const LaunchShape& shape, const Stream&, const Args&... args) {
+  emulator::bind_context();
   int number = 0;
   (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
   emulator::launch({.blocks = shape.blocks,
@@ -39,6 +41,7 @@ class DeviceGuard {
 };
 
 inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
+  emulator::bind_context();
   emulator::check_no_pending_grid("allocated");
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
@@ -62,6 +65,7 @@ inline void poison(void* memory, std::size_t bytes) {
 }
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
+  emulator::bind_context();
   emulator::check_argument("fill_bytes", 1, data);
   emulator::run_pending_grids();
   const DeviceWork work;

@@ -310,4 +310,7 @@ TEST(blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses) {
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return run_tests(); }
+int main() {
+  qlora_native::cuda_emulated::bind_context({});  // for maps of tiles
+  return run_tests();
+}

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "death_message.h"
@@ -209,6 +210,20 @@ TEST(mistakes_are_found) {
 
 // ---- tiles ----
 
+TEST(map_of_tiles_needs_a_context_in_its_thread) {
+  const Operands<Bf16> operands;
+  const auto message_of = [&](bool binds) {
+    return death_message([&] {
+      std::thread([&] {
+        if (binds) bind_context({});
+        const TensorMap map(operands.source());
+      }).join();
+    });
+  };
+  EXPECT(message_of(true).empty());
+  EXPECT(contains(message_of(false), "cuTensorMapEncodeTiled in a thread without a context"));
+}
+
 TEST(operand_that_a_driver_refuses_is_named) {
   const Operands<Bf16> operands;
   const auto message_of = [&](const std::function<void(TileSource&)>& change) -> std::string {
@@ -317,4 +332,7 @@ TEST(some_threads_meet_without_the_others) {
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
-int main() { return run_tests(); }
+int main() {
+  qlora_native::cuda_emulated::bind_context({});  // for maps of tiles
+  return run_tests();
+}

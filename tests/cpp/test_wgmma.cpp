@@ -8,6 +8,7 @@
 #include <iterator>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "death_message.h"
@@ -281,6 +282,19 @@ TEST(decoded_weight_has_the_bits_of_dequantize) {
         }
       EXPECT(differences == 0);
     }
+}
+
+// As in a thread of autograd: pairs of blocks have no workspace, so nothing in the call needs a context before the
+// maps.
+TEST(product_can_be_the_first_call_of_a_thread) {
+  force_tiles_of(16, true);
+  Layer layer({.M = 16, .N = 128, .K = 320}), expected({.M = 16, .N = 128, .K = 320});
+  std::thread([&] { layer.forward(); }).join();
+  std::thread([&] { layer.backward(); }).join();
+  expected.forward();
+  expected.backward();
+  EXPECT(layer.bytes() == expected.bytes());
+  setenv("QLN_FORCE_KERNEL", "wgmma", 1);
 }
 
 TEST(other_operands_take_another_kernel) {

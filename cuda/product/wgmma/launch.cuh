@@ -38,6 +38,7 @@ void wgmma_gemm(const Product& product, const WgmmaConfig& wgmma, const StreamKM
   constexpr bool kForward = Weights::kForward;
   const std::int64_t rank = product.u.cols;
   const int box_rows = config.tile_rows / (wgmma.pairs ? 2 : 1);
+  bind_context(stream);  // for the driver, which makes the maps
   WgmmaMaps maps{TensorMap(tiles_of(kForward ? "x" : "dy", product.x, product.inner, box_rows)),
                  {},
                  TensorMap(tiles_of_codes<Weights>(product.weight))};
