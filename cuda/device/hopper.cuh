@@ -8,6 +8,7 @@
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
 //   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
 //   store_async()                      stores into the shared memory of a block of the cluster; its bytes count there
+//   mbarrier_wait_in_cluster()         waits for what blocks of the cluster store so
 //   tma_load_tile_multicast()          copies a tile to several blocks of the cluster
 //   ClusterMbarriers                   such barriers of a block of the cluster, to arrive at
 //   prefetch_map(), prefetch_sector()  prefetch a tensor map, and a sector of global memory into L2

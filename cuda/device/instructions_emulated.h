@@ -176,6 +176,7 @@ inline void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a
 }
 template <class V>
 V load_shared(const SharedAddress& from) {
+  emulator::check_shared(from.address, sizeof(V));
   if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
   V value;
   std::memcpy(&value, from.address, sizeof(V));
@@ -183,6 +184,7 @@ V load_shared(const SharedAddress& from) {
 }
 template <class V>
 void store_shared(const SharedAddress& to, const V& value) {
+  emulator::check_shared(to.address, sizeof(V));
   if (reinterpret_cast<std::uintptr_t>(to.address) % sizeof(V) != 0) emulator::fail("a misaligned store");
   std::memcpy(to.address, &value, sizeof(V));
   emulator::note_shared_store(to.address, sizeof(V));
@@ -192,6 +194,7 @@ void store_shared(const SharedAddress& to, const V& value) {
 template <int kBytes>
 void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulator::check_shared(to, kBytes);
   emulator::copy_async(to, from, valid, kBytes - valid);
 }
 // Copies 16 bytes, or writes 16 zeros if `there` is 0.
@@ -264,6 +267,7 @@ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
       lane,
       [](Lane* const* lanes) {
         for (int i = 0; i < kWarp; ++i) {
+          emulator::check_shared(lanes[i]->row, 16);
           if (reinterpret_cast<std::uintptr_t>(lanes[i]->row) % 16 != 0) emulator::fail("ldmatrix of a misaligned row");
           for (int matrix = 0; matrix < 4; ++matrix) {
             std::uint16_t pair[2];

@@ -55,10 +55,28 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
   while (!mbarrier_try_wait(barrier, parity)) {
   }
 }
+// The default above acquires in the scope of the block (.acquire.cta).
+__device__ __forceinline__ bool mbarrier_try_wait_in_cluster(std::uint64_t* barrier, std::uint32_t parity) {
+  std::uint32_t is_complete;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(is_complete)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return is_complete != 0;
+}
+__device__ __forceinline__ void mbarrier_wait_in_cluster(std::uint64_t* barrier, std::uint32_t parity) {
+  while (!mbarrier_try_wait_in_cluster(barrier, parity)) {
+  }
+}
 
 // ---- clusters ----
 
 __device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void sync_cluster_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

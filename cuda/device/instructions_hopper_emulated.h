@@ -46,16 +46,23 @@ inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) 
 }
 // Waits until the phase of this parity is complete. It is the current phase or the one before, which is complete.
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site = Site::current()) {
-  emulator::mbarrier_wait(barrier, parity, site);
+  emulator::mbarrier_wait(barrier, parity, /*in_cluster=*/false, site);
+}
+// The same for a barrier at which the bytes of other blocks' store_async() count: they are visible after this.
+inline void mbarrier_wait_in_cluster(std::uint64_t* barrier, std::uint32_t parity, Site site = Site::current()) {
+  emulator::mbarrier_wait(barrier, parity, /*in_cluster=*/true, site);
 }
 
 // ---- clusters ----
 
-// Waits for all threads of all blocks of the cluster. It shows them nothing that others have stored, which on a device
-// would take a fence of all its memory.
-inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
+// Waits for all threads of all blocks of the cluster. What they have loaded and stored before precedes what any of them
+// does after it, for which a device waits for all stores of each thread.
+inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(/*releases=*/true, site); }
+// The same without that order: it only shows barriers that fence_mbarrier_init() has published.
+inline void sync_cluster_relaxed(Site site = Site::current()) { emulator::cluster_barrier(/*releases=*/false, site); }
 // Stores a vector where block `rank` of the cluster, from 0 on, has what this block has at `to`, in shared memory. Its
-// bytes count at the barrier that has the place of `barrier` there. The other block must not end before.
+// bytes count at the barrier that has the place of `barrier` there. The other block must not end before. A
+// sync_cluster() must separate this from what the other block has done with that memory.
 inline void store_async(const SharedAddress& to, const Vector<float, 4>& value, std::uint64_t* barrier, int rank) {
   emulator::store_async(to.address, reinterpret_cast<const std::byte*>(&value), barrier, rank);
 }

@@ -71,10 +71,17 @@ void SharedMemory::forget_stores(const void* p, std::size_t bytes) {
 
 // ---- barriers ----
 
-void Mbarriers::init(std::uint64_t* barrier, int arrivals, int thread) {
+void Mbarriers::init(std::uint64_t* barrier, int arrivals, int thread, int barriers_passed) {
   if (arrivals < 1 || arrivals > kMaxArrivals) fail("an mbarrier of " + std::to_string(arrivals) + " arrivals");
   if (reinterpret_cast<std::uintptr_t>(barrier) % sizeof(*barrier) != 0) fail("a misaligned mbarrier");
-  barriers_[barrier] = {.arrivals = arrivals, .pending = arrivals, .initialized_by = thread};
+  barriers_[barrier] = {
+      .arrivals = arrivals, .pending = arrivals, .initialized_by = thread, .initialized_in = barriers_passed};
+}
+
+void Mbarriers::check_initialized(std::uint64_t* barrier, int thread, int barriers_passed) {
+  const Mbarrier& at = find(barrier);
+  if (at.initialized_by == thread || at.initialized_in != barriers_passed) return;
+  fail("uses an mbarrier, and the block's threads have not met since another one has initialized it");
 }
 
 void Mbarriers::publish(int thread, std::int32_t interval) {
@@ -139,6 +146,24 @@ void Mbarriers::complete_bytes(std::uint64_t* barrier, std::uint32_t bytes) {
   Mbarrier& at = find(barrier);
   at.bytes -= bytes;
   end_phase_if_complete(at);
+}
+
+void Mbarriers::check_scope_of_waits(const Mbarrier& barrier) {
+  if (barrier.has_remote_stores && barrier.has_waits_in_block) {
+    fail("waits in the scope of its block for what another block of the cluster stores");
+  }
+}
+
+void Mbarriers::note_remote_stores(std::uint64_t* barrier) {
+  Mbarrier& at = find(barrier);
+  at.has_remote_stores = true;
+  check_scope_of_waits(at);
+}
+
+void Mbarriers::note_wait_in_block(std::uint64_t* barrier) {
+  Mbarrier& at = find(barrier);
+  at.has_waits_in_block = true;
+  check_scope_of_waits(at);
 }
 
 bool Mbarriers::remote_arrivals_were_waited_for() const {

@@ -52,7 +52,10 @@ class SharedMemory {
 
 class Mbarriers {
  public:
-  void init(std::uint64_t* barrier, int arrivals, int thread);
+  // `barriers_passed`: by all threads of the block until now.
+  void init(std::uint64_t* barrier, int arrivals, int thread, int barriers_passed);
+  // Another thread of the block may use a barrier when all threads have met after its initialization.
+  void check_initialized(std::uint64_t* barrier, int thread, int barriers_passed);
   // Lets the copy engine use the barriers that this thread has initialized, and other blocks of the cluster from the
   // next interval on.
   void publish(int thread, std::int32_t interval);
@@ -65,6 +68,9 @@ class Mbarriers {
   void complete_bytes(std::uint64_t* barrier, std::uint32_t bytes);
   // Tracks the barriers at which other blocks of the cluster arrive. Some thread must wait for each of their phases.
   void note_remote_arrivals(std::uint64_t* barrier) { find(barrier).has_remote_arrivals = true; }
+  // At a barrier that counts what other blocks store, no thread may wait in the scope of its block.
+  void note_remote_stores(std::uint64_t* barrier);
+  void note_wait_in_block(std::uint64_t* barrier);
   bool remote_arrivals_were_waited_for() const;
 
  private:
@@ -72,13 +78,14 @@ class Mbarriers {
     int arrivals, pending;
     std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
     std::int64_t phase = 0;  // the current phase
-    int initialized_by;
-    bool is_published = false, has_remote_arrivals = false;
+    int initialized_by, initialized_in;  // thread, and how many barriers the block had passed
+    bool is_published = false, has_remote_arrivals = false, has_remote_stores = false, has_waits_in_block = false;
     std::int32_t published_in = 0;                // interval
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };
   Mbarrier& find(std::uint64_t* barrier);
   static void end_phase_if_complete(Mbarrier& barrier);
+  static void check_scope_of_waits(const Mbarrier& barrier);
   std::map<const std::uint64_t*, Mbarrier> barriers_;
 };
 

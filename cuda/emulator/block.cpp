@@ -86,7 +86,7 @@ Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_clus
   std::iota(order.begin(), order.end(), 0);
   for (int thread = 0; thread < grid().threads; ++thread) {
     Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
-    fiber.position = {thread, grid().threads, index, grid().blocks, smem};
+    fiber.position = {thread, grid().threads, index, grid().blocks, smem, grid().smem_bytes};
     fiber.block = this;
     fiber.warp = &warps[static_cast<std::size_t>(thread / kWarp)];
     fiber.stack = stacks.acquire();
@@ -131,6 +131,7 @@ void Block::release_barrier() {
     fiber.state = Fiber::State::ready;
     fiber.stores.move_to(stores);
   }
+  ++barriers_passed;
 }
 
 void Block::hold_back_some_warps() {

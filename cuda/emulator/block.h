@@ -84,6 +84,8 @@ struct Cluster {
   std::vector<struct Block*> blocks;      // by rank; null: it has not begun, or has ended
   std::vector<struct Fiber*> at_barrier;  // threads that wait at the barrier
   std::int32_t interval = 1;              // 1 + how many barriers all threads have passed
+  bool is_released = false;               // the last of them was a release of each thread
+  bool all_release = true;                // so far of those that have arrived at the next one
   int ended_threads = 0;
 };
 
@@ -107,6 +109,7 @@ struct Block {
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
   bool is_last = false;            // the answer of is_last_to_arrive()
+  int barriers_passed = 0;         // by all threads: the block's, and the cluster's
 
   Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> cluster = nullptr);
   Block(const Block&) = delete;

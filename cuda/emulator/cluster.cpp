@@ -4,6 +4,8 @@
 //
 //   - All threads of all blocks arrive at each barrier. (PTX lets a thread end instead, which our kernels never do.)
 //   - What another block stores here is NaN until the schedule lets it arrive, and a block must not end before that.
+//     The last barrier before must be a release, which orders what this block did with that memory, and threads must
+//     wait for it in the scope of the cluster.
 //   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must wait
 //     for each phase in which its mbarriers are used so, because it must not end before the arrivals there.
 #include "emulator/block.h"
@@ -50,11 +52,12 @@ std::uint64_t* barrier_of(Block& block, std::uint64_t* local) {
 
 }  // namespace
 
-void cluster_barrier(Site site) {
+void cluster_barrier(bool releases, Site site) {
   Fiber& self = *current;
   Cluster& cluster = cluster_of_current();
   if (cluster.ended_threads > 0) report_missing_thread();
   cluster.at_barrier.push_back(&self);
+  cluster.all_release = cluster.all_release && releases;
   if (cluster.at_barrier.size() < cluster.blocks.size() * self.block->fibers.size()) {
     return suspend(self, Fiber::State::at_rendezvous, site);
   }
@@ -62,14 +65,22 @@ void cluster_barrier(Site site) {
     fiber->state = Fiber::State::ready;
     fiber->stores.move_to(fiber->block->stores);
   }
+  for (Block* block : cluster.blocks) ++block->barriers_passed;
   cluster.at_barrier.clear();
   ++cluster.interval;
+  cluster.is_released = cluster.all_release;
+  cluster.all_release = true;
 }
 
 void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank) {
   Block& block = block_of_rank(rank, "stores into");
-  block.store_vector(address_in(block, static_cast<std::byte*>(local)), value,
-                     &block == current->block ? barrier : barrier_of(block, barrier));
+  std::uint64_t* counted_at = barrier;
+  if (&block != current->block) {
+    counted_at = barrier_of(block, barrier);
+    block.mbarriers.note_remote_stores(counted_at);
+    if (!block.cluster->is_released) fail("stores into another block, and the cluster's last barrier was relaxed");
+  }
+  block.store_vector(address_in(block, static_cast<std::byte*>(local)), value, counted_at);
 }
 
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,

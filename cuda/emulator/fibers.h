@@ -128,8 +128,17 @@ struct Position {
   std::int64_t block;
   std::int64_t blocks;
   std::byte* smem;
+  std::size_t smem_bytes;
 };
 extern thread_local const Position* position;
+
+[[noreturn]] void fail(const std::string& what);
+// Ends the process if some of these bytes are not in the block's shared memory.
+inline void check_shared(const void* p, std::size_t bytes) {
+  const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(p) - reinterpret_cast<std::uintptr_t>(position->smem);
+  if (at > position->smem_bytes || bytes > position->smem_bytes - at)
+    fail("an access beyond the shared memory of a block");
+}
 
 void barrier(Site site);  // waits for all threads of the block
 // The lanes of a warp meet: the last one to arrive runs `exchange` on the operands of all lanes; then all of them
@@ -162,7 +171,7 @@ void publish_shared_stores();
 void mbarrier_init(std::uint64_t* barrier, int arrivals);
 void mbarrier_publish();
 void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
-void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site);
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, bool in_cluster, Site site);
 void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
 void named_barrier(int number, int threads, Site site);
 // The threads of a warpgroup meet, as the lanes of a warp do in warp_collective().
@@ -173,15 +182,13 @@ WgmmaQueue& wgmma_queue();
 void set_max_registers(int count);
 
 // The blocks of a cluster (cluster.cpp).
-void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
+void cluster_barrier(bool releases, Site site);  // waits for all threads of all blocks of the cluster
 // These store 16 bytes, load a tile and arrive at a barrier, each at the same offset in the shared memory of other
 // blocks of the cluster: that of `rank`, or those whose bits are set in `ranks`.
 void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank);
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
                          std::uint32_t ranks);
 void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank);
-
-[[noreturn]] void fail(const std::string& what);
 
 }  // namespace emulator
 }  // namespace qlora_native::cuda_emulated

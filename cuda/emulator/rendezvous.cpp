@@ -59,7 +59,11 @@ void arrive_at(Rendezvous& rendezvous, int threads, void* lane, std::size_t plac
 
 void named_barrier(int number, int threads, Site site) {
   if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
-  arrive_at(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+  Fiber& self = *current;
+  // bar.sync is aligned: all lanes of a warp execute it, at one place.
+  int nothing = 0;
+  warp_collective(&nothing, [](void* const*) {}, site);
+  arrive_at(self.block->named_barriers[number], threads, nullptr, 0, nullptr, site);
 }
 
 void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
@@ -76,18 +80,30 @@ void publish_shared_stores() { current->block->memory->publish_stores(current->p
 
 void mbarrier_init(std::uint64_t* barrier, int arrivals) {
   if (!current->block->memory->holds(barrier, sizeof(*barrier))) fail("an mbarrier outside of shared memory");
-  current->block->mbarriers.init(barrier, arrivals, current->position.thread);
+  Block& block = *current->block;
+  block.mbarriers.init(barrier, arrivals, current->position.thread, block.barriers_passed);
 }
 void mbarrier_publish() {
   Block& block = *current->block;
   block.mbarriers.publish(current->position.thread, block.cluster == nullptr ? 0 : block.cluster->interval);
 }
-void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes) {
-  current->block->mbarriers.arrive(barrier, expected_bytes, current->position.thread);
+namespace {
+
+Mbarriers& mbarriers_to_use(std::uint64_t* barrier) {
+  Block& block = *current->block;
+  block.mbarriers.check_initialized(barrier, current->position.thread, block.barriers_passed);
+  return block.mbarriers;
 }
-void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site) {
+
+}  // namespace
+
+void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes) {
+  mbarriers_to_use(barrier).arrive(barrier, expected_bytes, current->position.thread);
+}
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, bool in_cluster, Site site) {
   Fiber& self = *current;
-  self.phase = self.block->mbarriers.begin_wait(barrier, parity, self.position.thread);
+  self.phase = mbarriers_to_use(barrier).begin_wait(barrier, parity, self.position.thread);
+  if (!in_cluster) self.block->mbarriers.note_wait_in_block(barrier);
   if (self.block->mbarriers.is_complete(barrier, self.phase)) return;
   self.mbarrier = barrier;
   suspend(self, Fiber::State::at_mbarrier, site);

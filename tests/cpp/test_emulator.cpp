@@ -151,6 +151,25 @@ TEST(missing_wait_is_found) {
 __global__ void misaligned_load_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 __global__ void misaligned_copy_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() + 1, in); }
 
+template <bool kStores>
+__global__ void beyond_shared_kernel() {
+  const SharedAddress beyond = SharedAddress(dynamic_smem<float>()).at(64);
+  if constexpr (kStores) {
+    store_shared(beyond, 1.0f);
+  } else {
+    load_shared<float>(beyond);
+  }
+}
+__global__ void copy_beyond_shared_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() - 2, in); }
+
+TEST(access_beyond_shared_memory_is_caught) {
+  const Managed<float> in(4);
+  const char* const expected = "an access beyond the shared memory of a block";
+  EXPECT(contains(death_message([] { launch<beyond_shared_kernel<false>>({1, kWarp, 64}, {}); }), expected));
+  EXPECT(contains(death_message([] { launch<beyond_shared_kernel<true>>({1, kWarp, 64}, {}); }), expected));
+  EXPECT(contains(death_message([&] { launch<copy_beyond_shared_kernel>({1, kWarp, 64}, {}, in.data()); }), expected));
+}
+
 TEST(misaligned_access_is_caught) {
   const Managed<float> in(4);
   EXPECT(contains(death_message([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, in.data()); }), "misaligned"));

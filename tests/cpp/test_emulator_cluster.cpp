@@ -29,8 +29,10 @@ using Vec4 = Vector<float, 4>;
 enum class Mistake {
   none,
   no_barrier_before_stores,
+  relaxed_barrier_before_stores,
   not_published,
   no_wait,
+  wait_in_the_scope_of_the_block,
   more_bytes_are_expected,
   half_is_not_stored,
   threads_end_before_a_barrier,
@@ -59,7 +61,11 @@ __global__ void cluster_reduce_kernel(int cluster, float* out) {
   }
   sync_threads();
   if (kMistake == Mistake::threads_end_before_a_barrier && thread >= kWarp) return;
-  if constexpr (kMistake != Mistake::no_barrier_before_stores) sync_cluster();
+  if constexpr (kMistake == Mistake::relaxed_barrier_before_stores) {
+    sync_cluster_relaxed();
+  } else if constexpr (kMistake != Mistake::no_barrier_before_stores) {
+    sync_cluster();
+  }
   if (thread == 0) {
     const std::size_t bytes = static_cast<std::size_t>(cluster) * kThreads * sizeof(Vec4);
     mbarrier_arrive_expect(&shared.arrived,
@@ -74,7 +80,11 @@ __global__ void cluster_reduce_kernel(int cluster, float* out) {
     store_async(to, vector_of(block_index(), thread), &shared.arrived,
                 rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
   }
-  if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.arrived, 0);
+  if constexpr (kMistake == Mistake::wait_in_the_scope_of_the_block) {
+    mbarrier_wait(&shared.arrived, 0);
+  } else if constexpr (kMistake != Mistake::no_wait) {
+    mbarrier_wait_in_cluster(&shared.arrived, 0);
+  }
   Vec4 sum = {};
   for (int rank = 0; rank < cluster; ++rank)
     for (int i = 0; i < 4; ++i) sum.at[i] += shared.vectors[rank][thread].at[i];
@@ -129,6 +139,8 @@ TEST(mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule) {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kEnded = "stores into a block of its cluster that has";
   EXPECT(is_found_in_reduce<Mistake::no_barrier_before_stores>(
       {"no barrier of the cluster has completed since it was published", "was not initialized", kEnded}));
+  EXPECT(is_found_in_reduce<Mistake::relaxed_barrier_before_stores>({"the cluster's last barrier was relaxed"}));
+  EXPECT(is_found_in_reduce<Mistake::wait_in_the_scope_of_the_block>({"waits in the scope of its block"}));
   EXPECT(is_found_in_reduce<Mistake::not_published>({"initialization was not published"}));
   EXPECT(is_found_in_reduce<Mistake::no_wait>({"ended before a vector of its cluster was there", kEnded, "wrong"}));
   EXPECT(is_found_in_reduce<Mistake::more_bytes_are_expected>({kDeadlock}));
@@ -181,7 +193,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     if constexpr (kMistake != PairMistake::not_published) fence_mbarrier_init();
   }
   sync_threads();
-  if constexpr (kMistake != PairMistake::no_barrier_before_use) sync_cluster();
+  if constexpr (kMistake != PairMistake::no_barrier_before_use) sync_cluster_relaxed();
   for (int step = 0; step < kSteps; ++step) {
     const int stage = step % kStages;
     const auto parity = static_cast<std::uint32_t>(step / kStages % 2);

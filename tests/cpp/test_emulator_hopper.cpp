@@ -30,6 +30,7 @@ enum class Mistake {
   one_byte_too_few,
   stage_reused_too_soon,
   barrier_not_published,
+  threads_do_not_meet,
   no_fence_of_registers,
   register_changed_in_flight,
   accumulators_read_before_the_wait,
@@ -62,7 +63,7 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
     }
     if constexpr (kMistake != Mistake::barrier_not_published) fence_mbarrier_init();
   }
-  sync_threads();
+  if constexpr (kMistake != Mistake::threads_do_not_meet) sync_threads();
   if (thread >= kWarpgroup) {
     decrease_max_registers<24>();
     if (thread > kWarpgroup) return;
@@ -195,6 +196,7 @@ TEST(mistakes_are_found) {
   EXPECT(contains(found<M::one_byte_too_few>(), "waits for an mbarrier at"));
   EXPECT(contains(found<M::stage_reused_too_soon>(), "more arrivals in a phase"));
   EXPECT(contains(found<M::barrier_not_published>(), "was not published"));
+  EXPECT(contains(found<M::threads_do_not_meet>(), "have not met since another one has initialized it"));
   EXPECT(contains(found<M::no_fence_of_registers>(), "without wgmma_fence()"));
   EXPECT(contains(found<M::register_changed_in_flight>(), "a register of wgmma's a was changed"));
   EXPECT(contains(found<M::accumulators_read_before_the_wait>(), "wrong"));
@@ -327,6 +329,14 @@ TEST(some_threads_meet_without_the_others) {
     differs |= wrong != out;
   });
   EXPECT(differs);
+}
+
+__global__ void part_of_a_warp_kernel() {
+  if (thread_index() % kWarp < kWarp / 2) sync_named_barrier<1>(kWarp);
+}
+TEST(lanes_of_a_warp_that_miss_a_barrier_of_some_threads_are_caught) {
+  const std::string message = death_message([] { launch<part_of_a_warp_kernel>({1, 2 * kWarp}, {}); });
+  EXPECT(contains(message, "deadlock") && contains(message, "for its warp"));
 }
 
 }  // namespace

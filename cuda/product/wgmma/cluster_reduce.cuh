@@ -57,7 +57,7 @@ __device__ __forceinline__ void cluster_reduce(WgmmaAccumulators<Tile>& accumula
   const auto epilogue = make_epilogue();
 #pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
-    if (i % kVectorsPerRound == 0) mbarrier_wait(&shared.reduce_full[i / kVectorsPerRound], 0);
+    if (i % kVectorsPerRound == 0) mbarrier_wait_in_cluster(&shared.reduce_full[i / kVectorsPerRound], 0);
     const int vector = rank / kBlocksPerVector * kCount + i;
     if constexpr (Tile::kSplitsCols) {  // as combine_warpgroups() does, a warpgroup stores every second eight rows
       if (i % 2 != thread_index() / kWarpgroup) continue;

@@ -116,7 +116,7 @@ class WgmmaGemm {
       prefetch_map(maps_.codes);
     }
     // The peer's barriers must be there before loads and consumers arrive at them; fence_mbarrier_init() shows them.
-    if (args_.pairs != 0) return sync_cluster();
+    if (args_.pairs != 0) return sync_cluster_relaxed();
     sync_threads();
   }
   __device__ void run() {
@@ -171,8 +171,7 @@ class WgmmaGemm {
     sync_named_barrier<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);
   }
   __device__ __forceinline__ static void sync_consumers() { sync_named_barrier<kConsumerBarrier>(Tile::kConsumers); }
-  // All threads of the cluster's blocks call this. It orders no stores; of what precedes it, others read mbarriers
-  // alone.
+  // All threads of the cluster's blocks call this. What they read in their stages precedes what others store there.
   __device__ __forceinline__ static void wait_until_stages_are_free() { sync_cluster(); }
   // A block must not end before all consumers have arrived, those of the peer too, and nobody else waits for the last
   // of these arrivals.
