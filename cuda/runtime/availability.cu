@@ -35,7 +35,10 @@ std::string unavailable_reason() {
 }
 
 std::string remedy_for(cudaError_t error) {
-  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion) return "";
+  // Which of them says that a kernel has no code for the device depends on the call and on the driver.
+  const bool is_missing_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion ||
+                               error == cudaErrorInvalidDeviceFunction;
+  if (!is_missing_code) return "";
   int device = 0;
   CudaMachine::Gpu gpu;
   if (cudaGetDevice(&device) != cudaSuccess || !read(gpu, device)) return "";

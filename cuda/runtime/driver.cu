@@ -34,6 +34,7 @@ class RuntimeDriver final : public Driver {
 
   void* allocate(Memory kind, std::size_t bytes) override {
     const CurrentDevice current(device_);
+    const RelaxedCapture relaxed;  // another thread may be capturing
     void* memory = nullptr;
     switch (kind) {
       case Memory::managed:
@@ -99,7 +100,10 @@ class RuntimeDriver final : public Driver {
   void wait(void* stream, void* event) override {
     QLN_CHECK_CUDA(cudaStreamWaitEvent(stream_of(stream), event_of(event), cudaEventWaitDefault));
   }
-  void synchronize(void* event) noexcept override { cudaEventSynchronize(event_of(event)); }
+  void synchronize(void* event) noexcept override {
+    const RelaxedCapture relaxed;
+    cudaEventSynchronize(event_of(event));
+  }
   bool is_done(void* event) override {
     const RelaxedCapture relaxed;  // another thread may be capturing
     const cudaError_t error = cudaEventQuery(event_of(event));
