@@ -169,6 +169,7 @@ class Gemm {
   struct WeightSlice {
     unsigned thread;
     Position<kAligned> position;  // in the weight
+    std::uint32_t last_chunk;     // that it may load
     PendingScale<kAligned> scale;
   };
   // The scales of as many steps as the weight is ahead of the multiply.
@@ -182,7 +183,10 @@ class Gemm {
     const std::int64_t element =
         tile_rows_.weight_offset() +
         Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
-    WeightSlice slice = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
+    WeightSlice slice = {lane.thread,
+                         static_cast<Position<kAligned>>(kAligned ? element / kChunk : element),
+                         last_chunk_of(lane.thread),
+                         {}};
     Scales scales = {};
     const int end = first + steps;
     // How many steps are full, and in how many this thread's vector of X exists.
@@ -233,6 +237,18 @@ class Gemm {
   }
   static_assert(kChunkVectors * kMmaInner == kGemmStep);
 
+  // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not stored. So almost any
+  // chunk will do there, and a chunk beyond the weight becomes its last. In dX, where they are multiplied for all
+  // columns, it becomes the last of its own columns: 0 times a scale that is not finite is NaN, and so are these
+  // columns anyway.
+  __device__ __forceinline__ std::uint32_t last_chunk_of(unsigned thread) const {
+    const std::uint32_t last = args_.last_chunk - (kThreadChunks - 1);
+    if constexpr (Weights::kForward || !kAligned) return last;
+    const std::int64_t element =
+        tile_rows_.weight_offset() + Weights::element(args_.weight, args_.inner - 1, col0() + Weights::col_of(thread));
+    const auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
+    return chunk < last ? chunk : last;
+  }
   __device__ __forceinline__ void fetch_x(const SharedAddress& to, XRows<T, Tile>& x, int step, int x_steps) const {
     if constexpr (kAligned) {
       x.fetch_vectors(to, step < x_steps);
@@ -243,10 +259,7 @@ class Gemm {
   }
   __device__ __forceinline__ void fetch_weight(const SharedAddress& to, WeightSlice& slice, int step) const {
     if constexpr (kAligned) {
-      // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not
-      // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
-      const std::uint32_t last = args_.last_chunk - (kThreadChunks - 1);
-      const std::uint32_t chunk = slice.position < last ? slice.position : last;
+      const std::uint32_t chunk = slice.position < slice.last_chunk ? slice.position : slice.last_chunk;
       const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {

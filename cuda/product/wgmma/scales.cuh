@@ -25,6 +25,13 @@ class ScaleLoader {
       const std::int64_t element =
           Weights::element(args.weight, inner0 + Weights::scale_inner(scale), col0 + Weights::scale_col(scale));
       chunks_[i] = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
+      last_[i] = args.last_chunk;
+      if constexpr (!Tile::kForward) {
+        const std::int64_t last_element =
+            Weights::element(args.weight, args.inner - 1, col0 + Weights::scale_col(scale));
+        const auto last = static_cast<std::uint32_t>(static_cast<std::uint64_t>(last_element) / kChunk);
+        last_[i] = last < args.last_chunk ? last : args.last_chunk;
+      }
     }
 #pragma unroll
     for (auto& step : raw_) fetch(step);
@@ -43,19 +50,21 @@ class ScaleLoader {
   }
 
  private:
-  // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not stored. So any chunk will
-  // do there, and a chunk beyond the weight becomes its last.
+  // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not stored. So almost any
+  // chunk will do there, and a chunk beyond the weight becomes its last. In dX, where they are multiplied for all
+  // columns, it becomes the last of its own columns: 0 times a scale that is not finite is NaN, and so are these
+  // columns anyway.
   __device__ __forceinline__ void fetch(Raw (&raw)[kScales]) {
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
-      scales_.fetch(raw[i], scales_.block_of(chunks_[i] < args_.last_chunk ? chunks_[i] : args_.last_chunk));
+      scales_.fetch(raw[i], scales_.block_of(chunks_[i] < last_[i] ? chunks_[i] : last_[i]));
       chunks_[i] += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
     }
   }
 
   const WgmmaArgs& args_;
   const ScaleReader<true>& scales_;
-  std::uint32_t chunks_[kScales];
+  std::uint32_t chunks_[kScales], last_[kScales];
   Raw raw_[kAhead][kScales];
   float offset_;
 };
