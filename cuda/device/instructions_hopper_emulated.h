@@ -144,12 +144,12 @@ void wgmma_wait_for(float (&)[kCount]) {
 
 // Sets how many registers each thread of the warpgroup may use: fewer or more than the kernel begins with.
 template <int kCount>
-void decrease_max_registers() {
-  emulator::set_max_registers(kCount);
+void decrease_max_registers(Site site = Site::current()) {
+  emulator::set_max_registers(kCount, site);
 }
 template <int kCount>
-void increase_max_registers() {
-  emulator::set_max_registers(kCount);
+void increase_max_registers(Site site = Site::current()) {
+  emulator::set_max_registers(kCount, site);
 }
 
 }  // namespace qlora_native::cuda_emulated

@@ -179,7 +179,7 @@ void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site
 std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor);
 void compute_if_early(WgmmaProduct& product);
 WgmmaQueue& wgmma_queue();
-void set_max_registers(int count);
+void set_max_registers(int count, Site site);
 
 // The blocks of a cluster (cluster.cpp).
 void cluster_barrier(bool releases, Site site);  // waits for all threads of all blocks of the cluster

@@ -55,15 +55,18 @@ void arrive_at(Rendezvous& rendezvous, int threads, void* lane, std::size_t plac
   rendezvous.fibers.clear();
 }
 
+// All lanes of a warp execute an instruction that PTX calls .aligned, at one place; bar.sync is one of them.
+void meet_aligned(Site site) {
+  int nothing = 0;
+  warp_collective(&nothing, [](void* const*) {}, site);
+}
+
 }  // namespace
 
 void named_barrier(int number, int threads, Site site) {
   if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
-  Fiber& self = *current;
-  // bar.sync is aligned: all lanes of a warp execute it, at one place.
-  int nothing = 0;
-  warp_collective(&nothing, [](void* const*) {}, site);
-  arrive_at(self.block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+  meet_aligned(site);
+  arrive_at(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
 }
 
 void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
@@ -121,8 +124,9 @@ void compute_if_early(WgmmaProduct& product) {
 }
 WgmmaQueue& wgmma_queue() { return current->wgmma; }
 
-void set_max_registers(int count) {
+void set_max_registers(int count, Site site) {
   constexpr int kMin = 24, kMax = 256, kUnit = 8, kRegisters = 64 * 1024;
+  meet_aligned(site);
   Block& block = *current->block;
   if (count < kMin || count > kMax || count % kUnit != 0) fail("setmaxnreg of " + std::to_string(count));
   block.max_registers[static_cast<std::size_t>(current->position.thread / kWarp)] = count;

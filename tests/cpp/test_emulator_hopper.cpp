@@ -331,12 +331,20 @@ TEST(some_threads_meet_without_the_others) {
   EXPECT(differs);
 }
 
+template <bool kRegisters>
 __global__ void part_of_a_warp_kernel() {
-  if (thread_index() % kWarp < kWarp / 2) sync_named_barrier<1>(kWarp);
+  if (thread_index() % kWarp >= kWarp / 2) return;
+  if constexpr (kRegisters) {
+    increase_max_registers<168>();
+  } else {
+    sync_named_barrier<1>(kWarp);
+  }
 }
-TEST(lanes_of_a_warp_that_miss_a_barrier_of_some_threads_are_caught) {
-  const std::string message = death_message([] { launch<part_of_a_warp_kernel>({1, 2 * kWarp}, {}); });
-  EXPECT(contains(message, "deadlock") && contains(message, "for its warp"));
+TEST(lanes_of_a_warp_that_miss_an_aligned_instruction_are_caught) {
+  const std::string barrier = death_message([] { launch<part_of_a_warp_kernel<false>>({1, 2 * kWarp}, {}); });
+  EXPECT(contains(barrier, "deadlock") && contains(barrier, "for its warp"));
+  const std::string registers = death_message([] { launch<part_of_a_warp_kernel<true>>({1, 2 * kWarp}, {}); });
+  EXPECT(contains(registers, "deadlock") && contains(registers, "for its warp"));
 }
 
 }  // namespace
