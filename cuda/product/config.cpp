@@ -156,11 +156,11 @@ constexpr std::int64_t kPairBarrierCycles = 13;
 // beginning adds those of one run after another, which takes so much more for each two runs.
 constexpr std::int64_t kStreamKSteps = 6, kStreamKStepsPerTwoRuns = 3;
 
-// How many clusters the device certainly runs at once. The blocks of a cluster run in one of its graphics processing
-// clusters, of up to 18 SMs. How many SMs each of them has differs from one H100 to another of 132, whose clusters of 8
-// were measured to occupy 120 (accel-sim/gpu-app-collection#87). Because a second wave takes as long as the first, and
-// the choice must be the same on all, these are the numbers that CUTLASS falls back to: as few as if all graphics
-// processing clusters but the last had 18 SMs. Of 132 SMs that leaves 29 clusters of 4, and 14 of 8.
+// How many clusters every device with so many SMs runs at once. The blocks of a cluster run in one of the device's
+// graphics processing clusters, which have up to 18 SMs, and not the same number in each H100: on one, clusters of 8
+// were measured to occupy 120 of its 132 SMs (accel-sim/gpu-app-collection#87). A second wave takes as long as the
+// first, and the choice must be the same on all. So these are the numbers that CUTLASS falls back to, those of graphics
+// processing clusters with 18 SMs each and one with the rest: 29 clusters of 4, or 14 of 8, on 132 SMs.
 int clusters_at_once(int blocks_per_cluster, int num_sms) {
   constexpr int kMaxTogether = 18;
   return num_sms / kMaxTogether * (kMaxTogether / blocks_per_cluster) + num_sms % kMaxTogether / blocks_per_cluster;

@@ -93,6 +93,17 @@ TEST(products_have_the_same_bits) {
   }
 }
 
+// There are so many rows that several blocks share a sum of dA and of dB, which takes tickets.
+TEST(gradients_of_many_rows_have_the_same_bits) {
+  const Case many = {.M = 600, .N = 64, .K = 64, .rank = 8};
+  const auto run = [&] {
+    Layer layer(many);
+    layer.run();
+    return layer.bytes();
+  };
+  EXPECT(has_the_same_bits(run, [&] { return many.name(); }));
+}
+
 // In code of compute_80, which a later device may run, kernels of a call do not overlap.
 TEST(products_have_the_same_bits_in_code_without_griddepcontrol) {
   const Case& one = cases().front();
