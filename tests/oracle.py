@@ -1,37 +1,22 @@
-"""The expected results of the operations, by their definitions in plain torch and float64.
-
-Nothing of ours is used but the container. Each result has the error that it may have, from the norms of the operands
-(qlora_native.testing explains it). The low-rank parts are rounded once more than a plain product, because U or V, and A
-and B, are rounded to the dtype of x. By Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|, so these errors are bounded by norms
-too.
+"""The expected results of the operations: those of the package's own check (_check/reference.py), with yardsticks for
+how exact a result is as a whole, and random weights of files.
 """
 
 import hashlib
 import math
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import qlora_native as qn
+from qlora_native._check import reference
+from qlora_native._check.reference import decode, scales  # noqa: F401  (for tests)
 from qlora_native._core.formats import codes_shape
 from qlora_native._core.layouts import LAYOUTS, LEVELS, SCALE_LEVELS
 from qlora_native._core.microscaling import scale_table
-from qlora_native.testing import (
-    SUM_FACTOR,
-    blocked_product,
-    chain_length,
-    product_tolerance,
-    relative_error,
-    unit_roundoff,
-)
+from qlora_native.testing import blocked_product, relative_error
 
-U32 = unit_roundoff(torch.float32)
-# Roundings of the low-rank part to the dtype of x: of A, of s*B, of U (or of B and V). Where torch multiplies, the part
-# is a product of its own, which is rounded before it becomes a term of the result's sum.
-LOW_RANK_ROUNDINGS = 3
-LOW_RANK_ROUNDINGS_BY_TORCH = 4
 # Elements of a result that are compared with sums in blocks, which take long.
 SAMPLE = 2048
 
@@ -54,41 +39,6 @@ def digest(tensors):
     for tensor in tensors:
         hashed.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def scales(q):
-    """The fp32 scale of each block: types.h, each operation rounded by itself."""
-    if q.nested_absmax is None:
-        return q.absmax.float()
-    nested = q.nested_absmax.repeat_interleave(q.layout.nested_blocksize)[: q.absmax.numel()]
-    return q.nested_code[q.absmax.long()] * nested + q.offset.reshape(())
-
-
-def minima(q):
-    """The fp32 minimum of each block, or None."""
-    if q.zero_point is not None:
-        return -(q.zero_point.float() * scales(q))
-    if q.nested_minimum is None:
-        return None if q.minimum is None else q.minimum.float()
-    nested = q.nested_minimum.repeat_interleave(q.layout.nested_blocksize)[: q.minimum.numel()]
-    return q.nested_code[q.minimum.long()] * nested
-
-
-def decode(q, dtype):
-    """W [N, K] or [E, N, K]: fp32 level * fp32 scale + fp32 minimum, rounded once to `dtype`."""
-    elements = math.prod(q.shape)
-    codes, scale = q.codes.reshape(-1), scales(q)
-    if q.bits == 4:
-        level = q.code[torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[:elements].long()]
-    else:
-        level = codes.view(torch.float8_e4m3fn if q.format == "fp8" else torch.int8).float()
-    w = level * (scale / 127 if q.format == "int8" else scale).repeat_interleave(q.blocksize)[:elements]
-    if (minimum := minima(q)) is not None:
-        w = w + minimum.repeat_interleave(q.blocksize)[:elements]
-    w = w.to(dtype).view(q.shape)
-    if q.column_order is not None:
-        w = w[..., q.column_order.long().argsort()]
-    return w
 
 
 def random_of_file(format, shape, blocksize=None, scale_dtype=None, zero_point=False, column_order=False, seed=0):
@@ -140,27 +90,6 @@ def random_of_file(format, shape, blocksize=None, scale_dtype=None, zero_point=F
     )
 
 
-def dropout_mask(seed, M, K, p):
-    """[M, K] of 0 and 1: Philox4x32-10 as common/philox.h lays it out."""
-    threshold = min(round(p * 65536), 65535)
-    m, block = np.meshgrid(np.arange(M, dtype=np.uint64), np.arange(-(-K // 8), dtype=np.uint64), indexing="ij")
-    low = np.uint64(0xFFFFFFFF)
-    words = [block & low, m & low, m >> np.uint64(32), np.zeros_like(m)]
-    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
-    for _ in range(10):
-        products = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
-        words = [
-            (products[1] >> np.uint64(32)) ^ words[1] ^ np.uint64(key[0]),
-            products[1] & low,
-            (products[0] >> np.uint64(32)) ^ words[3] ^ np.uint64(key[1]),
-            products[0] & low,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    halves = np.stack([word >> np.uint64(shift) & np.uint64(0xFFFF) for word in words for shift in (0, 16)], axis=-1)
-    kept = halves.reshape(M, 8 * halves.shape[1])[:, :K] >= threshold
-    return torch.from_numpy(kept.astype(np.float64))
-
-
 def distance_to_nearest(levels, values):
     """How far each value is from the nearest of `levels`, in float64."""
     levels = levels.double().sort().values
@@ -168,22 +97,11 @@ def distance_to_nearest(levels, values):
     return torch.minimum((levels[above] - values).abs(), (levels[above - 1] - values).abs())
 
 
-class Linear:
-    """One product with its gradients: in float64, by sums in blocks, and as torch's dense operations give it; and how
-    far off an element may be. All is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N].
+class Linear(reference.Linear):
+    """A product as the package's own check has it, with yardsticks: sums in blocks, and torch's dense operations.
 
     torch itself sums dy to dbias, so that has a tolerance and no yardstick.
     """
-
-    def __init__(self, x, w, dy, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout=0.0, seed=0):
-        self.x, self.w, self.dy, self.bias = x, w, dy, bias
-        self.a, self.b, self.scaling = lora_a, lora_b, scaling
-        self.keep = 1 / (1 - dropout)
-        self.mask = dropout_mask(seed, *x.shape, dropout) if dropout else torch.ones(x.shape, dtype=torch.float64)
-
-    def exact(self):
-        """{"y", "dx", "dbias", "da", "db"} in float64, of the operands as they are given (w rounded, the rest not)."""
-        return self._run(lambda t: t.double())
 
     def dense(self, device="cpu"):
         """The same by torch on `device` in the dtype of x, as PEFT computes it."""
@@ -200,16 +118,6 @@ class Linear:
         )
         part = F.linear(F.linear(x, a), b, None if self.bias is None else self.bias.detach().to(x))
         return {"y": torch.addmm(part, x, w.t()).cpu(), "dx": torch.addmm(dy @ b @ a, dy, w).cpu()}
-
-    def _run(self, convert):
-        x, w, dy, mask = (convert(t) for t in (self.x, self.w, self.dy, self.mask * self.keep))
-        leaves = {"dx": x, "dbias": self.bias, "da": self.a, "db": self.b}
-        leaves = {name: convert(leaf.detach()).requires_grad_() for name, leaf in leaves.items() if leaf is not None}
-        y = F.linear(leaves["dx"], w, leaves.get("dbias"))
-        if self.a is not None:
-            y = y + F.linear(F.linear(leaves["dx"] * mask, leaves["da"]), leaves["db"]) * self.scaling
-        gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
     def sample(self, name):
         """Which elements of a result the yardstick is for: (rows, columns), spread over all of it."""
@@ -257,37 +165,6 @@ class Linear:
         rows, columns = self.sample(name)
         count = len(rows) * len(columns)
         return min(count, len(self.x) * len(self.a)) if name in ("da", "db") else count
-
-    def tolerance(self, exact, by_torch=False):
-        """The error that each element of each result may have, by our sums or by torch's, whose order is unknown."""
-        chain = (lambda terms, dtype: terms) if by_torch else chain_length
-        x, w, dy = self.x.double(), self.w.double(), self.dy.double()
-        (M, K), N, dtype = x.shape, len(w), self.x.dtype
-        tolerance = {
-            "y": product_tolerance(x, w, exact["y"], dtype, chain(K, dtype)),
-            "dx": product_tolerance(dy, w.t(), exact["dx"], dtype, chain(N, dtype)),
-        }
-        if self.bias is not None:
-            ones = torch.ones(1, len(dy), dtype=torch.float64)
-            tolerance["dbias"] = product_tolerance(ones, dy.t(), exact["dbias"][None], dtype, M)[0]
-            tolerance["y"] += unit_roundoff(dtype) * self.bias.double().abs()  # it is rounded to that dtype first
-        if self.a is None or self.a.shape[0] == 0:
-            return tolerance | ({} if self.a is None else {"da": torch.zeros(0), "db": torch.zeros(0)})
-        a, b, s = self.a.double(), self.b.double(), abs(self.scaling)
-        u = self.keep * x.norm(dim=1)[:, None] * a.norm(dim=1)  # >= |U|, [M, rank]
-        v = s * self.keep * dy.norm(dim=1)[:, None] * b.norm(dim=0)  # >= |V|
-        roundings = (LOW_RANK_ROUNDINGS_BY_TORCH if by_torch else LOW_RANK_ROUNDINGS) * unit_roundoff(dtype)
-
-        def roundoff(*lengths):
-            return roundings + SUM_FACTOR * U32 * sum(chain(length, dtype) ** 0.5 for length in lengths)
-
-        tolerance["y"] += roundoff(K) * u @ (s * b.abs()).t()
-        tolerance["dx"] += roundoff(N) * v @ a.abs()
-        smallest = torch.finfo(dtype).smallest_normal * (1 + len(x))
-        rounded = unit_roundoff(self.a.dtype)
-        tolerance["da"] = rounded * exact["da"].abs() + roundoff(M, N) * v.t() @ x.abs() + smallest
-        tolerance["db"] = rounded * exact["db"].abs() + roundoff(M, K) * s * dy.abs().t() @ u + smallest
-        return tolerance
 
 
 def spread(size, count):

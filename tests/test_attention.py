@@ -1,9 +1,4 @@
-"""Guards attention on the CPU: values and gradients against float64, ranges of keys, strides, autocast.
-
-The tolerances follow from the operands. A score is a sum of D products in fp32, and its error makes a relative one of
-its probability. Probabilities, and the derivatives dS of scores, may be rounded to the dtype before they multiply, as
-in FlashAttention; so may the result, and each gradient, once.
-"""
+"""Guards attention on the CPU: values and gradients against float64, ranges of keys, strides, autocast."""
 
 import math
 
@@ -12,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from peak import saved_bytes
 
+from qlora_native._check.reference import attention as expected
 from qlora_native.functional import attention
-from qlora_native.testing import SUM_FACTOR, assert_close_by_norm, assert_error_ratio, relative_error, unit_roundoff
+from qlora_native.testing import assert_close_by_norm, assert_error_ratio, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -28,8 +24,6 @@ SHAPES = [
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 NAMES = ("out", "dq", "dk", "dv")
-FP32 = 2**-24
-EXPONENTIAL = 8  # fp32 roundings of a score by scale, maximum and exponential
 
 
 def operands(shape, dtype, seed=0):
@@ -51,40 +45,6 @@ def seen_by(ranges, keys):
     """bool [B or 1, 1, Tq, Tk]"""
     each = torch.arange(keys)
     return ((each >= ranges[..., :1]) & (each < ranges[..., 1:]))[:, None]
-
-
-def expected(q, k, v, dout, seen, scale=None):
-    """{name: (value in float64, the error that it may have)}; a query that sees no key has zeros."""
-    dtype, (H, D), (KV, keys) = q.dtype, (q.shape[1], q.shape[3]), k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
-    u, tiny = unit_roundoff(dtype), torch.finfo(dtype).smallest_normal
-    q, k, v, dout = (t.detach().double() for t in (q, k, v, dout))
-    k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
-    scores = (scale * q @ k.mT).masked_fill(~seen, -math.inf)
-    P = torch.softmax(scores, -1).nan_to_num(0.0)
-    out, dP = P @ v, dout @ v.mT
-    delta = (dout * out).sum(-1, keepdim=True)
-    dS = P * (dP - delta)
-
-    norms = q.norm(dim=-1, keepdim=True) * k.norm(dim=-1)[:, :, None]
-    lse = torch.logsumexp(scores, -1, keepdim=True).abs().nan_to_num(0.0, 0.0)
-    of_scores = FP32 * (SUM_FACTOR * D**0.5 * scale * norms + EXPONENTIAL + lse)
-    # Both a probability and the sum that divides it have the error of the scores, and sums are of `keys` terms.
-    of_P = P * (u + 2 * of_scores.amax(-1, keepdim=True) + SUM_FACTOR * keys**0.5 * FP32) + tiny * u
-    of_out = of_P @ v.abs() + u * out.abs() + tiny
-    terms = max(keys, q.shape[2], D)
-    of_dP = SUM_FACTOR * D**0.5 * FP32 * dout.norm(dim=-1, keepdim=True) * v.norm(dim=-1)[:, :, None]
-    of_delta = (dout.abs() * of_out).sum(-1, keepdim=True)
-    of_dS = (
-        of_P * (dP - delta).abs() + P * (of_dP + of_delta) + (u + SUM_FACTOR * terms**0.5 * FP32) * dS.abs() + tiny * u
-    )
-    dq, of_dq = scale * dS @ k, scale * of_dS @ k.abs()
-    dk, of_dk = scale * dS.mT @ q, scale * of_dS.mT @ q.abs()
-    dv, of_dv = P.mT @ dout, of_P.mT @ dout.abs()
-    groups = (q.shape[0], KV, H // KV, *k.shape[2:])
-    dk, of_dk, dv, of_dv = (t.view(groups).sum(2) for t in (dk, of_dk, dv, of_dv))
-    gradients = {"dq": (dq, of_dq), "dk": (dk, of_dk), "dv": (dv, of_dv)}
-    return {"out": (out, of_out)} | {name: (t, e + u * t.abs() + tiny) for name, (t, e) in gradients.items()}
 
 
 def assert_right(actual, wanted):

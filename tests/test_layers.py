@@ -161,6 +161,7 @@ MAY_IMPORT = {
     "nn": ("_layers",),
     "optim": ("_optim",),
     "testing": (),
+    "_check": ("_core", "optim", "testing"),
     "integrations.fuse": (*LAYERS, "nn"),
     "integrations.peft": (*LAYERS, "nn"),
     "integrations.transformers": (*LAYERS, "_files", "nn", "integrations.peft"),
@@ -176,7 +177,7 @@ MAY_IMPORT = {
     ),
     "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
     "__init__": ("_core", "_calibrate", "functional", "nn", "optim", "_loader", "integrations.fuse"),
-    "__main__": ("_core", "__init__", "convert"),
+    "__main__": ("_core", "__init__", "_check", "convert"),
 }
 
 

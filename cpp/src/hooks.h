@@ -14,6 +14,10 @@ struct Hooks {
 };
 const Hooks& hooks();  // runtime.cpp
 
+// Kernels of products that disable_cuda_kernels() names, as bits, and those of a device.
+enum CudaKernel : unsigned { kCudaGemv = 1, kCudaGemm = 2, kCudaWgmma = 4, kCudaPanels = 8 };
+unsigned disabled_cuda_kernels(int device);  // runtime.cpp
+
 // How many threads the pool has that is used where none was set (cpu/parallel.cpp).
 int default_threads();
 

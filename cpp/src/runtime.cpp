@@ -1,9 +1,13 @@
 #include "qlora_native/runtime.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <iterator>
+#include <string_view>
 
 #include "backend.h"
+#include "common/checks.h"
 #include "hooks.h"
 #include "qlora_native/error.h"
 
@@ -12,6 +16,10 @@ namespace qlora_native {
 std::string version() { return QLN_VERSION; }
 
 namespace {
+
+constexpr int kMaxCudaDevices = 64;
+constexpr std::string_view kCudaKernels[] = {"gemv", "gemm", "wgmma", "panels"};  // in the order of CudaKernel
+constinit std::atomic<unsigned> set_disabled_kernels[kMaxCudaDevices];
 
 constinit Hooks set_hooks;  // constinit, because a library of ops may set them while it is loaded
 
@@ -45,6 +53,21 @@ void set_device_memory(AllocateMemory allocate, ReleaseMemory release) {
 }
 
 void set_dense_gemm(DenseGemm dense_gemm) { set_hooks.dense_gemm = dense_gemm; }
+
+void disable_cuda_kernels(int device, const std::vector<std::string>& kernels) {
+  check(device >= 0 && device < kMaxCudaDevices, "device", "0 ... " + std::to_string(kMaxCudaDevices - 1), device);
+  unsigned bits = 0;
+  for (const std::string& name : kernels) {
+    const auto* const known = std::find(std::begin(kCudaKernels), std::end(kCudaKernels), name);
+    check(known != std::end(kCudaKernels), "kernels", "gemv, gemm, wgmma or panels", name);
+    bits |= 1u << (known - std::begin(kCudaKernels));
+  }
+  set_disabled_kernels[device].store(bits, std::memory_order_relaxed);
+}
+
+unsigned disabled_cuda_kernels(int device) {
+  return device < kMaxCudaDevices ? set_disabled_kernels[device].load(std::memory_order_relaxed) : 0;
+}
 
 std::vector<std::string> available_isas() { return cpu_isas(); }
 

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "common/layout.h"
+#include "hooks.h"
 #include "product/measured.h"
 #include "qlora_native/error.h"
 
@@ -309,23 +310,24 @@ bool is_wgmma_tile(int rows) {
 // In fp32 the kernel has no registers for what 8-bit codes without plain scales need.
 bool supports_gemv(const ProductShape& shape) {
   if (!shape.plain_scales && shape.bits == 8 && shape.dtype == DType::f32) return false;
-  return !shape.backward && has_layout_of_kernels(shape) && (shape.group_weights || shape.rows <= kGemvRows);
+  return !(shape.disabled & kCudaGemv) && !shape.backward && has_layout_of_kernels(shape) &&
+         (shape.group_weights || shape.rows <= kGemvRows);
 }
 // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
 bool supports_gemm(const ProductShape& shape) {
-  return shape.dtype != DType::f32 && shape.bits == 4 && shape.plain_scales && has_layout_of_kernels(shape) &&
-         shape.reserved_smem_bytes <= kMaxReservedSmem;
+  return !(shape.disabled & kCudaGemm) && shape.dtype != DType::f32 && shape.bits == 4 && shape.plain_scales &&
+         has_layout_of_kernels(shape) && shape.reserved_smem_bytes <= kMaxReservedSmem;
 }
 bool supports_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMaxCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
-  return shape.has_wgmma && shape.groups == 0 && shape.dtype != DType::f32 && shape.bits == 4 && shape.plain_scales &&
-         shape.aligned_64 && shape.tma_can_load &&
+  return !(shape.disabled & kCudaWgmma) && shape.has_wgmma && shape.groups == 0 && shape.dtype != DType::f32 &&
+         shape.bits == 4 && shape.plain_scales && shape.aligned_64 && shape.tma_can_load &&
          std::max({shape.rows, shape.cols, shape.inner}) <= kMaxCoordinate - kMaxTileRows &&
          shape.reserved_smem_bytes <= kMaxReservedSmem && shape.smem_bytes >= wgmma_smem_bytes(kMaxTileRows);
 }
 bool supports_panels(const ProductShape& shape) {
-  return shape.has_dense_gemm && !shape.masked && shape.groups == 0 && shape.rows > 0 && shape.cols > 0 &&
-         panel_tile_bytes(shape) <= kMaxPanelBytes;
+  return !(shape.disabled & kCudaPanels) && shape.has_dense_gemm && !shape.masked && shape.groups == 0 &&
+         shape.rows > 0 && shape.cols > 0 && panel_tile_bytes(shape) <= kMaxPanelBytes;
 }
 
 namespace {

@@ -123,6 +123,7 @@ struct ProductShape {
   bool has_dense_gemm = false;  // the application has a dense product (runtime.h)
   bool has_wgmma = false;       // the build has wgmma/, and the device is of compute capability 9.0
   bool tma_can_load = false;    // TMA can load tiles of x and of U or V
+  unsigned disabled = 0;        // kernels that the application does without on this device (hooks.h)
   int num_sms = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
   std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them

@@ -33,6 +33,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .has_dense_gemm = hooks().dense_gemm != nullptr,
       .has_wgmma = has_wgmma(stream),
       .tma_can_load = tma_can_load(p.x, p.inner) && tma_can_load(p.u, p.u.cols),
+      .disabled = disabled_cuda_kernels(stream.index),
       .num_sms = num_sms(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),

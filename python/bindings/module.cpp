@@ -23,6 +23,8 @@ PYBIND11_MODULE(_C, module) {
              "The number of threads that an operation would use now, which is torch's.");
   module.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason,
              "The reason why device \"cuda\" cannot be used; empty if it can.");
+  module.def("disable_cuda_kernels", &qn::disable_cuda_kernels, pybind11::arg("device"), pybind11::arg("kernels"),
+             "Do without some of the kernels \"gemv\", \"gemm\", \"wgmma\" and \"panels\" in products on a GPU.");
   module.def(
       "codebook", [](const std::string& format) { return qn::codebook(format); }, pybind11::arg("format"),
       "The 16 levels of \"nf4\", \"fp4\", \"int4\", \"mxfp4\" or \"nvfp4\".");

@@ -1,4 +1,5 @@
-"""The command `qlora-native`, or `python -m qlora_native`: prints what a bug report needs, and converts models."""
+"""The command `qlora-native`, or `python -m qlora_native`: prints what a bug report needs, checks the kernels of this
+machine, and converts models."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
     commands = parser.add_subparsers(dest="command")
+    check = commands.add_parser("check", help="compare the results of this CPU and of each GPU with their definitions")
+    check.add_argument("--only", choices=["cpu", "gpu"], help="default: both")
     merge = commands.add_parser("merge", help="merge an adapter into a checkpoint, shard by shard")
     quantize = commands.add_parser("quantize", help="put a checkpoint into 4 bits, shard by shard")
     merge.add_argument(
@@ -176,16 +180,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cmake_dir:
         print(cmake_dir())
         return
+    if args.command == "check":
+        return check(args.only)
     if args.command is not None:
         try:
             print(convert(args))
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise SystemExit(f"{args.command}: {error}") from None
         return
+    print_report()
+
+
+def print_report() -> None:
+    """Print `report()`, a line for each value."""
     values = report()
     width = max(len(name) for name in values) + 2
     for name, value in values.items():
         print(f"{name:{width}}{value}")
+
+
+def check(only: str | None) -> None:
+    """Print `report()` and what a check of this machine finds; end the program with 1 if something is wrong."""
+    from ._check import run
+
+    begin = time.monotonic()
+    print_report()
+    all_right = True
+    for text, is_right in run.check(only):
+        print(f"\n{text}", flush=True)
+        all_right &= is_right
+    print(f"\n{'All is right' if all_right else 'SOMETHING IS WRONG'}, in {time.monotonic() - begin:.0f} s.")
+    if not all_right:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

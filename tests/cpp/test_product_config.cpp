@@ -9,6 +9,7 @@
 
 #include "common/layout.h"
 #include "expect.h"
+#include "hooks.h"
 #include "product/measured.h"
 #include "qlora_native/error.h"
 
@@ -543,6 +544,36 @@ TEST(forced_kernel_is_used_where_it_supports_the_shape) {
       const auto panels = std::get<PanelsConfig>(forced(Kernel::panels));
       EXPECT(panels.cols > 0 && panels.rows == rows);
     }
+}
+
+TEST(disabled_kernel_computes_nothing_and_others_take_its_place) {
+  using Kernel = KernelOverride::Kernel;
+  struct {
+    CudaKernel bit;
+    Kernel kernel;
+    bool (*supports)(const ProductShape&);
+  } constexpr kKernels[] = {{kCudaGemv, Kernel::gemv, supports_gemv},
+                            {kCudaGemm, Kernel::gemm, supports_gemm},
+                            {kCudaWgmma, Kernel::wgmma, supports_wgmma},
+                            {kCudaPanels, Kernel::panels, supports_panels}};
+  for (const std::int64_t rows : {8, 300, 4096}) {
+    ProductShape shape = on_hopper(rows, 4096, 4096, false);
+    shape.has_dense_gemm = true;
+    for (const auto& [bit, kernel, supports] : kKernels) {
+      shape.disabled = 0;
+      EXPECT(supports(shape) == (kernel != Kernel::gemv || rows <= 8));
+      const std::size_t chosen = choose_product(shape).index();
+      shape.disabled = bit;
+      EXPECT(!supports(shape));
+      for (const auto& other : kKernels)
+        EXPECT(other.bit == bit || other.supports(shape) == (rows <= 8 || other.bit != kCudaGemv));
+      const std::size_t index = static_cast<std::size_t>(kernel);  // of the alternative in ProductConfig
+      EXPECT(choose_product(shape).index() != index && choose_product(shape, KernelOverride{kernel}).index() != index);
+      EXPECT(chosen == index || choose_product(shape).index() == chosen);
+    }
+    shape.disabled = kCudaGemv | kCudaGemm | kCudaWgmma | kCudaPanels;
+    EXPECT(takes<GeneralConfig>(shape));
+  }
 }
 
 // ---- rows in groups ----

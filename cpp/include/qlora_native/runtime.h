@@ -74,6 +74,12 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //         those of the dense product.
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
+// Names the kernels that products on a GPU do without, because a check found them wrong there: some of "gemv", "gemm",
+// "wgmma" and "panels", which the general kernel or others of these replace. Each call replaces what an earlier one
+// named for the device. The device of the backend "cuda_emulated" is 0. Throws Error if a name or the device is
+// unknown. `python -m qlora_native check` finds such kernels, and the Python package calls this.
+QLN_API void disable_cuda_kernels(int device, const std::vector<std::string>& kernels);
+
 // The instruction sets that the cpu backend was built with and that this machine runs, best first: some of "amx_bf16",
 // "avx512_bf16", "avx512" and "avx2", or on Arm "neon_bf16" and "neon"; then "scalar"; then "amx_emulated", which is
 // for tests and runs the algorithms of amx_bf16 in plain C++.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import ceil_div
+from .checked_devices import note_use
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
 from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
 from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
@@ -306,6 +307,7 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     `row_gradients` [T] are factors of the rows' gradients.
     """
     hidden, labels, head, loss_options, wanted, row_gradients = _operands(*arguments)
+    note_use(hidden)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     log_probability = torch.empty_like(loss)
     dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import _C  # noqa: F401  (registers the ops)
 from .blocks import NESTED_BLOCKSIZE, ceil_div
+from .checked_devices import note_use
 from .errors import check_memory
 
 _ops = torch.ops.qlora_native
@@ -89,6 +90,7 @@ def _(
     minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
     bias, lora_a, lora_b, lora_scaling, lora_dropout, seed, offsets=None, weights=1,
 ):  # fmt: skip
+    note_use(x)  # for a compiled graph, which does not call the kernel of autograd
     return x.new_empty((*x.shape[:-1], N)), _low_rank(x, lora_a)
 
 
@@ -232,6 +234,7 @@ def differentiable(
     )
 
     def kernel(*inputs: Any) -> Any:
+        note_use(inputs[0])
         refuse_forward_mode(function, inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return formula.apply(*inputs, *defaults[len(inputs) :])  # the dispatcher leaves defaults out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import ops as _ops  # noqa: F401  (the fake kernel)
+from .._core.checked_devices import note_use
 from .._core.errors import bad, bad_type, check_float_dtype, check_memory
 from .flat import FlatStates
 from .sharded import is_sharded, local_pairs
@@ -113,6 +114,8 @@ class Batch:
             skipped: the count of skipped steps on this device.
             check_only: raise what the step would raise, and do nothing else.
         """
+        if not torch.compiler.is_compiling():
+            note_use(skipped)
         if check_only:
             check_tensors(self.params, self.grads)
         try:
