@@ -41,11 +41,18 @@ TEST(lanes_receive_values_of_other_lanes) {
 
 // ---- numbers in registers ----
 
+__global__ void load_pair_kernel(std::uint64_t* out) {
+  auto* const pair = dynamic_smem<Vector<float, 2>>();
+  *pair = {{1.0f, -2.0f}};
+  *out = load_shared<std::uint64_t>(SharedAddress(pair));
+}
+
 TEST(first_of_a_pair_is_in_the_low_half) {
   EXPECT(pack_pair<Bf16>(1.0f, -2.0f) == 0xC0003F80);
   EXPECT(pack_pair<F16>(1.0f, -2.0f) == 0xC0003C00);
-  const Vector<float, 2> pair = {{1.0f, -2.0f}};
-  EXPECT(load_shared<std::uint64_t>(SharedAddress(&pair)) == 0xC00000003F800000);
+  Managed<std::uint64_t> loaded(1);
+  launch<load_pair_kernel>({1, 1, sizeof(Vector<float, 2>)}, {}, loaded.data());
+  EXPECT(loaded[0] == 0xC00000003F800000);
 }
 
 // "prmt": digit i of the third operand names the byte, of the eight of both words, that becomes byte i.
@@ -61,18 +68,21 @@ TEST(bytes_are_counted_from_the_lowest) {
 // of the transposed matrix. The rows lie in reversed order here.
 __global__ void ldmatrix_kernel(const std::uint16_t* matrices, Word* plain, Word* transposed) {
   const int lane = thread_index();
+  auto* const row = dynamic_smem<std::uint16_t>() + (kWarp - 1 - lane) * 8;
+  std::copy_n(matrices + (kWarp - 1 - lane) * 8, 8, row);
+  sync_threads();
   Word r[4], of_transposed[4];
-  ldmatrix_x4(r, matrices + (kWarp - 1 - lane) * 8);
-  ldmatrix_x4_transposed(of_transposed, matrices + (kWarp - 1 - lane) * 8);
+  ldmatrix_x4(r, row);
+  ldmatrix_x4_transposed(of_transposed, row);
   std::copy_n(r, 4, plain + 4 * lane);
   std::copy_n(of_transposed, 4, transposed + 4 * lane);
 }
 
 TEST(ldmatrix_gives_each_lane_two_elements_of_each_matrix) {
-  Managed<Vector<std::uint16_t, 8>> rows(kWarp);  // aligned as the instruction demands
+  Managed<Vector<std::uint16_t, 8>> rows(kWarp);
   for (int i = 0; i < 256; ++i) rows[i / 8].at[i % 8] = static_cast<std::uint16_t>(1000 + i);
   Managed<Word> plain(4 * kWarp), transposed(4 * kWarp);
-  launch<ldmatrix_kernel>({1, kWarp}, {}, &rows[0].at[0], plain.data(), transposed.data());
+  launch<ldmatrix_kernel>({1, kWarp, kWarp * sizeof(rows[0])}, {}, &rows[0].at[0], plain.data(), transposed.data());
   const auto element = [&](int matrix, int row, int col) -> Word { return rows[31 - 8 * matrix - row].at[col]; };
   for (int lane = 0; lane < kWarp; ++lane)
     for (int i = 0; i < 4; ++i) {
