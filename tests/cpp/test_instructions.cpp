@@ -51,7 +51,7 @@ TEST(first_of_a_pair_is_in_the_low_half) {
   EXPECT(pack_pair<Bf16>(1.0f, -2.0f) == 0xC0003F80);
   EXPECT(pack_pair<F16>(1.0f, -2.0f) == 0xC0003C00);
   Managed<std::uint64_t> loaded(1);
-  launch<load_pair_kernel>({1, 1, sizeof(Vector<float, 2>)}, {}, loaded.data());
+  launch<load_pair_kernel>({1, kWarp, sizeof(Vector<float, 2>)}, {}, loaded.data());
   EXPECT(loaded[0] == 0xC00000003F800000);
 }
 
