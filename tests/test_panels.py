@@ -114,11 +114,11 @@ def check_modes():
     assert names == {"qlora_native.linear_forward.default"}
 
 
-def test_products_of_768_rows_are_by_other_kernels():
+def test_products_of_255_rows_are_by_other_kernels():
     _, printed = shown("small_products()")
     assert printed and BY_PANELS not in printed
 
 
 def small_products():
-    for product in products(M=768):
+    for product in products(M=255):
         product()
