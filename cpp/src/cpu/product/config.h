@@ -13,7 +13,7 @@
 namespace qlora_native::cpu {
 
 enum class ProductKernel {
-  small_m,  // forward_small_m-inl.h: lanes along K, each weight decoded where it is used
+  small_m,  // product_small_m-inl.h: lanes along K, each weight decoded where it is used
   vectors,  // product_nt-inl.h and product_nn-inl.h
   tiles,    // the same two, by tile products (tiles-inl.h)
   panels,   // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)

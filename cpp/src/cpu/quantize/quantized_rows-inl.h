@@ -72,7 +72,7 @@ class QuantizedRows {
 
   // Whether every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // Whose functions take these rows' numbers.
+  // Its functions count rows as this class does.
   const ChunkScales& chunk_scales() const { return scales_; }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales, Scales>,

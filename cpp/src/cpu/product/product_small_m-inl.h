@@ -1,0 +1,325 @@
+// Y = X . W^T for up to kMaxSmallM rows of X: lanes along K, and a weight is decoded where it is used.
+#pragma once
+
+#include <bit>
+#include <span>
+
+#include "cpu/product/config.h"
+#include "cpu/product/lora-inl.h"
+#include "cpu/runtime/scratch.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// Elements that are decoded at once.
+template <class Dot>
+constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
+
+// Calls sink(s, step) for `steps` of row n of any `rows`, put together from chunks, or of zeros if `count` is 0.
+template <class Dot, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Range steps, Sink&& sink) {
+  const Range chunks{steps.begin * Dot::kStepChunks,
+                     smaller(ceil_div(rows.cols(), kChunk), steps.end * Dot::kStepChunks)};
+  typename Dot::Chunk held[Dot::kStepChunks] = {};
+  rows.template chunks<1>(n, count, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
+    const std::int64_t place = c % Dot::kStepChunks;
+    held[place] = chunk[0];
+    if (place != Dot::kStepChunks - 1 && c != chunks.end - 1) return;
+    for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[after] = {};
+    sink(c / Dot::kStepChunks, Dot::join(held));
+  });
+}
+
+template <class Dot>
+struct SmallM {
+  static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
+
+  template <class Rows>
+  static std::int64_t steps(const Rows& rows) {
+    return ceil_div(rows.cols(), kStepElements<Dot>);
+  }
+
+  static void store_step(const typename Dot::Step& step, float* out) {
+    for (int k = 0; k < Dot::kStepVectors; ++k) store(out + k * kLanes, step.vector(k));
+  }
+  // x as [step][row][unit], with zeros in rows from `rows` on.
+  template <class Rows>
+  static void pack(const Rows& x, int rows, int packed_rows, float* out) {
+    decode_steps<Rows>(&x, 0, rows, packed_rows, {0, steps(x)}, out);
+  }
+
+  // What one adapter adds: U . (s*B)^T. `u` is [row][padded rank] in fp32, and zero in rows of other adapters.
+  struct LowRank {
+    ConstMatrix b;
+    float scaling = 0.0f;
+    float* u = nullptr;
+    std::int64_t padded_rank = 0;
+
+    // Prefetches rows n ... n+count-1 of B.
+    void prefetch(std::int64_t n, std::int64_t count) const {
+      const std::int64_t row_bytes = b.stride * static_cast<std::int64_t>(size_of(b.dtype));
+      const char* rows = static_cast<const char*>(b.data) + n * row_bytes;
+      for (std::int64_t i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(rows + i, 0, 3);
+    }
+    F32 row(std::int64_t n, std::int64_t r) const {
+      return with_dtype(b.dtype, [&](auto dtype) {
+        constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
+        const char* p = static_cast<const char*>(b.data) + (n * b.stride + r) * kSize;
+        const int count = static_cast<int>(smaller<std::int64_t>(kLanes, b.cols - r));
+        return round_to<Dot::kActivation>(mul(load_as_f32<dtype()>(p, count), set1(scaling)));
+      });
+    }
+  };
+
+  // Rows of W that are multiplied together, so that they share what is loaded of x. Their accumulators, and what
+  // decodes them, should fit the registers.
+  template <int kM>
+  static constexpr int kRowsOf = Dot::kStepVectors <= 4 && kM * 4 <= kRegisters / 2 ? 4 : 2;
+  // Accumulators for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight
+  // accumulators keep the processor busy.
+  template <int kM>
+  static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kStepVectors);
+
+  // After so many steps the accumulators are added to a total and start from zero. 0 means that one chain is accurate
+  // enough.
+  static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
+
+  template <int kM>
+  struct Totals {
+    F32 of[kRowsOf<kM>][kM];
+  };
+  // Adds U . (s*B)^T to the totals of rows n ... n+count-1.
+  template <int kM>
+  [[gnu::noinline]] static void add_low_rank(std::int64_t n, int count, std::span<const LowRank> loras,
+                                             Totals<kM>& total) {
+    for (const LowRank& lora : loras)
+      for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
+#pragma GCC unroll 8
+        for (int j = 0; j < kRowsOf<kM>; ++j) {
+          const F32 b = j < count ? lora.row(n + j, r) : zero();
+#pragma GCC unroll 8
+          for (int m = 0; m < kM; ++m) total.of[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total.of[j][m]);
+        }
+  }
+
+  template <int kM>
+  struct Accumulators {
+    static constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
+    F32 part[kRows][kM][kParts];
+    Totals<kM> total;
+
+    [[gnu::always_inline]] Accumulators() {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          total.of[j][m] = zero();
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
+        }
+    }
+    // Multiplies one step of x and of the rows of W. A vector of W is decoded right before the products that need it.
+    template <class Step>
+    [[gnu::always_inline]] void multiply(std::int64_t s, const float* x, const Step (&step)[kRows]) {
+      const float* units = x + s * kM * kStepUnits;
+#pragma GCC unroll 16
+      for (int k = 0; k < Dot::kStepVectors; ++k) {
+        F32 w[kRows];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j) w[j] = step[j].vector(k);
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          const F32 value = load(units + m * kStepUnits + k * kLanes);
+#pragma GCC unroll 8
+          for (int j = 0; j < kRows; ++j) part[j][m][k % kParts] = Dot::dot(part[j][m][k % kParts], value, w[j]);
+        }
+      }
+      if constexpr (kChainSteps != 0)
+        if ((s + 1) % kChainSteps == 0) end_chain();
+    }
+    // Adds the accumulators to their totals, and clears them.
+    [[gnu::always_inline]] void end_chain() {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) {
+            total.of[j][m] = add(total.of[j][m], part[j][m][i]);
+            part[j][m][i] = zero();
+          }
+    }
+    // Adds what the adapters add to rows n ... n+count-1, and writes the totals to out[m][j].
+    [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
+      end_chain();
+      if (!loras.empty()) {
+        Totals<kM> copy = total;  // the original stays in registers
+        add_low_rank(n, count, loras, copy);
+        total = copy;
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kM * kRows; i += 4) {
+        F32 four[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) four[k] = i + k < kM * kRows ? total.of[(i + k) % kRows][(i + k) / kRows] : zero();
+        store_sums(out + i, four);
+      }
+    }
+  };
+
+  static constexpr int kRowsAtOnce = 16;  // rows of W whose scales are decoded, and whose results are written, together
+  // Each thread reads W in few long pieces: at the end of a piece, the rows that it prefetched are another thread's.
+  static constexpr std::int64_t kTasksPerThread = 2;
+
+  // Computes out[m][j] for kRowsOf<kM> aligned rows from n on.
+  template <int kM, class Rows>
+  static void whole_rows(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
+                         std::span<const LowRank> loras, float* out) {
+    constexpr int kRows = kRowsOf<kM>;
+    Accumulators<kM> accumulators;
+    const std::uint8_t* codes[kRows];
+    for (int j = 0; j < kRows; ++j) codes[j] = w.codes_at(n + j, 0);
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
+    // The rows after these are next in memory, and next to be read. They are prefetched into the second-level cache:
+    // into the first, they cost a third more time.
+    const std::int64_t ahead = kRows * w.row_bytes();
+    for (const LowRank& lora : loras) lora.prefetch(n + kRows, kRows);
+    const std::int64_t whole = w.cols() / kStepElements<Dot>;
+    for (std::int64_t s = 0; s < whole; ++s) {
+      typename Rows::QuantizedStep step[kRows];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j) {
+        const std::uint8_t* p = codes[j] + s * Rows::kStepBytes;
+        for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
+        step[j] = w.step(p, scales + (j * row_scales + s * Dot::kStepChunks * Rows::kChunkScales));
+      }
+      accumulators.multiply(s, x, step);
+    }
+    if constexpr (Dot::kStepChunks > 1)
+      if (whole != steps(w)) {
+        typename Rows::QuantizedStep step[kRows];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j)
+          step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
+                                scales + (j * row_scales + whole * Dot::kStepChunks * Rows::kChunkScales));
+        accumulators.multiply(whole, x, step);
+      }
+    accumulators.finish(n, kRows, loras, out);
+  }
+  // The same of rows of any kind, which are decoded to memory, a block of steps at a time.
+  static constexpr std::int64_t kBlockSteps = 16;
+
+  // Writes steps of rows n ... n+count-1 of w as [step][row][unit], with zeros from row n + count to n + rows - 1.
+  using DecodeSteps = void(const void* w, std::int64_t n, int count, int rows, Range block, float* out);
+  template <class Rows>
+  static void decode_steps(const void* w, std::int64_t n, int count, int rows, Range block, float* out) {
+    for (int j = 0; j < rows; ++j)
+      steps_of_chunks<Dot>(*static_cast<const Rows*>(w), n + j, j < count, block,
+                           [&](std::int64_t s, const typename Dot::Step& step) {
+                             store_step(step, out + ((s - block.begin) * rows + j) * kStepUnits);
+                           });
+  }
+  struct DecodedStep {
+    const float* units;
+    F32 vector(int k) const { return load(units + k * kLanes); }
+  };
+  template <int kM>
+  static void multiply_decoded(Range block, const float* x, const float* decoded, Accumulators<kM>& accumulators) {
+    constexpr int kRows = kRowsOf<kM>;
+    // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
+    // would store each of them at once.
+    Accumulators<kM> copy = accumulators;
+    for (std::int64_t s = block.begin; s < block.end; ++s) {
+      DecodedStep step[kRows];
+      for (int j = 0; j < kRows; ++j) step[j].units = decoded + ((s - block.begin) * kRows + j) * kStepUnits;
+      copy.multiply(s, x, step);
+    }
+    accumulators = copy;
+  }
+  // Computes out[m][j] for rows n ... n+count-1, kRowsOf<kM> at most.
+  template <int kM>
+  static void ragged_rows(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
+                          const float* x, std::span<const LowRank> loras, float* out) {
+    Accumulators<kM> accumulators;
+    alignas(64) float decoded[kBlockSteps * kRowsOf<kM> * kStepUnits];
+    for (std::int64_t s = 0; s < steps; s += kBlockSteps) {
+      const Range block{s, smaller(s + kBlockSteps, steps)};
+      decode(w, n, count, kRowsOf<kM>, block, decoded);
+      multiply_decoded(block, x, decoded, accumulators);
+    }
+    accumulators.finish(n, count, loras, out);
+  }
+
+  // The kernels of one number of rows of x. Those of a dense W are ragged_rows() alone.
+  template <class Rows>
+  struct Kernel {
+    int rows_of_x, rows_of_w;
+    void (*whole_rows)(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
+                       std::span<const LowRank> loras, float* out);
+    DecodeSteps* decode_steps;
+    void (*ragged_rows)(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
+                        const float* x, std::span<const LowRank> loras, float* out);
+
+    // Rows of W that a task takes where there are `rows` of them.
+    std::int64_t task_rows(std::int64_t rows, std::int64_t threads) const {
+      return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
+    }
+  };
+  // The kernel of the least number of rows of x, `rows` or more. Where W is rare there are kernels of powers of two.
+  template <class Rows>
+  static Kernel<Rows> kernel_of(int rows) {
+    Kernel<Rows> kernel{};
+    const auto add = [&]<int kM>() {
+      if constexpr (!Rows::kRare || std::has_single_bit(unsigned{kM})) {
+        kernel = {kM, kRowsOf<kM>, nullptr, decode_steps<Rows>, ragged_rows<kM>};
+        if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<kM, Rows>;
+      }
+    };
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((kernel.rows_of_x < rows ? add.template operator()<i + 1>() : void()), ...);
+    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
+    return kernel;
+  }
+
+  // Multiplies by some rows of W, and calls write(m, n, count, results) for kRowsAtOnce of them at most.
+  template <class Rows, class Write>
+  static void multiply(const Rows& w, const Kernel<Rows>& kernel, Range rows, const float* x,
+                       std::span<const LowRank> loras, const Write& write) {
+    const int rows_of_x = kernel.rows_of_x, rows_of_w = kernel.rows_of_w;
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
+    // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
+    float results[cpu::kMaxSmallM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
+    float *scales = nullptr, *minima = nullptr;
+    if constexpr (Rows::kQuantized)
+      if (w.aligned()) {
+        constexpr bool kMinimum = Rows::Scales::kHasMinimum;
+        scales = scratch_floats(Slot::thread, (kMinimum ? 2 : 1) * kRowsAtOnce * row_scales);
+        if (kMinimum) minima = scales + kRowsAtOnce * row_scales;
+      }
+    for (std::int64_t first = rows.begin; first < rows.end; first += kRowsAtOnce) {
+      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, rows.end - first));
+      int whole = 0;
+      if constexpr (Rows::kQuantized)
+        if (scales != nullptr) {
+          const Range chunks{0, w.cols() / kChunk};
+          w.chunk_scales().prefetch({first + count, first + count + kRowsAtOnce}, chunks);
+          w.chunk_scales().decode({first, first + count}, chunks, scales, minima, row_scales);
+          whole = count / rows_of_w * rows_of_w;
+          for (int j = 0; j < whole; j += rows_of_w)
+            kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
+                              results + j * rows_of_x);
+        }
+      for (int j = whole; j < count; j += rows_of_w)
+        kernel.ragged_rows(&w, kernel.decode_steps, steps(w), first + j, smaller(rows_of_w, count - j), x, loras,
+                           results + j * rows_of_x);
+      for (int m = 0; m < rows_of_x; ++m) {
+        for (int j = 0; j < count; j += rows_of_w)
+          for (int i = 0; i < rows_of_w; ++i) row_results[j + i] = results[j * rows_of_x + m * rows_of_w + i];
+        write(m, first, count, row_results);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA
