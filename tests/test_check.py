@@ -157,7 +157,7 @@ def test_mistake_without_a_replacement_is_named(monkeypatch, tmp_path, caplog):
     assert "nothing replaces what the check found wrong: general" in caplog.text
 
 
-def test_bits_that_are_not_those_of_scalar_are_wrong():
+def test_right_bits_are_those_of_scalar():
     found = run.Found("all")
     for what in ("nf4", "fp4", "int4"):
         found.add(f'{{"line": "quantize", "what": "{what}", "digest": "a"}}\n')
@@ -199,12 +199,12 @@ def test_access_that_compute_sanitizer_finds_counts_for_the_kernel_at_work(tmp_p
     assert shown.count("Invalid __global__ read of size 4 bytes") == 1
 
 
-def test_sanitizer_that_cannot_run_is_no_mistake_of_a_kernel(tmp_path):
+def test_kernels_stay_right_where_the_sanitizer_cannot_run(tmp_path):
     found = run.run_cases("cpu", "all", "sanitizer", (sys.executable, "-c", "raise SystemExit('no permission')"))
     assert found.unfinished.endswith("the process ended with 1: no permission") and not found.lines
 
 
-def test_gpu_without_free_memory_is_not_checked_and_no_kernel_is_switched_off(tmp_path):
+def test_gpu_without_free_memory_keeps_all_of_its_kernels(tmp_path):
     code = "import test_check; test_check.check_with('memory')"
     shown = emulated("-c", code, cache=tmp_path).stdout
     assert (
