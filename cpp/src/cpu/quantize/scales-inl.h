@@ -128,8 +128,7 @@ class ScaleDecoder {
     for (std::int64_t row = 0; row < rows; row += together) {
       const std::int64_t end = smaller(row + together, rows);
       std::uint8_t bytes[kStaged * sizeof(float)];
-      for (std::int64_t r = row; r < end; ++r)
-        copy_bytes(from + r * row_blocks * size, count * size, bytes + (r - row) * count * size);
+      copy_parts(from, size, blocks, {row, end}, bytes);
       f(bytes, row * count, (end - row) * count);
     }
   }
@@ -152,8 +151,7 @@ class ScaleDecoder {
     for (std::int64_t row = 0; row < rows; row += together) {
       const std::int64_t end = smaller(row + together, rows);
       std::uint8_t bytes[kStaged] = {};
-      for (std::int64_t r = row; r < end; ++r)
-        copy_bytes(source.bytes() + first + r * row_blocks, count, bytes + (r - row) * count);
+      copy_parts(source.bytes() + first, 1, blocks, {row, end}, bytes);
       float levels[kStaged + kLanes];
       for (std::int64_t i = 0; i < (end - row) * count; i += kAtOnce) {
         F32 values[kTableVectors];
@@ -214,6 +212,14 @@ class ScaleDecoder {
     float each[kLanes] = {};
     for (int lane = 0; lane < lanes; ++lane) each[lane] = nested[nested_of(first + lane)];
     return load(each);
+  }
+  // Copies what some rows of these blocks have in an array of `size` bytes for each block, side by side. `from` is
+  // where the first of all blocks is.
+  static void copy_parts(const std::uint8_t* from, std::int64_t size, const BlocksOfRows& blocks, Range rows,
+                         std::uint8_t* to) {
+    const std::int64_t bytes = blocks.count * size;
+    for (std::int64_t r = rows.begin; r < rows.end; ++r, to += bytes)
+      copy_bytes(from + r * blocks.row_blocks * size, bytes, to);
   }
   // For so few bytes a call of memcpy would take longer.
   static void copy_bytes(const std::uint8_t* from, std::int64_t count, std::uint8_t* to) {
