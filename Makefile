@@ -63,8 +63,11 @@ build-cpp: $(stamp)-tested-package
 test-cpp: build-cpp
 	$(VENV)/bin/ctest --test-dir $(tree) --output-on-failure -j $(jobs) $(if $(everything),,-LE thorough)
 
+# A process for each core, up to what 24 GB hold. Each has one thread, unless a test sets their number: threads that wait
+# for one another's cores would take ten times as long.
 test-python: $(stamp)-tested-package $(stamp)-finetune $(stamp)-test
-	$(python) -m pytest $(if $(everything),,-m "not thorough") $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n auto --maxprocesses 4 --dist loadfile $(if $(everything),,-m "not thorough") \
+	    $(ARGS)
 
 # Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test-all` tries a sample.
 mutants: $(stamp)-build

@@ -69,9 +69,7 @@ ARGUMENTS_OF_BITSANDBYTES = [
 
 
 @pytest.mark.parametrize("cls", [qn.optim.AdamW8bit, qn.optim.PagedAdamW8bit])
-@pytest.mark.parametrize(
-    ("options", "error", "message"), OPTIONS + ARGUMENTS_OF_BITSANDBYTES, ids=lambda value: str(value)[:50]
-)
+@pytest.mark.parametrize(("options", "error", "message"), OPTIONS + ARGUMENTS_OF_BITSANDBYTES)
 @pytest.mark.filterwarnings("ignore")
 def test_bad_option_is_named_in_the_error(cls, options, error, message):
     with pytest.raises(error, match=re.escape(message)):

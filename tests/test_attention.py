@@ -229,7 +229,7 @@ BAD = [  # the error, and what is changed of three equal operands [1, 4, 3, 8]
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "change"), BAD, ids=str)
+@pytest.mark.parametrize(("error", "message", "change"), BAD)
 def test_bad_argument_is_named_in_the_error(error, message, change):
     x = torch.ones(1, 4, 3, 8)
     with pytest.raises(error, match=message):

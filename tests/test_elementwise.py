@@ -156,7 +156,6 @@ def test_ops_pass_opcheck():
         (ValueError, "eps", lambda x: rms_norm(x, x[0], -1.0)),
         (ValueError, "shift", lambda x: rms_norm(x, x[0], shift=float("nan"))),
     ],
-    ids=str,
 )
 def test_bad_argument_is_named_in_the_error(error, message, call):
     with pytest.raises(error, match=message):

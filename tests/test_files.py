@@ -412,7 +412,7 @@ def test_fp8_scales_may_be_powers_of_two_up_to_119():
 
 LAYERS = Path(__file__).parent / "data" / "quantized_layers.safetensors"
 with safe_open(LAYERS, "pt") as file:
-    CASES = {case: json.loads(arguments) for case, arguments in file.metadata().items()}
+    CASES = {case: json.loads(arguments) for case, arguments in sorted(file.metadata().items())}
 
 
 @pytest.mark.parametrize("case", CASES)
