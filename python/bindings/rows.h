@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -69,8 +70,19 @@ inline void request_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_un
 #endif
 }
 
+// torch's `new_empty` would look up an operator by its name, and take as long as a small product.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, type);
+  std::vector<std::int64_t> strides(sizes.size(), 1);
+  for (std::size_t i = sizes.size(); i > 1; --i)
+    strides[i - 2] = strides[i - 1] * std::max<std::int64_t>(sizes[i - 1], 1);
+  std::int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device_type, like.get_device_index(),
+                                                         &handle));
+  Tensor tensor(handle);
   request_huge_pages(tensor, tensor.numel() * static_cast<std::int64_t>(tensor.element_size()));
   return tensor;
 }

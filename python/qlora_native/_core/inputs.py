@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, is_finite
+from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, is_finite
 from .weight import QuantizedWeight
 
 
@@ -21,6 +21,17 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
 
 
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor`, which errors call `name`, contiguous and in `dtype`.
+
+    Its memory is checked before torch reads it, which does not check; where there is nothing to convert, our op does.
+    """
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    check_memory(name, tensor)
+    return tensor.to(dtype).contiguous()
+
+
 def checked_input(x: Tensor, q: QuantizedWeight, max_dimensions: int, name: str = "x") -> Tensor:
     """Check `x` [..., K], which errors call `name`, and cast it as autocast does."""
     if not isinstance(q, QuantizedWeight):
@@ -31,6 +42,7 @@ def checked_input(x: Tensor, q: QuantizedWeight, max_dimensions: int, name: str 
         raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
     device = q.codes.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
+        check_memory(name, x)
         x = x.to(torch.get_autocast_dtype(device.type))
     K = q.shape[-1]
     if x.dtype not in FLOAT_DTYPES:
@@ -50,7 +62,7 @@ def checked_bias(bias: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
         raise bad("bias", list(shape), list(bias.shape))
     if bias.device != x.device:
         raise bad("bias", f"a tensor on {x.device}, where x is", bias.device)
-    return bias.to(x.dtype).contiguous()
+    return converted("bias", bias, x.dtype)
 
 
 def checked_lora(
@@ -90,10 +102,13 @@ def checked_lora(
     if isinstance(scaling, Tensor):
         if scaling.dim() or not scaling.is_floating_point():
             raise bad("lora_scaling", "a number or a tensor [] of one", f"{scaling.dtype} {list(scaling.shape)}")
+        check_memory("lora_b", lora_b)
+        check_memory("lora_scaling", scaling)
         lora_b, scaling = lora_b * scaling, 1.0
     elif not is_finite(scaling):
         raise bad("lora_scaling", "a finite number", scaling)
-    return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None
+    lora_a, lora_b = converted("lora_a", lora_a, lora_a.dtype), converted("lora_b", lora_b, lora_b.dtype)
+    return lora_a, lora_b, scaling, dropout, draw_seed(x) if dropout > 0 else None
 
 
 def in_stored_order(q: QuantizedWeight, x: Tensor, lora: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
@@ -105,6 +120,8 @@ def in_stored_order(q: QuantizedWeight, x: Tensor, lora: tuple[Any, ...]) -> tup
     if q.column_order is None:
         return x, lora
     lora_a = lora[0]
+    check_memory("x", x)
     if lora_a is not None:
+        check_memory("lora_a", lora_a)
         lora_a = lora_a.index_select(-1, q.column_order)
     return x.index_select(-1, q.column_order), (lora_a, *lora[1:])

@@ -13,7 +13,6 @@ from .ops import linear_forward, refuse_forward_mode
 from .weight import QuantizedWeight, op_arguments
 
 
-@checks_memory
 def linear(
     x: Tensor,
     q: QuantizedWeight,

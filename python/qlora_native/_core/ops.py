@@ -164,7 +164,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], u is not None
     lora = (ctx.lora_scaling, ctx.lora_dropout, seed)
     if need_dx or need_adapter:
-        dx, v = _ops.linear_backward_input(
+        dx, v = linear_backward_input(
             dy, *weight, *ctx.weight_sizes, lora_a, lora_b, *lora, need_dx, offsets, ctx.weights
         )
         if need_dx:
@@ -175,7 +175,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
         else:
             adapters = lora_a.shape[0] if lora_a.dim() == 3 else 0
             x = x if ctx.recompute_x is None else ctx.recompute_x(*operands)
-            da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype, offsets, adapters)
+            da, db = lora_gradients(x, dy, u, v, *lora, lora_a.dtype, offsets, adapters)
         gradients[_FORWARD["lora_a"]], gradients[_FORWARD["lora_b"]] = da, db
     if ctx.needs_input_grad[_FORWARD["bias"]]:
         gradients[_FORWARD["bias"]] = _bias_gradient(dy, offsets, ctx.weights)
@@ -254,15 +254,19 @@ def second_derivative_error(function: str) -> str:
     return f"qlora_native.{function}: expected to be differentiated once, got a second derivative"
 
 
-def refuse_second_derivative(op: str, function: str) -> None:
-    """Let the derivative of `op`, which is that of `qlora_native.functional.<function>`, be an error."""
+def refuse_second_derivative(op: str, function: str) -> Callable[..., Any]:
+    """Let the derivative of `op`, which is that of `qlora_native.functional.<function>`, be an error.
+
+    Returns:
+        The op, as `differentiable` returns it.
+    """
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(second_derivative_error(function))
 
-    differentiable(op, function, lambda *_: None, refuse)
+    return differentiable(op, function, lambda *_: None, refuse)
 
 
 linear_forward = differentiable("linear_forward", "linear", _save, _backward)
-for _name in ("linear_backward_input", "lora_gradients"):
-    refuse_second_derivative(_name, "linear")
+linear_backward_input = refuse_second_derivative("linear_backward_input", "linear")
+lora_gradients = refuse_second_derivative("lora_gradients", "linear")
