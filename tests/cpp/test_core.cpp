@@ -236,6 +236,14 @@ TEST(grids_cover_every_element_evenly) {
   EXPECT(narrow.row_parts == 1 && narrow.column_tiles == 24);
 }
 
+// A task of few rows has several panels of W, because its first one is decoded while nothing is multiplied.
+TEST(small_weights_are_cut_into_few_tasks) {
+  EXPECT(qn::tasks_per_thread(18, 2) == 1);   // 16 rows by 576 x 1536
+  EXPECT(qn::tasks_per_thread(72, 2) == 4);   // 64 rows
+  EXPECT(qn::tasks_per_thread(256, 2) == 8);  // 16 rows by 4096 x 4096
+  EXPECT(qn::tasks_per_thread(1, 64) == 1);
+}
+
 TEST(blocks_fit_the_caches_of_the_machine) {
   const qn::Caches found = qn::caches();
   EXPECT(found.second >= 4 << 10 && found.last >= found.second);

@@ -35,9 +35,11 @@ class ForwardOf : public Job {
 
   void cut(std::int64_t threads) override {
     const std::int64_t max_strips = scaled_to_l2(kMaxStrips, kMinStrips, caches());
+    const std::int64_t panels = Product::panels(args_.weight.N, args_.weight.K);
+    const std::int64_t tasks = tasks_per_thread(panels * ceil_div(rows_, kLanes), threads);
+    const std::int64_t min_tile = tasks < kTasksPerThread ? Product::kMinPanelRows : Product::kMaxPanelRows;
     grid_ = make_grid(strips_.count(), args_.weight.N,
-                      {max_strips, kMinStrips, kMaxTaskRows, Product::kMaxPanelRows, Product::kMinPanelRows}, threads,
-                      kTasksPerThread);
+                      {max_strips, kMinStrips, kMaxTaskRows, min_tile, Product::kMinPanelRows}, threads, tasks);
     tasks_[0] = strips_.count();
     tasks_[1] = grid_.row_parts * grid_.column_tiles;
   }

@@ -156,16 +156,23 @@ struct ProductNt {
     }
   };
 
+  // The panels of w [N, K].
+  static std::int64_t panels(std::int64_t N, std::int64_t K) {
+    return ceil_div(N, kMaxPanelRows) * ceil_div(ceil_div(K, kChunk), kBlockChunks);
+  }
+
   // Multiplies by some rows of W, and calls done(rows, the memory of a panel that is free again) for each panel of
   // them.
   template <class Rows, class Done>
   static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* accumulators,
                        const Done& done) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
+    // Of equal size: while a panel is multiplied, only one that is not larger is decoded and prefetched as a whole.
+    const std::int64_t width = ceil_div(chunks, blocks);
     const auto panel_of = [&](std::int64_t i) {
-      const std::int64_t row = rows.begin + i / blocks * kMaxPanelRows, chunk = i % blocks * kBlockChunks;
+      const std::int64_t row = rows.begin + i / blocks * kMaxPanelRows, chunk = i % blocks * width;
       return Panel{.lines = {row, smaller(row + kMaxPanelRows, rows.end)},
-                   .chunks = {chunk, smaller(chunk + kBlockChunks, chunks)},
+                   .chunks = {chunk, smaller(chunk + width, chunks)},
                    .data = panels + i % 2 * kPanelFloats};
     };
     multiply_panels(w, ceil_div(rows.count(), kMaxPanelRows) * blocks, panel_of,
@@ -207,7 +214,8 @@ struct ProductNt {
   template <class Decoding>
   static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* accumulators,
                              Decoding& decoding) {
-    const std::int64_t unit = panel.chunks.begin * Dot::kUnits, units = smaller(kBlockUnits, x.units - unit);
+    const std::int64_t unit = panel.chunks.begin * Dot::kUnits,
+                       units = smaller(panel.chunks.count() * Dot::kUnits, x.units - unit);
     const auto multiply_with = [&](std::int64_t s, auto& meanwhile) {
       multiply_strip(tiles, x.strip(s, unit), panel, units, x.accumulators(s, accumulators, panel.lines), unit != 0,
                      meanwhile);
