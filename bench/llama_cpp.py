@@ -1,9 +1,9 @@
-"""llama.cpp's product over a weight in a type of GGUF, and its quantizer, by ctypes.
+"""llama.cpp: its product over a weight in a type of GGUF and its quantizer, by ctypes; and a whole model.
 
 The libraries are those of the package llama-cpp-py-sync, or a build for this machine in another folder:
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=ON    in the folder of llama.cpp
-    cmake --build build --target ggml-cpu
+    cmake --build build --target ggml-cpu llama
 
 The weight lies where llama.cpp itself would put it (`make_cpu_buft_list` of its llama-model.cpp): in the first buffer
 type of the CPU that can multiply it, which may repack it for the processor, and else as it is in the file. Activations
@@ -182,9 +182,67 @@ class Product:
         return y
 
 
+class Model:
+    """A model in a GGUF file with its cache, by the bindings of the package llama-cpp-py-sync.
+
+    All that llama.cpp chooses by itself stays as it is: keys and values are in fp16, and weights may be repacked.
+    """
+
+    def __init__(self, folder: Path, path: Path, threads: int, context: int) -> None:
+        """Load the file by the library in a folder, with room for `context` tokens, all of them in one batch.
+
+        Raises:
+            OSError: the library is not there, or cannot be loaded.
+            RuntimeError: llama.cpp does not load the file.
+        """
+        from llama_cpp_py_sync import _cffi_bindings
+
+        self._ffi = ffi = _cffi_bindings.get_ffi()
+        self._library = library = ffi.dlopen(str(_path(folder, "llama")))
+        self._silent = ffi.callback("ggml_log_callback", lambda level, text, data: None)
+        library.llama_log_set(self._silent, ffi.NULL)
+        library.llama_backend_init()
+        self._model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        if self._model == ffi.NULL:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        weakref.finalize(self, library.llama_model_free, self._model)
+        options = library.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = context
+        options.n_threads = options.n_threads_batch = threads
+        self._context = library.llama_init_from_model(self._model, options)
+        if self._context == ffi.NULL:
+            raise RuntimeError(f"llama.cpp has no context of {context} tokens for {path}")
+        weakref.finalize(self, library.llama_free, self._context)  # before the model: the last made goes first
+        self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append int64 tokens [T] to the cache, and compute the logits of the last.
+
+        Returns:
+            fp32 [vocabulary], in llama.cpp's memory.
+
+        Raises:
+            RuntimeError: llama.cpp reports a failure.
+        """
+        ids = self._ffi.new("llama_token[]", tokens.tolist())
+        if status := self._library.llama_decode(self._context, self._library.llama_batch_get_one(ids, len(tokens))):
+            raise RuntimeError(f"llama_decode returned {status}")
+        logits = self._library.llama_get_logits_ith(self._context, -1)
+        return torch.frombuffer(self._ffi.buffer(logits, 4 * self._vocabulary), dtype=torch.float32)
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+
 def _library(folder: Path, name: str) -> ctypes.CDLL:
-    """The library `name` below `folder`; for Linux, macOS and Windows."""
+    """The library `name` below `folder`."""
+    return ctypes.CDLL(str(_path(folder, name)))
+
+
+def _path(folder: Path, name: str) -> Path:
+    """The file of the library `name` below `folder`; for Linux, macOS and Windows."""
     pattern = {"win32": f"{name}.dll", "darwin": f"lib{name}*.dylib"}.get(sys.platform, f"lib{name}.so*")
     if not (paths := sorted(folder.rglob(pattern))):
         raise OSError(f"{folder} has no {pattern}")
-    return ctypes.CDLL(str(paths[0]))
+    return paths[0]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import file_pages
+import generate_pages
 import machine
 import report
 from cases import OURS
@@ -86,10 +87,10 @@ def account_table() -> str:
     return table(header, rows)
 
 
-def files_tables() -> str:
-    """The figures of files.py of each machine, for docs/numbers.md."""
-    found = [report.figures(path.parent).get("files") for path in sorted(report.RESULTS.glob("*/figures.json"))]
-    return "\n".join(file_pages.numbers(each) for each in found if each)
+def of_each_machine(program: str, numbers: Callable[[dict], str]) -> str:
+    """The figures of a program of each machine, for docs/numbers.md."""
+    found = [report.figures(path.parent).get(program) for path in sorted(report.RESULTS.glob("*/figures.json"))]
+    return "\n".join(numbers(each) for each in found if each) or "No machine's report has these figures yet.\n"
 
 
 def finetune_runs() -> str:
@@ -135,7 +136,8 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs/numbers.md": {
         "": lambda: summary(columns(*COLUMNS)),
         " account": account_table,
-        " files": files_tables,
+        " files": lambda: of_each_machine("files", file_pages.numbers),
+        " generate": lambda: of_each_machine("generate", generate_pages.numbers),
         " finetune": finetune_runs,
     },
 }

