@@ -151,10 +151,13 @@ def _given(argument: Any) -> bool:
 
 def _fit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: Any) -> bool:
     """Whether `attention` takes these operands, and computes what sdpa does."""
-    operands = (query, key, value)
-    if not all(is_plain(t) and t.device.type == "cpu" and t.dtype in FLOAT_DTYPES and t.dim() == 4 for t in operands):
+    if not (is_plain(query, key, value) and query.is_cpu and key.is_cpu and value.is_cpu):
         return False
     if not (query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled("cpu")):
+        return False
+    if not (query.dtype in FLOAT_DTYPES and key.dtype in FLOAT_DTYPES and value.dtype in FLOAT_DTYPES):
+        return False
+    if not query.dim() == key.dim() == value.dim() == 4:
         return False
     if scaling is not None and not (is_finite_number(scaling) and scaling > 0):
         return False

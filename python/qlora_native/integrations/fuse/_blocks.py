@@ -151,7 +151,7 @@ def _fuse_norm(module: nn.Module) -> bool:
 def _norm_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """What stands in the place of a norm's forward."""
     weight = module.weight
-    fits = is_plain(x) and is_plain(weight) and x.dtype == weight.dtype and x.device == weight.device
+    fits = is_plain(x, weight) and x.dtype == weight.dtype and x.device == weight.device
     if fits and not args and not kwargs and x.shape[-1:] == weight.shape:
         return rms_norm(x, weight, module._norm_eps, shift=module._norm_shift)
     return type(module).forward(module, x, *args, **kwargs)

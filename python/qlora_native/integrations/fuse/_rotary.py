@@ -75,8 +75,7 @@ def _in_place_of(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fit(q: Any, k: Any, cos: Any, sin: Any) -> bool:
     """Whether `rotary_embedding` takes these operands."""
-    tensors = (q, k, cos, sin)
-    if torch.jit.is_tracing() or not all(is_plain(t) and t.device.type == "cpu" for t in tensors):
+    if torch.jit.is_tracing() or not (is_plain(q, k, cos, sin) and q.is_cpu and k.is_cpu and cos.is_cpu and sin.is_cpu):
         return False
     if q.dtype not in FLOAT_DTYPES or not q.dtype == k.dtype == cos.dtype == sin.dtype:
         return False
