@@ -57,7 +57,6 @@ ROUNDS, PROCESSES = 5, 2
 # had up to 0.018, and llama.cpp, which rounds activations to 8 bits, had 0.019.
 ALLOWED_ERROR = 0.05
 B_SIZE = 0.02  # of the elements of B: it changes the products by some percent, as a trained adapter does
-Contestant = Callable[[Tensor], Tensor]  # appends tokens [T] to its cache, and returns the logits of the last
 
 
 class Cached:
@@ -109,7 +108,10 @@ def generated(model: nn.Module, prompt: Tensor) -> tuple[list[float], Tensor]:
 
 
 def forwarded(contestant: Any, prompt: Tensor, tokens: Tensor) -> tuple[list[float], Tensor]:
-    """The seconds of a prompt and of each token after it, and the logits of its last token and of these, in fp32."""
+    """The seconds of a prompt and of each token after it, and the logits of its last token and of these, in fp32.
+
+    `contestant` is a Cached or a llama_cpp.Model.
+    """
     contestant.clear()
     seconds, logits = [], []
     for part in (prompt, *tokens.split(1)):
@@ -155,15 +157,15 @@ class Contest:
         self.wanted: dict[str, dict[int, Tensor]] = {}
 
     def add(self, quantized: nn.Module, contestants: dict[str, Any], *, with_fused: str = "") -> None:
-        """Add contestants over the weights of `quantized`.
+        """Add contestants over the weights of `quantized`: models, or a llama_cpp.Model.
 
-        Models among them get an adapter, if there is one. With `with_fused`, the name of one that is ours, a copy of it
-        is fused too.
+        In a contest with an adapter each model's copy gets one. `with_fused` names one that is ours, of which a fused
+        copy is added too.
         """
-        from qlora_native.integrations.peft import register
-
         reference = decoded(self.dense, quantized)
         if self.adapter:
+            from qlora_native.integrations.peft import register
+
             reference = adapted(reference)
             for name, each in contestants.items():
                 contestants[name] = adapted(copy.deepcopy(each), register if name == with_fused else None)
@@ -219,7 +221,7 @@ def contest(adapter: bool, folder: str | None, quick: bool) -> Contest:
         dense, tokens = step.load(), step.some_tokens().flatten()
     prompts = QUICK_PROMPTS if quick else PROMPTS
     found = Contest(dense, tokens, prompts, adapter)
-    found.add(dense, {BF16: copy.deepcopy(dense)})
+    found.add(dense, {BF16: dense})
     nf4 = qn.nn.quantize_model(copy.deepcopy(dense), progress=False)
     contestants = {"NF4": nf4}
     if importlib.util.find_spec("bitsandbytes"):
