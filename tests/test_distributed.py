@@ -33,10 +33,15 @@ CASES = {  # name: (scales double-quantized, FSDP2's parameter dtype, or None fo
     "fsdp2-bf16-absmax": (False, torch.bfloat16),
     "fsdp2-adapters": (True, torch.float32),  # each of an adapter's modules is a unit of its own, as with PEFT's policy
     "accelerate": (True, torch.bfloat16),  # accelerate calls fully_shard
+    "accelerate-efficient": (True, torch.bfloat16),  # with cpu_ram_efficient_loading, from the first process's weights
 }
 FUSED = ("ddp", "fsdp2", "fsdp2-head")
 # accelerate does not prepare T5, quantized or not: it knows of no tie between three embeddings.
-RUNS = [(case, family) for case, family in itertools.product(CASES, LINEARS) if (case, family) != ("accelerate", "t5")]
+RUNS = [
+    (case, family)
+    for case, family in itertools.product(CASES, LINEARS)
+    if family != "t5" or not case.startswith("accelerate")
+]
 
 
 def marked(case, *family):
@@ -63,11 +68,23 @@ def step(model, rows):
     return logits.detach(), gradients
 
 
+def forget_weights(model):
+    """Move all of a model that files would have to the meta device."""
+    kept = {name: b for name, b in model.named_buffers() if name not in model.state_dict()}
+    model.to("meta")
+    for name, buffer in kept.items():
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent)._buffers[own] = buffer
+
+
 def sharded(model, dtype, case):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if case == "accelerate":
-        return prepared_by_accelerate(model, cpu_ram_efficient_loading=False)
+    if case.startswith("accelerate"):
+        efficient = case == "accelerate-efficient"
+        if efficient and dist.get_rank() > 0:
+            forget_weights(model)
+        return prepared_by_accelerate(model, cpu_ram_efficient_loading=efficient)
     policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None)
     blocks = model.get_base_model()._no_split_modules
     if case == "fsdp2-adapters":

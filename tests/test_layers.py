@@ -162,6 +162,7 @@ MAY_IMPORT = {
     "optim": ("_optim",),
     "testing": (),
     "_check": ("_core", "optim", "testing"),
+    "integrations.accelerate": LAYERS,
     "integrations.fuse": (*LAYERS, "nn"),
     "integrations.peft": (*LAYERS, "nn"),
     "integrations.transformers": (*LAYERS, "_files", "nn", "integrations.peft"),
@@ -175,7 +176,7 @@ MAY_IMPORT = {
         "integrations.peft",
         "integrations.bitsandbytes",
     ),
-    "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
+    "_loader": ("_layers", "integrations.accelerate", "integrations.peft", "integrations.transformers"),
     "__init__": ("_core", "_calibrate", "functional", "nn", "optim", "_loader", "integrations.fuse"),
     "__main__": ("_core", "__init__", "_check", "convert"),
 }

@@ -1,8 +1,8 @@
-"""Load the integrations with PEFT and transformers in programs that have imported these libraries.
+"""Load the integrations with PEFT, transformers and accelerate in programs that have imported these libraries.
 
-Both libraries find layers by their class, and `Linear4bit` is an `nn.Linear`. Without the integrations PEFT would take
-the codes for a weight, and transformers would write a file that no library reads. A library that the program has not
-imported is not imported here either.
+PEFT and transformers find layers by their class, and `Linear4bit` is an `nn.Linear`. Without the integrations PEFT
+would take the codes for a weight, and transformers would write a file that no library reads. A library that the program
+has not imported is not imported here either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def _load_transformers() -> None:
     from .integrations import transformers  # noqa: F401
 
 
-_LOAD = {"peft": _load_peft, "transformers": _load_transformers}
+def _load_accelerate() -> None:
+    from .integrations import accelerate  # noqa: F401
+
+
+_LOAD = {"peft": _load_peft, "transformers": _load_transformers, "accelerate": _load_accelerate}
 
 
 def _is_missing(library: str) -> bool:

@@ -75,10 +75,18 @@ def _check_storage(argument: str, tensor: torch.Tensor) -> None:
         raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
+def _check_argument(argument: str, value: Any) -> None:
+    if type(value) in _PLAIN_TENSORS:
+        _check_storage(argument, value)
+    elif isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+        raise bad_type(argument, "a tensor of this process", "a DTensor, of which each process has a part")
+
+
 def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
     """Let `function` check the memory of each tensor among its arguments, in order, before anything reads one.
 
-    torch's casts, comparisons and products do not check it: they end the process, or read what now lies there.
+    torch's casts, comparisons and products do not check it: they end the process, or read what now lies there. A
+    DTensor is refused, as the kernels know only tensors of one process.
     """
     names = tuple(inspect.signature(function).parameters)
 
@@ -86,11 +94,9 @@ def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             for name, value in zip(names, args):  # noqa: B905  (the function itself refuses arguments that are too many)
-                if type(value) in _PLAIN_TENSORS:
-                    _check_storage(name, value)
+                _check_argument(name, value)
             for name, value in kwargs.items():
-                if type(value) in _PLAIN_TENSORS:
-                    _check_storage(name, value)
+                _check_argument(name, value)
         return function(*args, **kwargs)
 
     return checked

@@ -90,6 +90,23 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         self.out_features, self.in_features = q.shape
         super().replace_weight(q)
 
+    def replace_by_part(self, q: QuantizedWeight) -> None:
+        """Replace the weight by the part of it that this process has in tensor parallelism.
+
+        `in_features` and `out_features` stay those of the whole layer, as libraries that shard layers expect.
+
+        Args:
+            q: some rows or columns of the weight, whose tensors are shared, not copied.
+        """
+        sizes = self.out_features, self.in_features
+        self.replace_weight(q)
+        self.out_features, self.in_features = sizes
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the layer has only a part of its weight: the other processes of tensor parallelism have the rest."""
+        return self._shape != (self.out_features, self.in_features)
+
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, bias: nn.Parameter | None = None) -> Linear4bit:
         """Make a layer over a quantized weight, whose tensors are shared, not copied.

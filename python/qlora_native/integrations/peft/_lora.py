@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 from ..._core.versions import require
@@ -18,6 +19,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -52,6 +54,7 @@ def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
     """
     if lora_config is None:
         LoraModel._create_new_module = staticmethod(_create_new_module)
+        lora_model.add_lora_tp_hooks_dtensor = _add_tp_hooks
         install()
         return None
     if not isinstance(lora_config, LoraConfig):
@@ -72,6 +75,18 @@ def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Mo
     return _peft_create_new_module(lora_config, adapter_name, target, **kwargs)
 
 
+_peft_add_tp_hooks = lora_model.add_lora_tp_hooks_dtensor
+
+
+@functools.wraps(_peft_add_tp_hooks)
+def _add_tp_hooks(tp_module: nn.Module, *args: Any, base_layer: nn.Module, **kwargs: Any) -> None:
+    # PEFT reads the shape of the whole weight from a DTensor. A quantized layer has a part, in codes.
+    if isinstance(base_layer, Linear4bit):
+        shape = base_layer.out_features, base_layer.in_features
+        base_layer = SimpleNamespace(weight=torch.empty(shape, device="meta"))
+    _peft_add_tp_hooks(tp_module, *args, base_layer=base_layer, **kwargs)
+
+
 class LoraLinear4bit(PeftLoraLinear):
     """PEFT's LoRA linear over a `Linear4bit` base layer.
 
@@ -84,6 +99,14 @@ class LoraLinear4bit(PeftLoraLinear):
     merges_by_itself = True  # tells _methods.py not to wrap `merge` and `unmerge`
     _row_norms: RowNorms | None = None
     _unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # (weight, bias) from before `merge`
+
+    def resolve_lora_variant(self, **kwargs: Any) -> Any:
+        """Choose PEFT's implementation of a variant, as PEFT does. In tensor parallelism only plain LoRA works."""
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None and getattr(self.get_base_layer(), "is_part", False):
+            name = variant if isinstance(variant, type) else type(variant)
+            raise NotImplementedError(f"{name.__name__}: expected plain LoRA over a layer in tensor parallelism")
+        return variant
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Apply the base layer and the adapters.
@@ -152,6 +175,7 @@ class LoraLinear4bit(PeftLoraLinear):
             (name not in self.lora_variant or self._is_dora(name))
             and not self.lora_bias[name]
             and isinstance(self.base_layer, Linear4bit)
+            and not self.base_layer.is_part  # the processes exchange what is between A and B
             and type(self.lora_A[name]) is nn.Linear
             and type(self.lora_B[name]) is nn.Linear
             and isinstance(self.lora_dropout[name], (nn.Dropout, nn.Identity))
@@ -191,6 +215,8 @@ class LoraLinear4bit(PeftLoraLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if getattr(self.get_base_layer(), "is_part", False):
+            raise NotImplementedError("merge: expected a layer that this process has all of, got tensor parallelism")
         if self._needs_peft_to_merge([*self.merged_adapters, *names]):
             if self._unmerged is not None:
                 raise NotImplementedError(f"adapters {names}: merge them together with {self.merged_adapters}")

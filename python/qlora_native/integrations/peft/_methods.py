@@ -101,10 +101,14 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
             raise NotImplementedError(f"{name} over Embedding4bit: expected an embedding in 16 bits (name it in skip)")
         if targeted_experts(target, kwargs.get("parameter_name")):
             check_experts_config(name, config)
+            if getattr(target, "_is_expert_parallel", False):
+                raise NotImplementedError("target_parameters: expected all experts in this process, got a part of them")
         if not isinstance(base, Linear4bit):
             return method(config, adapter_name, target, *args, **kwargs)
         if not isinstance(base, DequantizedLinear) and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
+        if base.is_part and name != "LORA":
+            raise NotImplementedError(f"{name}: expected LoRA over a layer in tensor parallelism")
         _check_config(name, config, kwargs.get("parameter_name"))
         _switch_fan_in_fan_out_off(config)
         try:

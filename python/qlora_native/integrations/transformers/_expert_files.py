@@ -140,13 +140,9 @@ class _ExpertsConverter(WeightConverter):
         with log_conversion_errors(
             layer_name, loading_info, (len(self.collected_tensors), layer_name), self.operations
         ):
-            expected = layer.weight_names()
             q = self._read(path, layer, model, config)
-            layer.replace_weight(q)
             layer.was_read = True
-        if loading_info is not None:  # only the file says whether scales are double-quantized
-            loading_info.missing_keys.difference_update(f"{path}.{name}" for name in expected)
-        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
+            return hf_quantizer.put_weight(path, layer, q, model, loading_info and loading_info.missing_keys)
 
     def _read(self, path: str, layer: Experts4bit, model: Any, config: Any) -> QuantizedWeight:
         first = self.operations[0]

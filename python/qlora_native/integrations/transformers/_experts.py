@@ -137,7 +137,8 @@ def experts_forward(
     if not isinstance(first, Experts4bit):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights, *args, **kwargs)
     if getattr(self, "_is_expert_parallel", False):
-        raise NotImplementedError("Experts4bit: expected all experts in one process, got expert parallelism")
+        # Where processes share a batch, rows of other processes' experts come with the index E, and the weight 0.
+        top_k_index = top_k_index.clamp(max=first.num_experts - 1)
     T, k = top_k_index.shape
     order = torch.argsort(top_k_index.reshape(-1), stable=True)
     experts = torch.arange(first.num_experts + 1, device=order.device)

@@ -27,6 +27,7 @@ from ..._layers.sizes import size_report
 from . import _folder_weights, _gguf_weights
 from ._config import KEEP, KEPT_METHODS, KeepQuantized
 from ._kept import Plan, Target, listed, put_pending, read_pending, targets
+from ._parallel import parallelism
 from ._quantizer import Quantizer, adopt, logger
 
 
@@ -66,6 +67,8 @@ class KeepQuantizer(Quantizer):
         self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         places, config = targets(model), self.quantization_config
+        if parallelism(model) is not None:
+            raise bad("distributed_config", "none with KeepQuantized", "one: formats of files are not cut into parts")
         with torch.device("cpu"):  # transformers makes the model on the meta device
             if self._file is not None:
                 self._plan = _gguf_weights.plan(self._file, model, places, self._dtype)

@@ -25,6 +25,7 @@ from transformers.utils import is_peft_available
 
 from ... import _C, functional
 from ..._core.errors import bad
+from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import (
     has_reason,
@@ -40,6 +41,7 @@ from ._config import METHOD, BitsAndBytesConfig
 from ._embeddings import codes_of_embeddings, dense_embedding, replace_embeddings, replace_tied
 from ._expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
 from ._new_layers import check_devices
+from ._parallel import Parts, parallelism
 from ._weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
 
 logger = transformers.logging.get_logger(__name__)
@@ -54,6 +56,7 @@ class Quantizer(HfQuantizer):
     # The tensors of a weight in a file, which transformers collects for one operation.
     serialized_names = {"weight": [f"weight{suffix}" for suffix in SUFFIXES]}
     unsaved: ValueError | None = None  # why the model cannot be saved
+    parts: Parts | None = None  # what this process has of each weight, if transformers shards the model
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized."""
@@ -123,6 +126,36 @@ class Quantizer(HfQuantizer):
             layer.compute_dtype = config.compute_dtype
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
+        if (distributed := parallelism(model)) is not None:
+            self.parts = Parts(model, distributed)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Let transformers leave the tensors of quantized weights alone, which are cut when they have been read."""
+        if self.parts is not None:
+            self.parts.leave_whole(model, plan)
+
+    def put_weight(
+        self, path: str, layer: QuantizedLayer, q: QuantizedWeight, model: nn.Module, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
+        """Give a layer its weight, or the part of it that this process has.
+
+        Args:
+            path, layer: the layer and its path.
+            q: the whole weight.
+            model: the model that is loaded.
+            missing_keys: the names that have no tensors yet, or None. Those of the layer are taken out: only now it is
+                known which tensors it has, as a file, or a part, may have other scales.
+
+        Returns:
+            The tensors of the layer, by name.
+        """
+        if missing_keys is not None:
+            missing_keys.difference_update(f"{path}.{name}" for name in layer.weight_names())
+        if self.parts is None:
+            layer.replace_weight(q)
+        else:
+            self.parts.put_weight(path, layer, q, model._mesh_manager)
+        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Change the conversions of a checkpoint so that experts are quantized one by one."""
@@ -137,7 +170,7 @@ class Quantizer(HfQuantizer):
         # Saving does not need them: get_state_dict_and_metadata returns the names of the files.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
-        adopt(model, self)
+        adopt(model, self, self.parts and self.parts.unsaved())
         if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
             logger.warning(f"qlora_native: nothing of {type(model).__name__} is quantized; {why_nothing(model)}")
         logger.info("\n%s", size_report(model))
@@ -175,6 +208,8 @@ class Quantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        if self.parts is not None:
+            raise self.parts.unsaved()
         weights: dict[int, nn.Parameter] = {}  # by the id of the codes, so that tied weights stay tied
         for name, module in list(model.named_modules()):
             if not isinstance(module, (Linear4bit, Embedding4bit)):
@@ -208,7 +243,13 @@ class QuantizeWeight(ConversionOps):
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
         """Convert {"a.b.weight": W} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
         result: dict[str, Tensor] = {}
         for full_name, values in input_dict.items():
@@ -222,8 +263,7 @@ class QuantizeWeight(ConversionOps):
                 raise type(error)(f"{path}.{error}") from None
             if q.shape != layer._shape:
                 raise bad(full_name, f"{list(layer._shape)}, as config.json says", list(q.shape))
-            layer.replace_weight(q)
-            result.update({f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()})
+            result.update(self.hf_quantizer.put_weight(path, layer, q, model, missing_keys))
         return result
 
 
@@ -248,12 +288,9 @@ class ReadQuantized(ConversionOps):
             return input_dict
         if len(input_dict) == 1:
             raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
-        expected = layer.weight_names()
         found = {name.removeprefix("weight"): v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
-        layer.replace_weight(read_weight(full_layer_name, layer, found))
-        if missing_keys is not None:  # only the file says whether scales are double-quantized
-            missing_keys.difference_update(f"{path}.{name}" for name in expected)
-        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
+        q = read_weight(full_layer_name, layer, found)
+        return self.hf_quantizer.put_weight(path, layer, q, model, missing_keys)
 
 
 def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
