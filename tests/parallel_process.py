@@ -12,7 +12,7 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-from models import edit_json, ids, load
+from models import edit_json, ids, load, logits
 from models import make as make_model
 from sharding import leave
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -71,8 +71,7 @@ def whole(tensor):
 def results(model, adapter):
     """What a model computes and how much of it this process has, before and after a step; its adapter is saved."""
     found = {"bytes": sum(m.quantized_weight.nbytes for m in model.modules() if isinstance(m, QuantizedLayer))}
-    with torch.no_grad():
-        found["logits"] = model.eval()(input_ids=ids()).logits
+    found["logits"] = logits(model)
     model.train()
     loss = model(input_ids=ids(), labels=ids()).loss
     loss.backward()
@@ -120,6 +119,8 @@ def refusals(folder, count):
         "pp_size": message(base, folder, "llama", **sharded(count, "llama", tp_size=1, pp_size=count)),
         "KeepQuantized": message(load, folder / "gptq", quantization_config=KeepQuantized(), **sharded(count, "llama")),
     }
+    deprecated = {"ep_size": None, "enable_expert_parallel": True}
+    found["enable_expert_parallel"] = message(base, folder, "moe", **sharded(count, "moe", **deprecated))
     for config in (
         peft.LoraConfig(use_dora=True, target_modules=["q_proj"]),
         peft.VeraConfig(target_modules=["q_proj"]),
@@ -141,6 +142,11 @@ def main(folder):
     count, written = dist.get_world_size(), {}
     for name in MODELS:
         written[name] = results(make(folder, name, **sharded(count, name)), folder / f"{name}-adapter-{count}")
+    dist.barrier()  # the first process has saved the adapter
+    loaded = peft.PeftModel.from_pretrained(
+        base(folder, "llama-nf4", **sharded(count, "llama")), folder / f"llama-nf4-adapter-{count}"
+    )
+    written["loaded"] = logits(loaded)
     written["refusals"] = refusals(folder, count)
     torch.save(written, folder / f"written-{count}-{dist.get_rank()}.pt")
     leave()

@@ -49,6 +49,8 @@ class Parts:
                 raise bad(f"distributed_config, {size}", f"1 for a quantized model{remedy}", getattr(config, size))
         self._cuts: dict[str, tuple[str, int]] = {}  # {path of a layer: (dimension of the mesh, of the weight)}
         tp_plan, ep_plan = _changed(model.tp_plan, config.tp_plan), _changed(model.ep_plan, config.ep_plan)
+        if config.tp_plan == {}:  # no rules
+            tp_plan = {}
         if config.ep_size > 1:
             self._plan(model, "ep", ep_plan, config.ep_size)
             owners = tuple(f"{path}." for path in ep_plan)  # rules of tp_plan for experts do not hold then
