@@ -78,7 +78,8 @@ def results(model, adapter):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found["loss"], found["gradients"] = loss.detach(), {name: whole(p.grad) for name, p in trained.items()}
     model.save_pretrained(adapter, save_embedding_layers=False)
-    optimizer = qn.optim.AdamW8bit(trained.values(), lr=RATE, eps=1.0, weight_decay=0.0)  # eps: smooth steps
+    options = {"eps": 1.0, "weight_decay": 0.0, "min_8bit_size": 256}  # eps: gradients of 0 make no step of RATE
+    optimizer = qn.optim.AdamW8bit(trained.values(), lr=RATE, **options)
     optimizer.step()
     found["after"] = {name: whole(p) for name, p in trained.items()}
     optimizer.zero_grad()
