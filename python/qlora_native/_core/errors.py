@@ -75,18 +75,24 @@ def _check_storage(argument: str, tensor: torch.Tensor) -> None:
         raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
+def check_local(argument: str, value: Any) -> None:
+    """Raise TypeError if `value` is a DTensor, because the kernels know only tensors of one process."""
+    if isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+        raise bad_type(argument, "a tensor of this process", "a DTensor, of which each process has a part")
+
+
 def _check_argument(argument: str, value: Any) -> None:
     if type(value) in _PLAIN_TENSORS:
         _check_storage(argument, value)
-    elif isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
-        raise bad_type(argument, "a tensor of this process", "a DTensor, of which each process has a part")
+    else:
+        check_local(argument, value)
 
 
 def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
     """Let `function` check the memory of each tensor among its arguments, in order, before anything reads one.
 
     torch's casts, comparisons and products do not check it: they end the process, or read what now lies there. A
-    DTensor is refused, as the kernels know only tensors of one process.
+    DTensor is refused.
     """
     names = tuple(inspect.signature(function).parameters)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, is_finite
+from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_local, check_memory, is_finite
 from .weight import QuantizedWeight
 
 
@@ -38,6 +38,8 @@ def checked_input(x: Tensor, q: QuantizedWeight, max_dimensions: int, name: str 
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor", type(x).__name__)
+    if type(x) is not Tensor:
+        check_local(name, x)
     if len(q.shape) > max_dimensions:
         raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
     device = q.codes.device
