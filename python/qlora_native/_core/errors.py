@@ -75,24 +75,16 @@ def _check_storage(argument: str, tensor: torch.Tensor) -> None:
         raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
-def check_local(argument: str, value: Any) -> None:
-    """Raise TypeError if `value` is a DTensor, because the kernels know only tensors of one process."""
-    if isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+def check_local(argument: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError if `tensor` is a DTensor: the kernels know only tensors of one process."""
+    if type(tensor).__name__ == "DTensor":  # by name, as torch.distributed.tensor takes long to import
         raise bad_type(argument, "a tensor of this process", "a DTensor, of which each process has a part")
-
-
-def _check_argument(argument: str, value: Any) -> None:
-    if type(value) in _PLAIN_TENSORS:
-        _check_storage(argument, value)
-    else:
-        check_local(argument, value)
 
 
 def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
     """Let `function` check the memory of each tensor among its arguments, in order, before anything reads one.
 
-    torch's casts, comparisons and products do not check it: they end the process, or read what now lies there. A
-    DTensor is refused.
+    torch's casts, comparisons and products do not check it: they end the process, or read what now lies there.
     """
     names = tuple(inspect.signature(function).parameters)
 
@@ -100,9 +92,11 @@ def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             for name, value in zip(names, args):  # noqa: B905  (the function itself refuses arguments that are too many)
-                _check_argument(name, value)
+                if type(value) in _PLAIN_TENSORS:
+                    _check_storage(name, value)
             for name, value in kwargs.items():
-                _check_argument(name, value)
+                if type(value) in _PLAIN_TENSORS:
+                    _check_storage(name, value)
         return function(*args, **kwargs)
 
     return checked

@@ -38,8 +38,7 @@ def checked_input(x: Tensor, q: QuantizedWeight, max_dimensions: int, name: str 
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor", type(x).__name__)
-    if type(x) is not Tensor:
-        check_local(name, x)
+    check_local(name, x)
     if len(q.shape) > max_dimensions:
         raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
     device = q.codes.device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import NESTED_BLOCKSIZE, ceil_div, chosen_blocksize
-from .errors import bad, bad_type, check_float_dtype, checks_memory
+from .errors import bad, bad_type, check_float_dtype, check_local, checks_memory
 from .formats import CODEBOOKS, DYNAMIC_MAP, check_format, codes_shape
 from .microscaling import MICROSCALED
 from .weight import QuantizedWeight, check_quantized, in_order, op_arguments
@@ -50,6 +50,7 @@ def quantize(
     """
     if not isinstance(weight, Tensor):
         raise bad_type("weight", "a tensor", type(weight).__name__)
+    check_local("weight", weight)
     check_float_dtype("weight", weight.dtype)
     if weight.dim() not in (2, 3) or weight.numel() == 0:
         raise bad("weight", "[N, K] or [E, N, K], each at least 1", list(weight.shape))
