@@ -14,6 +14,7 @@ from .. import _C  # noqa: F401  (registers the ops)
 from .blocks import NESTED_BLOCKSIZE, ceil_div
 from .checked_devices import note_use
 from .errors import check_memory
+from .mapped import before_use
 
 _ops = torch.ops.qlora_native
 _library = torch.library.Library("qlora_native", "FRAGMENT")  # its kernels live as long as it does
@@ -164,6 +165,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], u is not None
     lora = (ctx.lora_scaling, ctx.lora_dropout, seed)
     if need_dx or need_adapter:
+        before_use(weight[0])
         dx, v = linear_backward_input(
             dy, *weight, *ctx.weight_sizes, lora_a, lora_b, *lora, need_dx, offsets, ctx.weights
         )

@@ -17,6 +17,7 @@ from .blocks import NESTED_BLOCKSIZE, ceil_div, check_blocksize
 from .errors import bad, bad_type, check_float_dtype, check_memory, dtype_name
 from .formats import CODEBOOKS, codes_shape
 from .layouts import E4M3, LAYOUTS, Layout
+from .mapped import before_use
 from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
 from .quant_state import bytes_of, read_quant_state
 
@@ -417,9 +418,12 @@ def unchecked(*values: Any) -> QuantizedWeight:
 def op_arguments(q: QuantizedWeight) -> tuple[Any, ...]:
     """The fifteen arguments of a torch op that are a weight: codes ... zero_point, N ... byte_format, of one expert.
 
+    Mapped codes are read from their file (mapped.py), because an op that takes these arguments follows.
+
     An op takes tensors and numbers alone, so each schema in python/bindings/ and each fake, whose parameters have the
     names of its schema, spells them out in this order; torch.library.opcheck compares the two in the tests.
     """
+    before_use(q.codes)
     layout = LAYOUTS[q.format]
     return (
         q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.minimum, q.nested_minimum, q.zero_point,

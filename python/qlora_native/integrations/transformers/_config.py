@@ -33,7 +33,7 @@ KEEP = f"{METHOD}_keep"
 FILE_FORMATS = ("nf4", "fp4")  # the formats of bitsandbytes' files, which we write too
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
 KEPT_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "auto-round")  # of folders
-_NOT_IN_FILES = ("strict", "experts_in_mxfp4", "formats", "layers_dtype")
+_NOT_IN_FILES = ("strict", "mapped", "experts_in_mxfp4", "formats", "layers_dtype")
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
@@ -54,6 +54,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             reads such a model, because bitsandbytes has no 4-bit embedding in its files.
         blocksize: elements that share a scale, as in `qlora_native.quantize`; after construction it is never None.
         strict: refuse a model with weights whose use is unknown; not written to files.
+        mapped: the quantized weights of a 4-bit folder stay in its files, which may be larger than the memory, and are
+            read before their layers need them: see `qlora_native.nn.MappedWeights`. Not written to files.
         experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept. Set when a file of gpt-oss is read.
         formats: the formats of the model's weights, from when it has any. With one that bitsandbytes does not have, the
             config of a file has this list as its bnb_4bit_quant_type, and our method; see `to_dict`.
@@ -64,12 +66,14 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     formats: tuple[str, ...] = ()
     layers_dtype: torch.dtype | None = None
 
-    def __init__(self, *args: Any, blocksize: int | None = None, strict: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, blocksize: int | None = None, strict: bool = False, mapped: bool = False, **kwargs: Any
+    ) -> None:
         """Make a config.
 
         Args:
             args, kwargs: the fields of transformers' own config, by position or by name.
-            blocksize, strict: see the class.
+            blocksize, strict, mapped: see the class.
 
         Raises:
             ValueError, TypeError: a field has a value that is not supported, or the field does not exist.
@@ -84,7 +88,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         check_float_dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
         self.blocksize = chosen_blocksize(blocksize, self.bnb_4bit_quant_type)
         self.quant_method = METHOD
-        self.strict = strict
+        self.strict, self.mapped = strict, mapped
         for name, value in (
             ("load_in_8bit", False),
             ("load_in_4bit", True),
@@ -216,7 +220,7 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         fields["bnb_4bit_quant_type"] = types[0]
     if ours and given.compute_dtype is not None:
         fields["bnb_4bit_compute_dtype"] = given.compute_dtype
-    return BitsAndBytesConfig(**fields)
+    return BitsAndBytesConfig(**fields, mapped=ours and given.mapped)
 
 
 def _of_folder(given: KeepQuantized, in_file: dict[str, Any]) -> KeepQuantized:

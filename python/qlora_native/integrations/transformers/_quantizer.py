@@ -36,7 +36,7 @@ from ..._layers.sizes import (
     unquantized_parameters,
     why_nothing,
 )
-from ...nn import Embedding4bit, Experts4bit, Linear4bit
+from ...nn import Embedding4bit, Experts4bit, Linear4bit, MappedWeights
 from ._config import METHOD, BitsAndBytesConfig
 from ._embeddings import codes_of_embeddings, dense_embedding, replace_embeddings, replace_tied
 from ._expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
@@ -90,6 +90,8 @@ class Quantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        if config.mapped and not self.pre_quantized:
+            raise bad("mapped", "a folder in 4 bits (python -m qlora_native quantize writes one)", "one in 16 bits")
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         with_embeddings = config.llm_int8_skip_modules == []
         if not self.pre_quantized and (routers := linears_of_routers(model)):
@@ -174,6 +176,8 @@ class Quantizer(HfQuantizer):
         if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
             logger.warning(f"qlora_native: nothing of {type(model).__name__} is quantized; {why_nothing(model)}")
         logger.info("\n%s", size_report(model))
+        if self.quantization_config.mapped:
+            MappedWeights(model)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
