@@ -1,35 +1,45 @@
 """A QLoRA training step of a model that does not fit into this machine in 16 bits: seconds by part, and peak memory.
 
-    python bench/large.py [--shape llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--tokens 128] [--rank 16]
-                          [--expert-rank 4] [--output]
+    python bench/large.py [--shape llama-7b|llama-33b|llama-65b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--tokens 128]
+                          [--rank 16] [--expert-rank 4] [--folder DIR] [--output]
 
 The shapes are those of the models. The weights are random, because neither time nor memory depends on them. Each layer
 is made in bf16, quantized (NF4, double quantization) and freed before the next one is made, so the whole model never
 exists in 16 bits. The experts of gpt-oss are made from random MXFP4 bytes, the format of its files, and never exist in
 16 bits. LoRA is on all linear layers, and with rank `--expert-rank` on each expert, through PEFT and the fused
 products, with gradient checkpointing and AdamW8bit.
+
+With `--folder` the 4-bit weights of a Llama are written to files, by the writer of `python -m qlora_native quantize`,
+and stay in them (`qn.nn.MappedWeights`); a folder that is there is used again. The shapes of 33 and 65 billion
+parameters take this way in any case, with a temporary folder. The report then has the rate of the disk and the time of
+the products, measured in the same run, beside the step.
 """
 
 from __future__ import annotations
 
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import qlora_native as qn
 import torch
+from qlora_native._core.mapped import read_bytes
 from qlora_native.integrations.peft import register
 from qlora_native.integrations.transformers._experts import find_experts, run_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+import large_files
 import machine
 import report
 from step import seconds_by_part
 
 STANDARD_DEVIATION = 0.02
+IN_FILES = ("llama-33b", "llama-65b")  # whose weights stay in files in any case
 NOT_QUANTIZED = ("lm_head", "gate", "router")  # a mixture's router stays in its own precision
 
 
@@ -38,6 +48,14 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], int, dict[str, Any]]] = {
     "llama-7b": (
         LlamaConfig, 32, dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
                               num_key_value_heads=32, vocab_size=32_000),
+    ),
+    "llama-33b": (
+        LlamaConfig, 60, dict(hidden_size=6656, intermediate_size=17920, num_attention_heads=52,
+                              num_key_value_heads=52, vocab_size=32_000),
+    ),
+    "llama-65b": (
+        LlamaConfig, 80, dict(hidden_size=8192, intermediate_size=22016, num_attention_heads=64,
+                              num_key_value_heads=64, vocab_size=32_000),
     ),
     "qwen3-30b-a3b": (  # 128 experts a layer, of which a token takes 8
         Qwen3MoeConfig, 48, dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
@@ -122,6 +140,32 @@ def quantized_model(config: PreTrainedConfig, seconds: dict[str, float]) -> nn.M
     return model
 
 
+def model_in_files(
+    config: PreTrainedConfig, folder: Path, seconds: dict[str, float]
+) -> tuple[nn.Module, qn.nn.MappedWeights, dict[str, Any]]:
+    """Make the folder of a model of random weights unless it is there, and load it with weights that stay in its files.
+
+    Returns:
+        The model, what reads its weights, and figures of the files.
+    """
+
+    def make(part: nn.Module) -> None:
+        fill(part)
+        if part is not empty:
+            qn.nn.quantize_model(part, NOT_QUANTIZED, progress=False)
+
+    if not (folder / "config.json").exists():
+        empty = empty_model(config)
+        with timed(seconds, "make weights, quantize and write them"):
+            large_files.write(folder, config, empty.model.layers, empty, make)
+    files = large_files.files_of(folder)
+    large_files.forget(files)
+    rate = large_files.disk_rate(files)
+    with timed(seconds, "load"):
+        model, weights = large_files.load(folder, config)
+    return model, weights, {"bytes": sum(path.stat().st_size for path in files), "disk_bytes_per_s": rate}
+
+
 def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, seconds: dict[str, float]) -> float:
     """Take one training step, and return its loss."""
     with timed(seconds, "forward"):
@@ -134,10 +178,18 @@ def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tenso
     return loss.item()
 
 
-def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank: int, **changes: Any) -> dict[str, Any]:
+def measure(
+    shape: str,
+    layers: int | None,
+    tokens: int,
+    rank: int,
+    expert_rank: int,
+    folder: Path | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
     """Make the model, and take two training steps. The second is timed, and its operations are counted.
 
-    `changes` are other sizes for the config.
+    `folder` is where the weights stay in files, or None. `changes` are other sizes for the config.
 
     Raises:
         RuntimeError: the loss of the same tokens does not fall.
@@ -148,7 +200,11 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
     torch.manual_seed(0)
     making: dict[str, float] = {}
     step: dict[str, float] = {}
-    model = quantized_model(config, making)
+    weights, files = None, None
+    if folder is None:
+        model = quantized_model(config, making)
+    else:
+        model, weights, files = model_in_files(config, folder, making)
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     parameters = parameters_of(model)
     experts = [path for path, module in model.named_modules() if isinstance(module, qn.nn.Experts4bit)]
@@ -167,10 +223,17 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = qn.optim.AdamW8bit(trainable, lr=1e-3)
     ids = torch.randint(model.config.vocab_size, (1, tokens))
-    losses = [step_parts(model, optimizer, ids, {})]
-    operations = seconds_by_part(
-        lambda: losses.append(step_parts(model, optimizer, ids, step)), model.config.vocab_size
-    )
+    with large_files.Memory() as memory:
+        losses = [step_parts(model, optimizer, ids, {})]
+        read, waited = read_bytes(), weights.waited_s if weights else 0.0
+        operations = seconds_by_part(
+            lambda: losses.append(step_parts(model, optimizer, ids, step)), model.config.vocab_size
+        )
+        read = read_bytes() - read
+    if files is not None:
+        files |= {"read_bytes": read, "waited_s": weights.waited_s - waited, "peaks": memory.peaks}
+        weights.close()
+        files["products_s"] = large_files.products_s(model, tokens)
     with torch.no_grad():
         losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
     if not losses[0] > losses[1] > losses[2]:
@@ -191,6 +254,7 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
         "making_s": making,
         "step_s": step,
         "operations_s": operations,
+        "files": files,
         "tokens_per_s": tokens / sum(step.values()),
         "threads": torch.get_num_threads(),
     }
@@ -223,7 +287,26 @@ def lines(found: dict) -> str:
         ("the same by part:", found["operations_s"]),
     ):
         text += [title, *(f"  {seconds:8.2f} s  {part}" for part, seconds in parts.items())]
+    if found["files"]:
+        text += lines_of_files(found["files"], sum(found["step_s"].values()))
     return "\n".join(text)
+
+
+def lines_of_files(files: dict[str, Any], step_s: float) -> list[str]:
+    """The figures of weights that stay in files, as text."""
+    peaks = {name: peak / 1e9 for name, peak in files["peaks"].items()}
+    rate = files["disk_bytes_per_s"]
+    limits = files["products_s"], files["read_bytes"] / rate
+    return [
+        f"weights in files of {files['bytes'] / 1e9:.2f} GB; in the steps, peak of the process's own memory "
+        f"{peaks['RssAnon']:.2f} GB, of mapped files, which are the page cache's, {peaks['RssFile']:.2f} GB, of both "
+        f"{peaks['VmRSS']:.2f} GB",
+        f"  {step_s:8.2f} s  the step, {files['waited_s']:.2f} s of which waited for weights",
+        f"  {limits[0]:8.2f} s  its products alone, with weights that are in memory",
+        f"  {limits[1]:8.2f} s  {files['read_bytes'] / 1e9:.2f} GB that the step has read (/proc/self/io), at "
+        f"{rate / 1e9:.2f} GB/s, the rate of the disk",
+        f"  {step_s / max(limits):8.2f} ×  the step, in the larger of the two",
+    ]
 
 
 def main() -> None:
@@ -234,14 +317,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--expert-rank", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="of a Llama's weights, which stay there; made if it is not there")
     args = parser.parse_args()
-    found = measure(args.shape, args.layers, args.tokens, args.rank, args.expert_rank)
+    if args.folder and not args.shape.startswith("llama"):
+        parser.error("--folder is for the shapes of Llama")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or (Path(temporary) / args.shape if args.shape in IN_FILES else None)
+        found = measure(args.shape, args.layers, args.tokens, args.rank, args.expert_rank, folder)
     print(lines(found))
     if args.output:
         description = machine.describe()
         page = f"# A training step of {args.shape}\n\n{report.head(description)}; `bench/large.py`.\n\n    "
         page += lines(found).replace("\n", "\n    ")
-        report.write(report.folder_of(description) / f"{args.shape}.md", page)
+        name = f"{args.shape}-{args.tokens}-tokens.md" if folder else f"{args.shape}.md"
+        report.write(report.folder_of(description) / name, page)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,24 @@ def test_large_model_takes_two_steps(script, shape):
     assert found["operations_s"]["products"] > 0
 
 
+def test_large_model_in_files_is_written_once_and_trains(script, tmp_path):
+    large = script("large")
+    sizes = {"vocab_size": 1000, **SMALL}
+    written = []
+    for _ in range(2):
+        found = large.measure("llama-65b", 3, 16, 4, 3, tmp_path / "weights", **sizes)
+        assert found["losses"][0] > found["losses"][1] > found["losses"][2]
+        files = found["files"]
+        assert files["products_s"] > 0 and files["disk_bytes_per_s"] > 0 and files["peaks"]["RssAnon"] > 0
+        written.append(sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "weights").iterdir()))
+        assert files["bytes"] == sum(path.stat().st_size for path in (tmp_path / "weights").glob("*.safetensors"))
+        assert "its products alone" in large.lines(found)
+    assert written[0] == written[1]
+    assert [name for name, _ in written[0] if name.endswith("safetensors")][-1] == "model-00004-of-00004.safetensors"
+    with pytest.raises(ValueError, match="expected num_hidden_layers 2, got 3"):
+        large.measure("llama-65b", 2, 16, 4, 3, tmp_path / "weights", **sizes)
+
+
 @pytest.mark.parametrize("contestant", ["qlora_native", "qlora_native, nothing fused"])
 def test_account_of_a_step_has_all_of_its_time(script, contestant):
     account = script("account")

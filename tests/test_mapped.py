@@ -9,8 +9,12 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from peak import ENVIRONMENT, megabytes, peaks
 from process import succeed
+from sharding import FSDP_SHARDS_BYTES, leave
+from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("safetensors")
 
@@ -380,6 +384,75 @@ def test_merge_of_a_mapped_model_leaves_the_files_as_they_are(folder):
         assert not outside(model)
         assert torch.equal(adapted(input_ids=ids).logits, expected)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+PROCESSES = 2
+
+
+def train_in_processes(rank, folder, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=PROCESSES)
+    names = {}
+    exec(TRAIN, names)
+    for way in ("ddp", "fsdp2"):
+        if way == "fsdp2" and not FSDP_SHARDS_BYTES:
+            continue
+        base = names["load"](folder, mapped=True)
+        torch.manual_seed(0)
+        lora = names["peft"].LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = names["peft"].get_peft_model(base, lora)
+        if way == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            for layer in base.model.layers:
+                fully_shard(layer)
+            wrapped = fully_shard(model)
+        ids = torch.arange(8)[None] + rank
+        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients = {
+            name: p.grad.full_tensor() if way == "fsdp2" else p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+        left = outside(base) if way == "ddp" else []
+        anonymous = copied_bytes() if way == "ddp" else 0
+        torch.save((gradients, left, anonymous), f"{results}/{way}-{rank}.pt")
+    leave()
+
+
+def copied_bytes():
+    """The bytes of the mappings of safetensors files that have become copies of this process."""
+    copied, inside = 0, False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if "-" in line.split()[0]:
+                inside = line.rstrip().endswith(".safetensors")
+            elif inside and line.startswith("Anonymous"):
+                copied += 1024 * int(line.split()[1])
+    return copied
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_two_processes_compute_over_mapped_weights_what_one_does(folder, tmp_path):
+    names = {}
+    exec(TRAIN, names)
+    mp.spawn(train_in_processes, (folder, tmp_path), nprocs=PROCESSES)
+    torch.manual_seed(0)
+    lora = names["peft"].LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = names["peft"].get_peft_model(names["load"](folder, mapped=False), lora)
+    for rank in range(PROCESSES):
+        ids = torch.arange(8)[None] + rank
+        (model(input_ids=ids, labels=ids, use_cache=False).loss / PROCESSES).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for way in ("ddp", *["fsdp2"] * FSDP_SHARDS_BYTES):
+        for rank in range(PROCESSES):
+            gradients, left, copied = torch.load(tmp_path / f"{way}-{rank}.pt")
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(
+                    gradient, expected[name], rtol=1e-2, atol=1e-2 * expected[name].norm().item()
+                )
+            assert not left and copied < 1e6, f"DDP has copied {copied / 1e6:.1f} MB"
 
 
 def test_folder_in_16_bits_is_refused(tmp_path):
