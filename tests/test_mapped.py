@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import qlora_native as qn
 from qlora_native._core import mapped
 from qlora_native._core.mapped import MappedFile, Region, mappings
-from qlora_native.nn import Linear4bit, MappedWeights
+from qlora_native.nn import Linear4bit, Linear8bit, MappedWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, LAYERS = 128, 6
@@ -89,6 +89,16 @@ def test_mapped_layers_compute_what_copies_do(paths, ahead_bytes):
             y.square().sum().backward()
             results.append((y, rows.grad))
         assert all(map(torch.equal, *results))
+
+
+def test_codes_of_fp8_stay_in_their_file(tmp_path):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    save_file({"weight": weight, "scale": torch.tensor([[0.5, 2.0], [1.0, 0.25]])}, tmp_path / "fp8.safetensors")
+    with safe_open(tmp_path / "fp8.safetensors", framework="pt") as file:
+        q = qn.functional.from_fp8(file.get_tensor("weight"), file.get_tensor("scale"), block_size=(128, 128))
+    layer = Linear8bit.from_quantized(q)
+    assert MappedWeights(layer).nbytes >= 256 * 256 and not outside(layer)
+    assert torch.equal(layer(x(256)), copy.deepcopy(layer)(x(256)))
 
 
 def test_forward_reads_upward_and_backward_downward(paths):

@@ -2,6 +2,12 @@
 
 The mapping is that of the library that has read the file: safetensors maps it privately, so pages that nobody writes to
 are those of the page cache, and a page that is written to becomes a copy in memory.
+
+Pages are read by MADV_POPULATE_READ, which also tells errors. Over 2 GB of a virtual disk, on a machine that others
+used too, it gave 2.0 ... 2.6 GB/s for 0.02 s of a processor's time; preadv into a buffer 1.1 ... 1.6 GB/s for
+0.2 ... 0.4 s; and posix_fadvise(WILLNEED) of a megabyte at a time 1.4 ... 2.2 GB/s for 0.4 s, while one call of it, or
+of madvise, for a whole layer reads no more than the kernel's read-ahead. Faults gave 1.3 ... 1.6 GB/s, for which the
+thread that computes waits.
 """
 
 from __future__ import annotations
@@ -62,12 +68,12 @@ class MappedFile:
             ValueError: it lies on a network file system.
         """
         self.path = path
-        if type := _network_type(path):
+        if (network := _network_type(path)) is not None:
             raise bad(
                 path,
                 "a file on a local disk, as pages that leave the memory are read again in each step, and one that a "
                 "server fails to send ends the process",
-                f"one on {type}",
+                f"one on {network}",
             )
         self._file = open(path, "rb")
         self._stat = os.fstat(self._file.fileno())

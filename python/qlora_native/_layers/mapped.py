@@ -21,7 +21,8 @@ from .._core.mapped import MappedFile, Region, mappings, read_bytes, region_of
 from .._core.progress import SECONDS
 from .base import QuantizedLayer
 
-AHEAD_BYTES = 1 << 30
+AHEAD_BYTES = 1 << 30  # two layers of a Llama of 65 billion parameters, a second of a disk of 1 GB/s
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # the attribute of a module by which DDP leaves tensors alone
 
 
 class MappedWeights:
@@ -100,7 +101,7 @@ class MappedWeights:
         mapped.uses.update(self._uses)
         _all.add(self)
         # DDP would copy the weights of the first process over those of all, in place, and so into memory.
-        model._ddp_params_and_buffers_to_ignore = [*names, *map(_under_peft, names)]
+        setattr(model, _DDP_IGNORES, [*getattr(model, _DDP_IGNORES, ()), *names, *map(_under_peft, names)])
         self._finalizer = weakref.finalize(model, self.close)
 
     def close(self) -> None:
@@ -138,6 +139,8 @@ class MappedWeights:
             file.check()
         backward = torch._C._current_graph_task_id() != -1  # also where a checkpoint computes a layer again
         with self._lock:
+            if not self._known:
+                self._shown = (time.monotonic(), 0, read_bytes(), 0.0)  # the first step begins
             if self._backward and not backward:
                 self._end_step()
             self._backward = backward
