@@ -90,12 +90,7 @@ class MappedWeights:
         self._backward = False
         self._steps = 0
         self._disk_bytes, self._disk_s = 0, 0.0  # of the reads that took bytes from the disk
-        self._shown = (
-            time.monotonic(),
-            0,
-            read_bytes(),
-            0.0,
-        )  # what the last line has told: time, steps, bytes, waited
+        self._shown = self._figures()  # at the last report
         self._renew()
         self._uses = {region.tensors[0].data_ptr(): partial(self._use, region) for region in regions}
         mapped.uses.update(self._uses)
@@ -115,16 +110,17 @@ class MappedWeights:
 
     def report(self) -> str:
         """What has been read since the last report or line of progress, and how fast."""
-        now, read = time.monotonic(), read_bytes()
-        since, steps, before, waited = self._shown
-        self._shown = (now, self._steps, read, self.waited_s)
-        seconds, steps, read = now - since, self._steps - steps, read - before
-        text = f"mapped weights: {steps} step{'s' * (steps != 1)} in {seconds:.1f} s read {read / 1e9:.2f} GB "
-        text += f"({read / 1e9 / seconds:.2f} GB/s"
-        if self._disk_s > 0 and read:
-            rate = self._disk_bytes / self._disk_s
-            text += f", {read / seconds / rate:.0%} of the {rate / 1e9:.2f} GB/s of the disk"
-        return f"{text}), waited {self.waited_s - waited:.1f} s for {self.nbytes / 1e9:.2f} GB of weights"
+        before, self._shown = self._shown, self._figures()
+        seconds, steps, read, waited = (now - then for now, then in zip(self._shown, before, strict=True))
+        text = f"mapped weights: {steps} step{'s' * (steps != 1)} in {seconds:.1f} s read {read / 1e9:.2f} GB"
+        if self._disk_s > 0 and seconds > 0:
+            rate, of_disk = read / seconds, self._disk_bytes / self._disk_s
+            text += f" ({rate / 1e9:.2f} GB/s, {rate / of_disk:.0%} of the {of_disk / 1e9:.2f} GB/s of the disk)"
+        return f"{text}, waited {waited:.1f} s for {self.nbytes / 1e9:.2f} GB of weights"
+
+    def _figures(self) -> tuple[float, int, int, float]:
+        """What a report tells the growth of: time, steps, bytes from the disk, and seconds of waiting."""
+        return time.monotonic(), self._steps, read_bytes(), self.waited_s
 
     def _renew(self) -> None:
         """Make the locks and the queue, and no thread yet: at first, and in a forked process, which has no thread."""
@@ -140,7 +136,7 @@ class MappedWeights:
         backward = torch._C._current_graph_task_id() != -1  # also where a checkpoint computes a layer again
         with self._lock:
             if not self._known:
-                self._shown = (time.monotonic(), 0, read_bytes(), 0.0)  # the first step begins
+                self._shown = self._figures()  # the first step begins
             if self._backward and not backward:
                 self._end_step()
             self._backward = backward
@@ -167,6 +163,8 @@ class MappedWeights:
 
     def _next(self, region: Region, backward: bool) -> list[Region]:
         """The regions after this one that are to be read, and have not been requested or read lately."""
+        if self._known == len(self._order) and self.nbytes <= 2 * self._ahead_bytes:
+            return []  # each has been read once, and always counts as read lately
         found, left = [], self._ahead_bytes
         count, step = len(self._order), -1 if backward else 1
         for i in range(1, count):
@@ -207,10 +205,8 @@ class MappedWeights:
 
     def _end_step(self) -> None:
         self._steps += 1
-        since, _, before, _ = self._shown
-        if not self._progress or (self._steps > 1 and time.monotonic() - since < SECONDS):
-            return
-        if read_bytes() > before:
+        since, steps, before, _ = self._shown
+        if self._progress and (steps == 0 or time.monotonic() - since >= SECONDS) and read_bytes() > before:
             sys.stderr.write(f"{self.report()}\n")
 
 
