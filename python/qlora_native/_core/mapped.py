@@ -97,12 +97,12 @@ class MappedFile:
 
 def _network_type(path: str) -> str | None:
     """The type of the file system of a file, if it is one of a network."""
-    best, found = "", ""
+    path, best, found = os.path.realpath(path), "", ""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, _, after = line.partition(" - ")
             point = before.split()[4].replace("\\040", " ")
-            inside = os.path.realpath(path).startswith(point.rstrip("/") + "/")
+            inside = path.startswith(point.rstrip("/") + "/")
             if inside and len(point) >= len(best):  # a later line of the same mount point covers it
                 best, found = point, after.split()[0]
     return found if found.startswith(_NETWORK) else None
