@@ -1,6 +1,7 @@
-"""Guards the machine code of AMX's main loop (cpp/src/cpu/product/tiles-inl.h), which cannot be timed without AMX.
+"""Guards the machine code of AMX's loops (cpp/src/cpu/product/: tiles-inl.h, strip_nt-inl.h, panel_pipeline-inl.h).
 
-A tile product costs at most one load, the loop stores no tile, and the decoder beside it keeps its values in registers.
+They cannot be timed without AMX. A tile product costs little more than one load, no loop stores a tile, and decoding
+keeps its values in registers.
 """
 
 import importlib
@@ -43,21 +44,39 @@ def falls_through(instruction):
 
 
 @pytest.fixture(scope="module")
-def blocks():
-    """{a block's tiles of accumulators and what is decoded beside it: the loop over units of its machine code}."""
+def loops():
+    """{a function's name: its loops} in the object of the backend."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "tools")
         machine_code = importlib.import_module("machine_code")
         listing = subprocess.run(
             ("objdump", "-dC", "--no-show-raw-insn", str(OBJECTS[-1])), capture_output=True, text=True, check=True
         ).stdout.splitlines()
-        found = {}
-        for name, code in functions(listing, machine_code.Instruction).items():
-            if "multiply_tiles<" not in name or not any(i.opcode == "tdpbf16ps" for i in code):
-                continue
-            loops = machine_code.loops(code, target, falls_through)
-            found[name] = max((loop for loop in loops if any(i.opcode == "tdpbf16ps" for i in loop)), key=len)
-        return found
+        return {
+            name: machine_code.loops(code, target, falls_through)
+            for name, code in functions(listing, machine_code.Instruction).items()
+            if re.search(r"multiply_tiles<|::multiply_block\(|Decoder<.*::step\(long\)", name)
+        }
+
+
+def multiplies(loop):
+    return any(i.opcode == "tdpbf16ps" for i in loop)
+
+
+@pytest.fixture(scope="module")
+def blocks(loops):
+    """{a block's tiles of accumulators and what is decoded beside it: the loop over units of its machine code}."""
+    return {
+        name: max(filter(multiplies, of_name), key=len)
+        for name, of_name in loops.items()
+        if "multiply_tiles<" in name and any(map(multiplies, of_name))
+    }
+
+
+@pytest.fixture(scope="module")
+def strips(loops):
+    """{the rows of W and the tiles that a strip of X is wide: the loops of its machine code}."""
+    return {name: of_name for name, of_name in loops.items() if "StripNt<" in name and "::multiply_block(" in name}
 
 
 def count(loop, opcode):
@@ -72,7 +91,8 @@ def test_block_loads_each_tile_once(blocks, size, loads, products):
     # Of two by two tiles in Y and in dX, over 4 and over 8 bits, and without decoding.
     assert len(found) >= (5 if size == "2, 2" else 1), list(blocks)
     for name, loop in found.items():
-        assert (count(loop, "tileloadd"), count(loop, "tdpbf16ps")) == (loads, products), name
+        # The compiler may hold the step twice, after decoding and without it.
+        assert products * count(loop, "tileloadd") == loads * count(loop, "tdpbf16ps"), name
 
 
 def test_accumulators_stay_in_registers(blocks):
@@ -80,3 +100,45 @@ def test_accumulators_stay_in_registers(blocks):
         assert count(loop, "tilestored") == 0, name
         spilled = [i for i in loop if "zmm" in i.operands and ("(%rsp)" in i.operands or "(%rbp)" in i.operands)]
         assert not spilled, (name, spilled)
+
+
+@pytest.mark.parametrize(("width", "loads"), [(1, 5), (2, 4)])
+def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads):
+    """Four products a step, and nothing is stored before all chunks of a block have been multiplied."""
+    found = {name: of_name for name, of_name in strips.items() if f", {width}>::multiply_block(" in name}
+    assert len(found) >= 5, list(strips)  # over 4 and over 8 bits, with minima and without
+    for name, of_name in found.items():
+        products = list(filter(multiplies, of_name))
+        assert products, name
+        for loop in products:
+            assert 4 * count(loop, "tileloadd") == loads * count(loop, "tdpbf16ps"), name
+            assert count(loop, "tilestored") == 0, name
+
+
+def test_decoding_keeps_its_values_in_registers(loops, strips):
+    decoding = [(name, loop) for name, of_name in strips.items() for loop in of_name if not multiplies(loop)]
+    decoding += [
+        (name, loop)
+        for name, of_name in loops.items()
+        if "ProductNt<" in name and "::step(long)" in name
+        for loop in of_name
+    ]
+    assert len(decoding) >= 15, [name for name, _ in decoding]
+    for name, loop in decoding:
+        moved = [i for i in loop if re.search(r"\(%r[sb]p", i.operands) or i.opcode in ("vpinsrq", "vpextrq", "call")]
+        assert not moved, (name, moved)
+
+
+def test_two_rows_of_4_bits_are_decoded_with_one_table(strips):
+    """128 weights of blocks of 64 take two conversions to words, four lookups and one rounding."""
+    found = [
+        loop
+        for name, of_name in strips.items()
+        if "CodeKind)0, 1, " in name
+        for loop in of_name
+        if not multiplies(loop)
+    ]
+    assert len(found) == 4  # with minima and without, for strips of one and of two tiles
+    for loop in found:
+        assert [count(loop, i) for i in ("vpmovzxbw", "vpermw", "vcvtne2ps2bf16", "vcvtneps2bf16")] == [2, 4, 1, 0]
+        assert len(loop) <= 36, len(loop)

@@ -237,6 +237,8 @@ std::vector<Case> cases() {
     }
     // More panels, at a small M, than go into one total.
     all.push_back({.M = 8, .N = 1700, .K = 70, .dtype = dtype});
+    // More scales in a row than are decoded at once.
+    all.push_back({.M = 5, .N = 3, .K = 16'448, .dtype = dtype});
   }
   // More rows of X, and more ranks of U, than are packed at once.
   for (const DType dtype : {DType::f32, DType::bf16})

@@ -36,8 +36,12 @@ class ForwardOf : public Job {
   void cut(std::int64_t threads) override {
     const std::int64_t max_strips = scaled_to_l2(kMaxStrips, kMinStrips, caches());
     const std::int64_t panels = Product::panels(args_.weight.N, args_.weight.K);
-    const std::int64_t tasks = tasks_per_thread(panels * ceil_div(rows_, kLanes), threads);
-    const std::int64_t min_tile = tasks < kTasksPerThread ? Product::kMinPanelRows : Product::kMaxPanelRows;
+    const bool by_strips = Product::decodes_for_each_strip(strips_);  // which decode nothing ahead but 64 columns
+    const std::int64_t tasks =
+        by_strips ? kTasksPerThread : tasks_per_thread(panels * ceil_div(rows_, kLanes), threads);
+    const std::int64_t min_tile = by_strips                 ? kMaxStripBlockRows
+                                  : tasks < kTasksPerThread ? Product::kMinPanelRows
+                                                            : Product::kMaxPanelRows;
     grid_ = make_grid(strips_.count(), args_.weight.N,
                       {max_strips, kMinStrips, kMaxTaskRows, min_tile, Product::kMinPanelRows}, threads, tasks);
     tasks_[0] = strips_.count();

@@ -49,64 +49,39 @@ class Decoder {
  public:
   // `next` is the panel that is decoded after this one, or null. Its codes and scales are prefetched meanwhile.
   Decoder(const Rows& w, const Panel& panel, const Panel* next)
-      : w_(w), panel_(panel), width_(panel.chunks.count()), lines_(panel.lines.count()) {
+      : w_(w), steps_{w.chunk_decoder(), panel, panel.chunks.count(), panel.lines.count(), w.row_bytes()} {
     const Range rows = rows_of(panel);
-    stepwise_ = w.aligned() && rows.count() == lines_ * kLineRows;
+    stepwise_ = w.aligned() && rows.count() == steps_.lines * kLineRows;
     if (!stepwise_) return;
-    codes_ = w.codes_at(rows.begin, panel.chunks.begin);
+    steps_.codes = w.codes_at(rows.begin, panel.chunks.begin);
+    steps_.scales = scales_;
     w.chunk_scales().decode(rows, panel.chunks, scales_, Rows::Scales::kHasMinimum ? scales_ + kMinima : nullptr,
-                            width_ * Rows::kChunkScales);
+                            steps_.width * Rows::kChunkScales);
     if (next != nullptr) {
       w.chunk_scales().prefetch(rows_of(*next), next->chunks);
-      ahead_ = w.codes_at(rows_of(*next).begin, next->chunks.begin) - codes_;
+      steps_.ahead = w.codes_at(rows_of(*next).begin, next->chunks.begin) - steps_.codes;
     }
     panel.clear_rest();
-    start(0);
+    steps_.start(0);
   }
 
   // How often step() has something to do.
-  std::int64_t steps() const { return stepwise_ ? lines_ * ceil_div(width_, std::int64_t{2}) : 0; }
+  std::int64_t steps() const { return stepwise_ ? steps_.lines * ceil_div(steps_.width, std::int64_t{2}) : 0; }
 
   // Decodes two chunks of one line, which is a cache line of 4-bit codes for each row. Later codes are prefetched into
   // the second-level cache: rows that are a power of two apart share so few sets of the first one that they would push
   // each other out.
-  void step()
-    requires(Panel::kLineAfterLine)
-  {
-    if (left_ == 0) return;
-    for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from_ + ahead_ + i, 0, 2);
-    put_two();
-    chunk_ += 2;
-    from_ += 2 * Rows::kChunkBytes;
-    out_ += 2 * panel_.chunk_stride();
-    scale_ += 2 * Rows::kChunkScales;
-    if (chunk_ < width_) return;
-    from_ += w_.row_bytes() - chunk_ * Rows::kChunkBytes;  // the next line
-    out_ += panel_.line_stride() - chunk_ * panel_.chunk_stride();
-    scale_ += (width_ - chunk_) * Rows::kChunkScales;
-    chunk_ = 0;
-    --left_;
-  }
-  [[gnu::always_inline]] void step()
-    requires(!Panel::kLineAfterLine)
-  {
-    if (left_ == 0) return;
-#pragma GCC unroll 2
-    for (int i = 0; i < kLineRows; ++i) {
-      // At the end of a panel these are codes of the next one.
-      const std::uint8_t* later = from_ + (kLinesAhead * kLineRows + i) * w_.row_bytes();
-      __builtin_prefetch(later, 0, 2);
-      __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
-    }
-    put_two();
-    from_ += kLineRows * w_.row_bytes();
-    scale_ += kLineRows * width_ * Rows::kChunkScales;
-    out_ += panel_.line_stride();
-    if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
+  [[gnu::always_inline]] void step() { steps_.template step<false>(); }
+  // Takes some steps, of a Dot that decodes two chunks at once. The assembler of tiles may write any memory, as far as
+  // the compiler knows, and so may decoding. A copy of what steps read stays in registers meanwhile.
+  [[gnu::noinline]] void step(std::int64_t count) {
+    Steps steps = steps_;
+    for (; count > 0 && steps.at.left > 0; --count) steps.template step<true>();
+    steps_.at = steps.at;
   }
   [[gnu::noinline]] void finish() {
-    if (!stepwise_) return decode_panel(w_, panel_);
-    while (left_ > 0) step();
+    if (!stepwise_) return decode_panel(w_, steps_.panel);
+    while (steps_.at.left > 0) step();
   }
 
  private:
@@ -116,53 +91,112 @@ class Decoder {
   Range rows_of(const Panel& panel) const {
     return {panel.lines.begin * kLineRows, smaller(panel.lines.end * kLineRows, w_.rows())};
   }
-  // Lets the next step be at this chunk of the first line.
-  void start(std::int64_t chunk) {
-    chunk_ = chunk;
-    left_ = lines_;
-    from_ = codes_ + chunk * Rows::kChunkBytes;
-    scale_ = scales_ + chunk * Rows::kChunkScales;
-    out_ = panel_.data + chunk * panel_.chunk_stride();
-  }
-  [[gnu::always_inline]] void put_two() const {
-    put(from_, scale_, out_);
-    if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + Rows::kChunkScales, out_ + panel_.chunk_stride());
-  }
-  [[gnu::always_inline]] void put(const std::uint8_t* codes, const float* scales, float* out) const {
-    typename Panel::Chunk chunk[kLineRows];
+
+  struct Steps {
+    using Chunk = typename Panel::Chunk;
+    using Scales = typename Rows::Scales;
+
+    typename Rows::ChunkDecoder decoder;
+    Panel panel;
+    std::int64_t width, lines, row_bytes;
+    const std::uint8_t* codes = nullptr;
+    const float* scales = nullptr;
+    std::int64_t ahead = 0;  // bytes from this panel's codes to the next one's
+    // The next step decodes chunks `chunk` and chunk + 1 of a line. So many lines are left.
+    struct {
+      std::int64_t chunk = 0, left = 0;
+      const std::uint8_t* from = nullptr;
+      const float* scale = nullptr;
+      float* out = nullptr;
+    } at = {};
+
+    // Lets the next step be at this chunk of the first line.
+    void start(std::int64_t chunk) {
+      at = {chunk, lines, codes + chunk * Rows::kChunkBytes, scales + chunk * Rows::kChunkScales,
+            panel.data + chunk * panel.chunk_stride()};
+    }
+    template <bool kTwo>
+    [[gnu::always_inline]] void step() {
+      if (at.left == 0) return;
+      if constexpr (Panel::kLineAfterLine) {
+        for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(at.from + ahead + i, 0, 2);
+        put_two<kTwo>();
+        at.chunk += 2;
+        at.from += 2 * Rows::kChunkBytes;
+        at.out += 2 * panel.chunk_stride();
+        at.scale += 2 * Rows::kChunkScales;
+        if (at.chunk < width) return;
+        at.from += row_bytes - at.chunk * Rows::kChunkBytes;  // the next line
+        at.out += panel.line_stride() - at.chunk * panel.chunk_stride();
+        at.scale += (width - at.chunk) * Rows::kChunkScales;
+        at.chunk = 0;
+        --at.left;
+      } else {
 #pragma GCC unroll 2
-    for (int i = 0; i < kLineRows; ++i)
-      chunk[i] = w_.chunk(codes + i * w_.row_bytes(),
-                          typename Rows::Scales{scales, scales + kMinima} + i * width_ * Rows::kChunkScales);
-    Panel::template write<Rows::kNatural>(chunk, out);
-  }
+        for (int i = 0; i < kLineRows; ++i) {
+          // At the end of a panel these are codes of the next one.
+          const std::uint8_t* later = at.from + (kLinesAhead * kLineRows + i) * row_bytes;
+          __builtin_prefetch(later, 0, 2);
+          __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
+        }
+        put_two<kTwo>();
+        at.from += kLineRows * row_bytes;
+        at.scale += kLineRows * width * Rows::kChunkScales;
+        at.out += panel.line_stride();
+        if (--at.left == 0 && at.chunk + 2 < width) start(at.chunk + 2);
+      }
+    }
+    template <bool kTwo>
+    [[gnu::always_inline]] void put_two() const {
+      const bool both = at.chunk + 1 < width;
+      if constexpr (kTwo && kLineRows == 1)
+        if (both) {
+          Chunk chunk[2];
+          decoder.two({at.from, at.from + Rows::kChunkBytes}, {of(at.scale), of(at.scale + Rows::kChunkScales)}, chunk);
+          for (int i = 0; i < 2; ++i)
+            Panel::template write<Rows::kNatural>({chunk[i]}, at.out + i * panel.chunk_stride());
+          return;
+        }
+      put<kTwo>(at.from, at.scale, at.out);
+      if (both) put<kTwo>(at.from + Rows::kChunkBytes, at.scale + Rows::kChunkScales, at.out + panel.chunk_stride());
+    }
+    template <bool kTwo>
+    [[gnu::always_inline]] void put(const std::uint8_t* from, const float* scale, float* out) const {
+      Chunk chunk[kLineRows];
+      const std::int64_t line = width * Rows::kChunkScales;
+      if constexpr (kTwo && kLineRows == 2)
+        decoder.two({from, from + row_bytes}, {of(scale), of(scale + line)}, chunk);
+      else
+#pragma GCC unroll 2
+        for (int i = 0; i < kLineRows; ++i) chunk[i] = decoder.one(from + i * row_bytes, of(scale + i * line));
+      Panel::template write<Rows::kNatural>(chunk, out);
+    }
+    // Scales are followed by minima, if there are some.
+    static Scales of(const float* scale) { return {scale, scale + kMinima}; }
+  };
 
   const Rows& w_;
-  Panel panel_;
-  std::int64_t width_, lines_;
+  Steps steps_;
   bool stepwise_;  // else finish() decodes the panel as a whole
-  const std::uint8_t* codes_ = nullptr;
-  std::int64_t ahead_ = 0;  // bytes from this panel's codes to the next one's
-  // The next step decodes chunks chunk_ and chunk_ + 1 of a line. So many lines are left.
-  std::int64_t chunk_ = 0, left_ = 0;
-  const std::uint8_t* from_ = nullptr;
-  const float* scale_ = nullptr;
-  float* out_ = nullptr;
-  // Scales are followed by minima, if there are some, which begin here.
-  static constexpr std::int64_t kMinima = Panel::kMaxScaledChunks * Rows::kChunkScales;
+  static constexpr std::int64_t kMinima = Panel::kMaxScaledChunks * Rows::kChunkScales;  // where they begin
   float scales_[(Rows::Scales::kHasMinimum ? 2 : 1) * kMinima];
 };
 // Stands for a decoder where a panel is multiplied and no other one is decoded.
 struct NoDecoder {
   void step() {}
 };
-// A decoder that takes several of its steps at each step of a product.
+// A decoder beside tiles. `steps` of it are due at each step of a product, and it takes them when there are enough for
+// a loop: the processor goes on with the products meanwhile.
 template <class Decoder>
 struct Paced {
+  static constexpr std::int64_t kAtOnce = 8;
   Decoder& decoder;
-  std::int64_t steps;
+  std::int64_t steps, due = 0;
   [[gnu::always_inline]] void step() {
-    for (std::int64_t i = 0; i < steps; ++i) decoder.step();
+    due += steps;
+    if (due < kAtOnce) return;
+    decoder.step(due);
+    due = 0;
   }
 };
 

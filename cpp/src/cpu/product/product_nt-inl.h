@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/strip_nt-inl.h"
 #include "cpu/product/tiles-inl.h"
 
 namespace qlora_native::QLN_ISA {
@@ -50,6 +51,18 @@ struct ProductNt {
   static constexpr std::int64_t kMaxPanelRows = kTiled<Dot> ? 256 : 64;
   static constexpr std::int64_t kMinPanelRows = 16;  // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kMaxPanelRows * kPanelStride;
+  // So many strips, or fewer, each decode W for themselves (strip_nt-inl.h), up to 64 rows. On an Intel Xeon with AMX
+  // panels took 22 cycles for 64 weights with 16 rows, 30 with 32, 39 with 64 and 60 with 128. Decoding takes about 8,
+  // and a strip's products by panels 9 (39 - 30), so even one after another they would take no longer for two strips.
+  static constexpr std::int64_t kMaxDecodingStrips = 2;
+
+  static bool decodes_for_each_strip(const Strips& strips) {
+    return kTiled<Dot> && strips.count() <= kMaxDecodingStrips;
+  }
+  // Rows of W in a task are a multiple of this where there are enough of them.
+  static std::int64_t task_rows(const Strips& strips) {
+    return decodes_for_each_strip(strips) ? kMaxStripBlockRows : kMaxPanelRows;
+  }
 
   template <class Rows>
   static std::int64_t padded_units(const Rows& rows) {
@@ -166,6 +179,9 @@ struct ProductNt {
   template <class Rows, class Done>
   static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* accumulators,
                        const Done& done) {
+    if constexpr (kTiled<Dot> && Rows::kQuantized && !Rows::kRare)
+      if (decodes_for_each_strip(x.strips) && w.aligned())
+        return multiply_each_strip(tiles, w, rows, x, panels, accumulators, done);
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
     // Of equal size: while a panel is multiplied, only one that is not larger is decoded and prefetched as a whole.
     const std::int64_t width = ceil_div(chunks, blocks);
@@ -211,6 +227,29 @@ struct ProductNt {
   }
 
  private:
+  static TileGrid<const float*> tiles_of(const Strip& strip) {
+    return {strip.data, strip.unit_stride, kLanes, kTileUnits * strip.unit_stride};
+  }
+  static TileGrid<float*> tiles_of(const Accumulators& accumulators) {
+    return {accumulators.data, accumulators.row_stride, kTileRows * accumulators.row_stride, kLanes};
+  }
+
+  template <class Rows, class Done>
+  static void multiply_each_strip(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* memory,
+                                  float* accumulators, const Done& done) {
+    for (std::int64_t row = rows.begin; row < rows.end; row += kMaxPanelRows) {
+      const Range panel{row, smaller(row + kMaxPanelRows, rows.end)};
+      for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
+        with_constant<kMaxStripWidth>(x.strips.width(s), [&](auto width) {
+          using Kernel = StripNt<Dot, Rows, width>;
+          static_assert(Kernel::kFloats <= 2 * kPanelFloats && kMaxPanelRows % Kernel::kRows == 0);
+          Kernel::multiply(tiles, w, panel, tiles_of(x.strip(s, 0)), tiles_of(x.accumulators(s, accumulators, panel)),
+                           memory);
+        });
+      done(panel, memory);
+    }
+  }
+
   template <class Decoding>
   static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* accumulators,
                              Decoding& decoding) {
@@ -259,13 +298,11 @@ struct ProductNt {
   template <int kWidth, class Decoding>
   static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
                                 const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
-    const TileGrid<const float*> b{strip.data, strip.unit_stride, kLanes, kTileUnits * strip.unit_stride};
     const auto multiply = [&](auto tile_rows, std::int64_t row) {
-      multiply_tiles<tile_rows, kWidth>(tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, b,
-                                        units,
-                                        {accumulators.data + row * accumulators.row_stride, accumulators.row_stride,
-                                         kTileRows * accumulators.row_stride, kLanes},
-                                        accumulate, decoding);
+      multiply_tiles<tile_rows, kWidth>(
+          tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, tiles_of(strip), units,
+          tiles_of(Accumulators{accumulators.data + row * accumulators.row_stride, accumulators.row_stride}),
+          accumulate, decoding);
     };
     constexpr int kBlockRows = 4 / kWidth;
     std::int64_t row = 0;

@@ -42,39 +42,63 @@ struct TileGrid {
   std::int64_t step;  // of A and B: from these 16 units to the next 16. Of C: from a tile to the one on its right
 };
 
-// A block of kRows x kCols tiles of accumulators over `units` units, a multiple of kTileUnits, beginning with what `c`
-// holds or with zero. The accumulators stay in registers: C in tiles 0 ... 3, A in 4 and 5, B in 6 and 7, so that 2 x 2
-// tiles of accumulators cost one load a product, the minimum for eight tiles. `meanwhile` is called at every step
-// of 16 units: its vector instructions run beside the products.
-template <int kRows, int kCols, class Tiles, class Meanwhile>
-[[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
-                                      std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {
+// A block of kRows x kCols tiles of accumulators, which stay in registers from begin() to end(): C in tiles 0 ... 3, A
+// in 4 and 5, B in 6 and 7, so that 2 x 2 tiles of accumulators cost one load a product, the minimum for eight tiles.
+template <int kRows, int kCols, class Tiles>
+class TileBlock {
   static_assert(kRows * kCols <= 4 && (kRows == 1 || kCols <= 2));
-  const auto each = [](auto f) {
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
-    }(std::make_integer_sequence<int, kRows * kCols>());
-  };
-  // The lambda captures the addresses by value, so that they stay in registers: as far as the compiler knows, the
-  // assembler of a tile may write any memory.
-  each([=, &tiles](auto i, auto j) {
-    if (accumulate)
-      tiles.template load<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
-    else
-      tiles.template zero<i * kCols + j>();
-  });
-  for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
-    meanwhile.step();
+
+ public:
+  // The accumulators begin with what `c` holds, or with zero.
+  [[gnu::always_inline]] static void begin(Tiles& tiles, TileGrid<float*> c, bool accumulate) {
+    each([=, &tiles](auto i, auto j) {
+      if (accumulate)
+        tiles.template load<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
+      else
+        tiles.template zero<i * kCols + j>();
+    });
+  }
+  // Multiplies kTileUnits units.
+  [[gnu::always_inline]] static void multiply(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b) {
     each([=, &tiles](auto i, auto j) {
       constexpr int kA = 4 + i % 2, kB = 6 + j % 2;
       if constexpr (j == 0) tiles.template load<kA>(a.data + i * a.tile, a.row);
       if constexpr (i == 0) tiles.template load<kB>(b.data + j * b.tile, b.row);
       tiles.template multiply<i * kCols + j, kA, kB>();
     });
+  }
+  // Stores the tiles that begin in the first `rows` rows.
+  [[gnu::always_inline]] static void end(Tiles& tiles, TileGrid<float*> c, std::int64_t rows = kRows * kTileRows) {
+    each([=, &tiles](auto i, auto j) {
+      if (i * kTileRows < rows) tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
+    });
+  }
+
+ private:
+  // The functions above give f the addresses by value, so that they stay in registers: as far as the compiler knows,
+  // the assembler of a tile may write any memory.
+  template <class F>
+  [[gnu::always_inline]] static void each(F f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+      (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
+    }(std::make_integer_sequence<int, kRows * kCols>());
+  }
+};
+
+// A block over `units` units, a multiple of kTileUnits. `meanwhile` is called at every step of 16 units: its vector
+// instructions run beside the products.
+template <int kRows, int kCols, class Tiles, class Meanwhile>
+[[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
+                                      std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {
+  using Block = TileBlock<kRows, kCols, Tiles>;
+  Block::begin(tiles, c, accumulate);
+  for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
+    meanwhile.step();
+    Block::multiply(tiles, a, b);
     a.data += a.step;
     b.data += b.step;
   }
-  each([=, &tiles](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
+  Block::end(tiles, c);
 }
 
 }  // namespace

@@ -94,13 +94,30 @@ class QuantizedRows {
     if constexpr (kMinimum) __builtin_memcpy(copy_of_minima, scales.minimum, sizeof(copy_of_minima) / 2);
     return step(copy, {copy_of_scales, copy_of_minima});
   }
+  // Decodes chunks, without what else the rows are: a loop keeps it in registers.
+  struct ChunkDecoder {
+    Table16 code;
+
+    [[gnu::always_inline]] typename Dot::Chunk one(const std::uint8_t* codes, const Scales& scales) const {
+      if constexpr (kBits == 8)
+        return Dot::template decode8<kCodes, kScales>(codes, scales);
+      else if constexpr (kScales > 1)
+        return Dot::template decode4_blocks<kScales>(codes, code, scales);
+      else
+        return Dot::template decode4<false>(codes, Dot::table(code, scales));
+    }
+    // Two chunks of any rows, of a Dot that decodes two at once.
+    [[gnu::always_inline]] void two(const std::uint8_t* const (&codes)[2], const Scales (&scales)[2],
+                                    typename Dot::Chunk (&chunk)[2]) const {
+      if constexpr (kBits == 4 && kScales == 1)
+        Dot::decode4_two(codes, code, scales, chunk);
+      else
+        for (int i = 0; i < 2; ++i) chunk[i] = one(codes[i], scales[i]);
+    }
+  };
+  ChunkDecoder chunk_decoder() const { return {code_}; }
   [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, const Scales& scales) const {
-    if constexpr (kBits == 8)
-      return Dot::template decode8<kCodes, kScales>(codes, scales);
-    else if constexpr (kScales > 1)
-      return Dot::template decode4_blocks<kScales>(codes, code_, scales);
-    else
-      return decode<false>(codes, scales);
+    return chunk_decoder().one(codes, scales);
   }
   // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }

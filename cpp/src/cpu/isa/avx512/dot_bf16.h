@@ -56,6 +56,25 @@ struct DotBf16 {
     return kOdd ? Chunk{{from_low, from_high}} : Chunk{{from_high, from_low}};
   }
 
+  // Decodes 64 weights of either of two blocks. One conversion rounds the values of both.
+  template <class Scales>
+  [[gnu::always_inline]] static void decode4_two(const std::uint8_t* const (&bytes)[2], Table16 code,
+                                                 const Scales (&scales)[2], Chunk (&chunk)[2]) {
+    const __m512i levels = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(scales[1].of_block(code.level, 0), scales[0].of_block(code.level, 0)));
+    const __m512i nibbles = _mm512_set1_epi16(0x0F), second = _mm512_set1_epi16(0x10);  // bit 4 names the block
+    for (int i = 0; i < 2; ++i) {
+      const __m512i words = load_words(bytes[i]);
+      __m512i high = _mm512_srli_epi16(words, 4), low = _mm512_and_si512(words, nibbles);
+      if (i == 1) {
+        high = _mm512_or_si512(high, second);
+        low = _mm512_ternarylogic_epi64(words, nibbles, second, kAndOr);
+      }
+      chunk[i] = {{_mm512_castsi512_ps(_mm512_permutexvar_epi16(high, levels)),
+                   _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, levels))}};
+    }
+  }
+
   // Decodes 64 weights of kScales blocks, 2 or 4. An index names the block too.
   template <int kScales, class Scales>
   [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const Scales& scales) {

@@ -35,6 +35,11 @@ struct DotBf16 {
       return table.level[nibble % 2 == 0 ? bytes[nibble / 2] >> 4 : bytes[nibble / 2] & 15];
     });
   }
+  template <class Scales>
+  static void decode4_two(const std::uint8_t* const (&bytes)[2], Table16 code, const Scales (&scales)[2],
+                          Chunk (&chunk)[2]) {
+    for (int i = 0; i < 2; ++i) chunk[i] = decode4<false>(bytes[i], table(code, scales[i]));
+  }
   template <int kScales, class Scales>
   static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const Scales& scales) {
     return make_chunk([&](int e) {
