@@ -49,7 +49,12 @@ class Decoder {
  public:
   // `next` is the panel that is decoded after this one, or null. Its codes and scales are prefetched meanwhile.
   Decoder(const Rows& w, const Panel& panel, const Panel* next)
-      : w_(w), steps_{w.chunk_decoder(), panel, panel.chunks.count(), panel.lines.count(), w.row_bytes()} {
+      : w_(w),
+        steps_{.decoder = w.chunk_decoder(),
+               .panel = panel,
+               .row_bytes = w.row_bytes(),
+               .width = panel.chunks.count(),
+               .lines = panel.lines.count()} {
     const Range rows = rows_of(panel);
     stepwise_ = w.aligned() && rows.count() == steps_.lines * kLineRows;
     if (!stepwise_) return;
@@ -76,12 +81,12 @@ class Decoder {
   // the compiler knows, and so may decoding. A copy of what steps read stays in registers meanwhile.
   [[gnu::noinline]] void step(std::int64_t count) {
     Steps steps = steps_;
-    for (; count > 0 && steps.at.left > 0; --count) steps.template step<true>();
-    steps_.at = steps.at;
+    for (; count > 0 && steps.left > 0; --count) steps.template step<true>();
+    steps_.move_to(steps);
   }
   [[gnu::noinline]] void finish() {
     if (!stepwise_) return decode_panel(w_, steps_.panel);
-    while (steps_.at.left > 0) step();
+    while (steps_.left > 0) step();
   }
 
  private:
@@ -98,78 +103,88 @@ class Decoder {
 
     typename Rows::ChunkDecoder decoder;
     Panel panel;
-    std::int64_t width, lines, row_bytes;
-    const std::uint8_t* codes = nullptr;
-    const float* scales = nullptr;
-    std::int64_t ahead = 0;  // bytes from this panel's codes to the next one's
-    // The next step decodes chunks `chunk` and chunk + 1 of a line. So many lines are left.
-    struct {
-      std::int64_t chunk = 0, left = 0;
-      const std::uint8_t* from = nullptr;
-      const float* scale = nullptr;
-      float* out = nullptr;
-    } at = {};
+    std::int64_t row_bytes;
+    // The next step decodes chunks `chunk` and chunk + 1 of a line, of `width`. So many of `lines` are left. What a
+    // step changes stands between what it does not: the compiler would move neighbours through a vector.
+    std::int64_t width, chunk, lines, left;
+    const std::uint8_t *codes, *from;
+    const float *scales, *scale;
+    std::int64_t ahead;  // bytes from this panel's codes to the next one's
+    float* out;
 
     // Lets the next step be at this chunk of the first line.
-    void start(std::int64_t chunk) {
-      at = {chunk, lines, codes + chunk * Rows::kChunkBytes, scales + chunk * Rows::kChunkScales,
-            panel.data + chunk * panel.chunk_stride()};
+    void start(std::int64_t first) {
+      chunk = first;
+      left = lines;
+      from = codes + first * Rows::kChunkBytes;
+      scale = scales + first * Rows::kChunkScales;
+      out = panel.data + first * panel.chunk_stride();
+    }
+    // Goes on where `other` is.
+    void move_to(const Steps& other) {
+      chunk = other.chunk;
+      left = other.left;
+      from = other.from;
+      scale = other.scale;
+      out = other.out;
     }
     template <bool kTwo>
     [[gnu::always_inline]] void step() {
-      if (at.left == 0) return;
+      if (left == 0) return;
       if constexpr (Panel::kLineAfterLine) {
-        for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(at.from + ahead + i, 0, 2);
+        for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from + ahead + i, 0, 2);
         put_two<kTwo>();
-        at.chunk += 2;
-        at.from += 2 * Rows::kChunkBytes;
-        at.out += 2 * panel.chunk_stride();
-        at.scale += 2 * Rows::kChunkScales;
-        if (at.chunk < width) return;
-        at.from += row_bytes - at.chunk * Rows::kChunkBytes;  // the next line
-        at.out += panel.line_stride() - at.chunk * panel.chunk_stride();
-        at.scale += (width - at.chunk) * Rows::kChunkScales;
-        at.chunk = 0;
-        --at.left;
+        chunk += 2;
+        from += 2 * Rows::kChunkBytes;
+        out += 2 * panel.chunk_stride();
+        scale += 2 * Rows::kChunkScales;
+        if (chunk < width) return;
+        from += row_bytes - chunk * Rows::kChunkBytes;  // the next line
+        out += panel.line_stride() - chunk * panel.chunk_stride();
+        scale += (width - chunk) * Rows::kChunkScales;
+        chunk = 0;
+        --left;
       } else {
 #pragma GCC unroll 2
         for (int i = 0; i < kLineRows; ++i) {
           // At the end of a panel these are codes of the next one.
-          const std::uint8_t* later = at.from + (kLinesAhead * kLineRows + i) * row_bytes;
+          const std::uint8_t* later = from + (kLinesAhead * kLineRows + i) * row_bytes;
           __builtin_prefetch(later, 0, 2);
           __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
         }
         put_two<kTwo>();
-        at.from += kLineRows * row_bytes;
-        at.scale += kLineRows * width * Rows::kChunkScales;
-        at.out += panel.line_stride();
-        if (--at.left == 0 && at.chunk + 2 < width) start(at.chunk + 2);
+        from += kLineRows * row_bytes;
+        scale += kLineRows * width * Rows::kChunkScales;
+        out += panel.line_stride();
+        if (--left == 0 && chunk + 2 < width) start(chunk + 2);
       }
     }
     template <bool kTwo>
     [[gnu::always_inline]] void put_two() const {
-      const bool both = at.chunk + 1 < width;
+      const bool both = chunk + 1 < width;
       if constexpr (kTwo && kLineRows == 1)
         if (both) {
-          Chunk chunk[2];
-          decoder.two({at.from, at.from + Rows::kChunkBytes}, {of(at.scale), of(at.scale + Rows::kChunkScales)}, chunk);
+          Chunk chunks[2];
+          decoder.two({from, from + Rows::kChunkBytes}, {of(scale), of(scale + Rows::kChunkScales)}, chunks);
           for (int i = 0; i < 2; ++i)
-            Panel::template write<Rows::kNatural>({chunk[i]}, at.out + i * panel.chunk_stride());
+            Panel::template write<Rows::kNatural>({chunks[i]}, out + i * panel.chunk_stride());
           return;
         }
-      put<kTwo>(at.from, at.scale, at.out);
-      if (both) put<kTwo>(at.from + Rows::kChunkBytes, at.scale + Rows::kChunkScales, at.out + panel.chunk_stride());
+      put<kTwo>(from, scale, out);
+      if (both) put<kTwo>(from + Rows::kChunkBytes, scale + Rows::kChunkScales, out + panel.chunk_stride());
     }
     template <bool kTwo>
-    [[gnu::always_inline]] void put(const std::uint8_t* from, const float* scale, float* out) const {
-      Chunk chunk[kLineRows];
+    [[gnu::always_inline]] void put(const std::uint8_t* codes_of_chunk, const float* scale_of_chunk, float* to) const {
+      Chunk chunks[kLineRows];
       const std::int64_t line = width * Rows::kChunkScales;
       if constexpr (kTwo && kLineRows == 2)
-        decoder.two({from, from + row_bytes}, {of(scale), of(scale + line)}, chunk);
+        decoder.two({codes_of_chunk, codes_of_chunk + row_bytes}, {of(scale_of_chunk), of(scale_of_chunk + line)},
+                    chunks);
       else
 #pragma GCC unroll 2
-        for (int i = 0; i < kLineRows; ++i) chunk[i] = decoder.one(from + i * row_bytes, of(scale + i * line));
-      Panel::template write<Rows::kNatural>(chunk, out);
+        for (int i = 0; i < kLineRows; ++i)
+          chunks[i] = decoder.one(codes_of_chunk + i * row_bytes, of(scale_of_chunk + i * line));
+      Panel::template write<Rows::kNatural>(chunks, to);
     }
     // Scales are followed by minima, if there are some.
     static Scales of(const float* scale) { return {scale, scale + kMinima}; }
