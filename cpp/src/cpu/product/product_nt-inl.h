@@ -59,10 +59,6 @@ struct ProductNt {
   static bool decodes_for_each_strip(const Strips& strips) {
     return kTiled<Dot> && strips.count() <= kMaxDecodingStrips;
   }
-  // Rows of W in a task are a multiple of this where there are enough of them.
-  static std::int64_t task_rows(const Strips& strips) {
-    return decodes_for_each_strip(strips) ? kMaxStripBlockRows : kMaxPanelRows;
-  }
 
   template <class Rows>
   static std::int64_t padded_units(const Rows& rows) {
