@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +219,7 @@ def _under_peft(name: str) -> str:
     return f"base_model.model.{path}.base_layer.{own}"
 
 
-_all: Any = weakref.WeakSet()
+_all: weakref.WeakSet[MappedWeights] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
