@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 
 #include "backend.h"
 #include "check.h"
@@ -29,8 +28,7 @@ std::int64_t piece_of(std::int64_t elements, std::size_t bytes_of_element, std::
 
 }  // namespace
 
-std::map<const std::byte*, PagedArena::Impl*> PagedArena::Impl::all_;
-std::shared_mutex PagedArena::Impl::all_mutex_;
+AddressMap<PagedArena::Impl*> PagedArena::Impl::all_;
 
 // ---- layout ----
 
@@ -127,15 +125,11 @@ void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOp
     for (void** event : {&segment.fetched, &segment.ready}) *event = driver_->create_event(/*timed=*/true);
     segment.updated = driver_->create_event();
   }
-  const std::unique_lock lock(all_mutex_);
-  all_[data_ + bytes_] = this;
+  all_.insert(data_, bytes_, this);
 }
 
 PagedArena::Impl::~Impl() {
-  if (data_ != nullptr) {
-    const std::unique_lock lock(all_mutex_);
-    all_.erase(data_ + bytes_);
-  }
+  if (data_ != nullptr) all_.erase(data_, bytes_);
   std::vector<void*> events{step_began_, step_ended_, evicted_};
   for (const Slot& slot : slots_) events.push_back(slot.copied_back);
   for (const Segment& segment : segments_) {
@@ -152,13 +146,6 @@ PagedArena::Impl::~Impl() {
   }
   if (ring_ != nullptr) driver_->release(Driver::Memory::device, ring_);
   if (data_ != nullptr) driver_->release(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, data_);
-}
-
-PagedArena::Impl* PagedArena::Impl::find(const void* state) {
-  const auto* const at = static_cast<const std::byte*>(state);
-  const std::shared_lock lock(all_mutex_);
-  const auto found = all_.upper_bound(at);
-  return found != all_.end() && found->second->data_ <= at ? found->second : nullptr;
 }
 
 // The entry of the arena whose arrays are exactly this tensor's state. Null if there is none: then the caller uses the

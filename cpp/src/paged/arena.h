@@ -2,13 +2,12 @@
 #pragma once
 
 #include <cstddef>
-#include <map>
 #include <memory>
-#include <shared_mutex>
 #include <vector>
 
 #include "common/layout.h"
 #include "common/optimizer.h"
+#include "paged/address_map.h"
 #include "paged/driver.h"
 #include "qlora_native/paged.h"
 
@@ -41,7 +40,8 @@ class PagedArena::Impl {
   }
   void open(const std::vector<PagedState>& states, const PagedOptions& options);
 
-  static Impl* find(const void* state);  // the arena in which this address lies, or null
+  // The arena in which this address lies, or null.
+  static Impl* find(const void* state) { return all_.find(state); }
 
   std::byte* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
@@ -103,8 +103,7 @@ class PagedArena::Impl {
   void *step_began_ = nullptr, *step_ended_ = nullptr, *evicted_ = nullptr;
   PagedStats stats_;
 
-  static std::map<const std::byte*, Impl*> all_;  // all arenas, by their end address
-  static std::shared_mutex all_mutex_;
+  static AddressMap<Impl*> all_;
 };
 
 }  // namespace qlora_native
