@@ -97,7 +97,7 @@ test-arm: $(stamp)-build
 # Needs a Python with a CUDA build of torch and the packages of the extras build, test and finetune, and nvcc.
 test-gpu:
 	QLN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
-	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py $(ARGS)
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py tests/test_paged_weights.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are preloaded, and leaks are not checked, because Python never frees
 # some memory. Tests that mostly run Python and torch, or measure the memory of a call, are left to `make test`. The CUDA

@@ -15,7 +15,7 @@ from torch import nn
 
 import qlora_native as qn
 from qlora_native import _C, optim
-from qlora_native._optim.paged import is_pageable
+from qlora_native._core.paging import is_pageable
 
 ON_GPU = torch.cuda.is_available() and not _C.cuda_unavailable_reason()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")

@@ -26,11 +26,8 @@ MAY_INCLUDE = {
     "python/bindings": ("cpp/include", "cpp/src/common"),
     "cpp/program": ("cpp/include", f"{CPU}/runtime"),
     # An operation includes no other one.
-    **{
-        f"cuda/{room}": (*CORE, "cuda/device", "cuda/runtime")
-        for room in ("product", "quantize", "loss", "elementwise")
-    },
-    "cuda/optimizer": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
+    **{f"cuda/{room}": (*CORE, "cuda/device", "cuda/runtime") for room in ("quantize", "loss", "elementwise")},
+    **{f"cuda/{room}": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime") for room in ("optimizer", "product")},
     "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
     "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator"),
     "cuda/emulator": ("cpp/include", "cpp/src/common", "cpp/src/paged"),

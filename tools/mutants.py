@@ -68,6 +68,7 @@ SUITES = {
     "conformance_emulated": Suite("qln_test_conformance", EMULATED),
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
+    "paged_weights": Suite("qln_test_paged_weights", EMULATED),
     "row_groups": Suite("qln_test_row_groups", EMULATED),
     "wgmma": Suite("qln_test_wgmma", EMULATED),
     # These use the best instruction set of the build: AVX2 or Advanced SIMD.

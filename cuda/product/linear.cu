@@ -1,6 +1,9 @@
 // linear_forward and linear_backward_input: first the adapter's U or V, then the product, by the kernel that
 // choose_product() chooses.
+#include <optional>
+
 #include "hooks.h"
+#include "paged/weights.h"
 #include "product/low_rank.cuh"
 #include "product/product.cuh"
 #include "product/stream_k.cuh"
@@ -148,11 +151,16 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
 }  // namespace
 
 void linear_forward(const LinearForwardArgs& args, const Stream& stream) {
-  with_type(args.x.dtype, [&]<class T>() { forward<T>(args, stream); });
+  LinearForwardArgs resident = args;
+  const WeightUse use(resident.weight, stream);
+  with_type(args.x.dtype, [&]<class T>() { forward<T>(resident, stream); });
 }
 
 void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream) {
-  with_type(args.dy.dtype, [&]<class T>() { backward<T>(args, stream); });
+  LinearBackwardInputArgs resident = args;
+  std::optional<WeightUse> use;
+  if (args.dx.data != nullptr) use.emplace(resident.weight, stream);  // V alone is made without the weight
+  with_type(args.dy.dtype, [&]<class T>() { backward<T>(resident, stream); });
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,8 +1,7 @@
-// PagedArena for Python. Its memory is handed out as DLPack capsules, which become tensors that keep the arena alive.
-// (torch's stable ABI can make such tensors only from 2.11 on.)
+// PagedArena and PagedWeights for Python. Their memory is handed out as DLPack capsules, which become tensors that keep
+// it alive. (torch's stable ABI can make such tensors only from 2.11 on.)
 #include "qlora_native/paged.h"
 
-#include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +14,8 @@
 
 #include "algorithm.h"
 #include "common/layout.h"
+#include "dlpack.h"
+#include "qlora_native/paged_weights.h"
 
 namespace py = pybind11;
 
@@ -44,28 +45,7 @@ Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, 
 // An array of states[index] as a tensor, [elements]. Each has a storage of its own, because torch cannot save a storage
 // that two dtypes share.
 py::capsule array(const Paged& paged, void* data, DLDataType dtype, std::int64_t elements) {
-  struct Managed {
-    DLManagedTensor tensor;
-    std::shared_ptr<PagedArena> arena;
-    std::int64_t shape;
-  };
-  auto* const managed = new Managed{{}, paged.arena, elements};
-  const bool cuda = paged.stream.device == Device::cuda;
-  managed->tensor.dl_tensor = {.data = data,
-                               .device = {cuda ? kDLCUDA : kDLCPU, paged.stream.index},
-                               .ndim = 1,
-                               .dtype = dtype,
-                               .shape = &managed->shape,
-                               .strides = nullptr,
-                               .byte_offset = 0};
-  managed->tensor.manager_ctx = managed;
-  managed->tensor.deleter = [](DLManagedTensor* self) { delete static_cast<Managed*>(self->manager_ctx); };
-  return py::capsule(&managed->tensor, "dltensor", [](PyObject* object) {
-    // A consumer that has taken the tensor has renamed the capsule and calls the deleter itself.
-    if (!PyCapsule_IsValid(object, "dltensor")) return;
-    auto* const tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(object, "dltensor"));
-    tensor->deleter(tensor);
-  });
+  return dlpack(paged.arena, data, dtype, elements, paged.stream);
 }
 
 // The arrays of a parameter: state1, state2 if the algorithm has one, and with 8-bit moments absmax1 and absmax2. In
@@ -98,6 +78,66 @@ py::dict stats(const Paged& paged) {
   return result;
 }
 
+// ---- weights ----
+
+// The memory of weights[i] is released when the last tensor over it is gone.
+struct PagedLayers {
+  std::vector<std::vector<std::size_t>> bytes;
+  std::shared_ptr<PagedWeights> weights;
+  Stream stream;
+  std::vector<std::weak_ptr<void>> owners;
+};
+
+PagedLayers make_weights(std::vector<std::vector<std::size_t>> bytes, std::size_t device_bytes, bool cuda, int index) {
+  const py::gil_scoped_release released;
+  const Stream stream{.device = cuda ? Device::cuda : Device::cpu, .index = index};
+  auto weights = std::make_shared<PagedWeights>(bytes, device_bytes, stream);
+  const std::size_t count = bytes.size();
+  return {std::move(bytes), std::move(weights), stream, std::vector<std::weak_ptr<void>>(count)};
+}
+
+std::vector<py::capsule> arrays_of_weight(PagedLayers& layers, std::size_t index) {
+  const std::vector<std::size_t>& bytes = layers.bytes.at(index);
+  std::shared_ptr<void> owner = layers.owners[index].lock();
+  if (owner == nullptr) {
+    owner = std::shared_ptr<void>(layers.weights->data(index, 0),
+                                  [weights = layers.weights, index](void*) { weights->release(index); });
+    layers.owners[index] = owner;
+  }
+  std::vector<py::capsule> found;
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    found.push_back(dlpack(owner, layers.weights->data(index, i), {kDLUInt, 8, 1}, static_cast<std::int64_t>(bytes[i]),
+                           layers.stream));
+  }
+  return found;
+}
+
+py::dict stats_of_weights(const PagedLayers& layers) {
+  const PagedWeightsStats found = layers.weights->stats();
+  py::dict result;
+  result["bytes_managed"] = found.bytes_managed;
+  result["bytes_resident"] = found.bytes_resident;
+  result["bytes_fetched"] = found.bytes_fetched;
+  result["prefetches"] = found.prefetches;
+  result["stalls"] = found.stalls;
+  result["faults"] = found.faults;
+  return result;
+}
+
+void refresh(const PagedLayers& layers, std::uintptr_t stream) {
+  Stream of_writer = layers.stream;
+  of_writer.handle = reinterpret_cast<void*>(stream);
+  for (const std::weak_ptr<void>& each : layers.owners) {
+    if (const std::shared_ptr<void> owner = each.lock()) paged_weight_written(owner.get(), of_writer);
+  }
+}
+
+void weight_written(std::uintptr_t array, bool cuda, int index, std::uintptr_t stream) {
+  paged_weight_written(
+      reinterpret_cast<const void*>(array),
+      {.device = cuda ? Device::cuda : Device::cpu, .index = index, .handle = reinterpret_cast<void*>(stream)});
+}
+
 }  // namespace
 
 void bind_paged(py::module_& module) {
@@ -109,6 +149,14 @@ void bind_paged(py::module_& module) {
            "DLPack capsules over those arrays of states[index] that the algorithm has: state1, state2 and, with 8-bit "
            "moments, absmax1, absmax2.")
       .def("stats", &stats);
+  py::class_<PagedLayers>(module, "PagedWeights",
+                          "Memory for frozen weights that are copied to the GPU ahead of their use (paged_weights.h).")
+      .def(py::init(&make_weights), py::arg("weights"), py::arg("device_bytes"), py::arg("cuda"), py::arg("index"))
+      .def("arrays", &arrays_of_weight, py::arg("index"), "DLPack capsules of bytes over the arrays of weights[index].")
+      .def("stats", &stats_of_weights)
+      .def("refresh", &refresh, py::arg("stream"), "Forget the copies on the device, after work in a stream wrote.");
+  module.def("paged_weight_written", &weight_written, py::arg("array"), py::arg("cuda"), py::arg("index"),
+             py::arg("stream"), "Tell that work in a stream has written to a weight, which may be paged.");
 }
 
 }  // namespace qlora_native

@@ -10,6 +10,7 @@
 #include "qlora_native/linear.h"         // linear_forward, linear_backward_input, lora_gradients
 #include "qlora_native/optimizer.h"      // optimizer_8bit_step: AdamW, Lion, AdEMAMix
 #include "qlora_native/paged.h"          // PagedArena: state of optimizer_8bit_step that does not stay on the GPU
+#include "qlora_native/paged_weights.h"  // PagedWeights: frozen weights that do not stay on the GPU
 #include "qlora_native/quantize.h"  // quantize, quantize_absmax, quantize_microscaled, dequantize, check_quantized_weight
 #include "qlora_native/runtime.h"  // instruction sets, threads
 #include "qlora_native/types.h"    // DType, Device, Stream, Matrix, QuantizedWeightView

@@ -14,6 +14,7 @@ from .._core.errors import bad_type, check_float_dtype, check_memory
 from .._core.formats import DYNAMIC_MAP, check_format, codes_shape, levels_of
 from .._core.layouts import LAYOUTS, SCALE_LEVELS
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
+from .._core.paging import note_written
 from .._core.quantize import code_tensor
 from .._core.weight import QuantizedWeight, check_finite, unchecked
 from . import callbacks
@@ -209,6 +210,7 @@ class QuantizedLayer(nn.Module):
                 self.codebook.copy_(levels)
             if q.column_order is not None:
                 torch.arange(len(q.column_order), out=q.column_order)
+        self._note_written()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
@@ -242,6 +244,11 @@ class QuantizedLayer(nn.Module):
             args[-1].extend(errors)
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self._note_written()
+
+    def _note_written(self) -> None:
+        for tensor in self.weight_tensors().values():
+            note_written(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move or cast the module. The quantized weight is moved, but never cast."""

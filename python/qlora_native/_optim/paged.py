@@ -11,14 +11,10 @@ from torch import Tensor
 
 from .. import _C
 from .._core.errors import check_memory
+from .._core.paging import is_pageable
 from .base import Optimizer8bit
 from .sharded import local
 from .state import Algorithm, shapes_of
-
-
-def is_pageable(device: torch.device) -> bool:
-    """Whether moments of parameters on `device` can be paged: on a GPU, and on the emulated one of the tests."""
-    return device.type == "cuda" or (device.type == "cpu" and _C.cpu_tensors_backend() == "cuda_emulated")
 
 
 class MomentArena:
