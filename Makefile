@@ -106,7 +106,7 @@ sanitizers := address,undefined
 # No check of uses after return: GCC 12 aligns its frames on the heap to 32 bytes, where vectors of 64 bytes fault.
 asan_options := detect_stack_use_after_return=0
 # ThreadSanitizer does not understand how libgomp's threads wait for each other, so these tests use a pool of their own.
-threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
+threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_paged_weights qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
 	    --target build/sanitized -C build-dir=build/sanitize -C cmake.define.QLN_SANITIZE=$(sanitizers) \

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -100,8 +101,13 @@ std::vector<py::capsule> arrays_of_weight(PagedLayers& layers, std::size_t index
   const std::vector<std::size_t>& bytes = layers.bytes.at(index);
   std::shared_ptr<void> owner = layers.owners[index].lock();
   if (owner == nullptr) {
-    owner = std::shared_ptr<void>(layers.weights->data(index, 0),
-                                  [weights = layers.weights, index](void*) { weights->release(index); });
+    owner = std::shared_ptr<void>(layers.weights->data(index, 0), [weights = layers.weights, index](void*) {
+      try {
+        weights->release(index);
+      } catch (const std::exception&) {
+        // The device has failed, or the program ends and the driver is gone.
+      }
+    });
     layers.owners[index] = owner;
   }
   std::vector<py::capsule> found;

@@ -6,7 +6,9 @@
 // training step. Only what the device has no copy of is copied, and nothing is copied back. If there is no room, the
 // weights that are needed last make room. Only the caller's stream waits, on events.
 //
-// The other operations read a paged weight where it lies, over the bus; so do an application's kernels.
+// The other operations read a paged weight where it lies, over the bus; so do an application's kernels. A product with
+// a paged weight in a stream that is captured into a graph is an Error, because the graph would keep the address of a
+// copy.
 #pragma once
 
 #include <cstddef>

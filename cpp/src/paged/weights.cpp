@@ -81,12 +81,16 @@ void PagedWeights::Impl::open() {
 }
 
 PagedWeights::Impl::~Impl() {
-  for (std::size_t i = 0; i < weights_.size(); ++i) release(i);
-  if (written_ != nullptr) {
-    driver_->record(written_, copies_);  // the stream waits for the products with each copy that it has dropped
-    driver_->synchronize(written_);
-    driver_->destroy_event(written_);
+  try {
+    for (std::size_t i = 0; i < weights_.size(); ++i) release(i);
+    if (written_ != nullptr) {
+      driver_->record(written_, copies_);  // the stream waits for the products with each copy that it has dropped
+      driver_->synchronize(written_);
+    }
+  } catch (const std::exception&) {
+    // The device has failed, or the program ends and the driver is gone.
   }
+  if (written_ != nullptr) driver_->destroy_event(written_);
   if (copies_ != nullptr) driver_->destroy_stream(copies_);
   if (device_ != nullptr) driver_->release(Driver::Memory::device, device_);
 }
@@ -117,8 +121,7 @@ void PagedWeights::Impl::release(std::size_t index) {
   for (void* event : {weight.fetched, weight.ready, weight.used}) driver_->destroy_event(event);
   driver_->release(Driver::Memory::pinned, weight.home);
   stats_.bytes_managed -= static_cast<std::int64_t>(weight.bytes);
-  const std::vector<std::size_t> arrays = std::move(weight.arrays);
-  weight = {.arrays = arrays, .bytes = weight.bytes};
+  weight = {.arrays = std::move(weight.arrays), .bytes = weight.bytes};
 }
 
 // Later copies may overwrite the copy of this weight, once the products with it have ended.
