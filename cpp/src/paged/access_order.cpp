@@ -60,6 +60,7 @@ std::vector<std::size_t> AccessOrder::distances() const {
     std::size_t& distance = distances[history_[match_ + 1 + i]];
     distance = std::min(distance, i);
   }
+  if (period == 0 && uses_ > 0) distances[first_] = 0;  // which is next()
   for (std::size_t item = 0; item < distances.size(); ++item) {
     if (distances[item] == kNone) distances[item] = period + static_cast<std::size_t>(uses_ - last_use_[item]);
   }

@@ -1,5 +1,10 @@
 // The implementation of PagedWeights: where the weights lie, and when they move. WeightUse is what a product knows of
 // it.
+//
+// The weights lie in pinned memory, where PagedArena prefers managed memory. Weights do not change, so a copy need only
+// be overwritten when its place is needed: after the products that read it, which a stream can wait for. Managed memory
+// would either be sent back over the bus, or, as read-mostly memory, lose its copy by cudaMemAdvise, which follows no
+// stream. And the budget holds by construction: over-subscribed managed memory can hang a card.
 #pragma once
 
 #include <cstddef>

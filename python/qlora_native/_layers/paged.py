@@ -28,11 +28,11 @@ class PagedWeights:
         pages = qn.nn.PagedWeights(model, device_bytes=8 << 30)  # the model may still be on the CPU
         model.to("cuda")  # moves the rest: embeddings, norms, adapters
 
-    A layer that is moved to another device, deep-copied or given another weight has ordinary memory again, and the
-    memory of a weight is freed with its last tensor. `load_state_dict` into a paged model is noticed; after another
-    write to a weight in place call `refresh`. Products with paged weights cannot be captured into CUDA graphs. Other
-    operations, such as `dequantize`, read the weights over the bus. Memory of the host is pinned, so it must suffice:
-    nothing of it is swapped.
+    A layer that is moved to another device, deep-copied or given another weight has ordinary memory again. The host's
+    memory of a weight is freed with its last tensor, and the GPU's when this object is gone too. `load_state_dict` into
+    a paged model is noticed; after another write to a weight in place call `refresh`. Products with paged weights
+    cannot be captured into CUDA graphs. Other operations, such as `dequantize`, read the weights over the bus. The host
+    needs memory for all of them, for pinned memory is never swapped.
 
     This has run over the emulated driver of the tests alone, on no GPU.
 
