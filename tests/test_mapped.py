@@ -297,6 +297,7 @@ def test_two_processes_share_the_pages(tmp_path):
         "import subprocess\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}, *sys.argv[1:]], stdin=-1, stdout=-1, text=True)\n"
         "assert child.stdout.readline() == 'ready\\n'\n"
+        "model(x(2048))\n"  # other programs may have taken the memory in the meantime
         "print(shared())\n"
         "child.communicate('\\n')\n"
     )
