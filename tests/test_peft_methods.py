@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +47,15 @@ def table():
 
 
 TABLE = table()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """PEFT sets CC and CXX to gcc to compile BOFT's CUDA kernel, and where that fails leaves them for later tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
