@@ -236,10 +236,11 @@ TEST(grids_cover_every_element_evenly) {
   EXPECT(narrow.row_parts == 1 && narrow.column_tiles == 24);
 }
 
-// A task of few rows has several panels of W, because its first one is decoded while nothing is multiplied.
+// A thread takes few rows of a small weight in one task, because the first panel is decoded while nothing is
+// multiplied.
 TEST(small_weights_are_cut_into_few_tasks) {
   EXPECT(qn::tasks_per_thread(18, 2) == 1);   // 16 rows by 576 x 1536
-  EXPECT(qn::tasks_per_thread(72, 2) == 4);   // 64 rows
+  EXPECT(qn::tasks_per_thread(72, 2) == 8);   // 64 rows
   EXPECT(qn::tasks_per_thread(256, 2) == 8);  // 16 rows by 4096 x 4096
   EXPECT(qn::tasks_per_thread(1, 64) == 1);
 }

@@ -179,7 +179,7 @@ struct ProductNt {
       if (decodes_for_each_strip(x.strips) && w.aligned())
         return multiply_each_strip(tiles, w, rows, x, panels, accumulators, done);
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
-    // Of equal size: while a panel is multiplied, only one that is not larger is decoded and prefetched as a whole.
+    // Panels are of equal size, because only a panel that is not larger than the one before is prefetched as a whole.
     const std::int64_t width = ceil_div(chunks, blocks);
     const auto panel_of = [&](std::int64_t i) {
       const std::int64_t row = rows.begin + i / blocks * kMaxPanelRows, chunk = i % blocks * width;

@@ -15,10 +15,10 @@ constexpr std::int64_t kPackedBytes = 15 << 19;
 // Each thread gets about so many tasks where the shape allows it, so that all threads end together.
 constexpr std::int64_t kTasksPerThread = 8;
 // A task decodes its first panel of W before it multiplies anything. A vector of rows is multiplied about as fast as
-// the next panel is decoded, so a task gets so many panels times vectors, if need be by fewer tasks for each thread.
-constexpr std::int64_t kPanelsOfTask = 8;
+// the next panel is decoded, so a thread that has fewer panels times vectors than this does them in one task.
+constexpr std::int64_t kPanelsOfOneTask = 32;
 constexpr std::int64_t tasks_per_thread(std::int64_t panels, std::int64_t threads) {
-  return std::clamp<std::int64_t>(panels / (kPanelsOfTask * threads), 1, kTasksPerThread);
+  return panels < kPanelsOfOneTask * threads ? 1 : kTasksPerThread;
 }
 
 // Rows of activations that are packed at once: as many as fit kPackedBytes, and a multiple of `multiple`.
