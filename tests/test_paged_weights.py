@@ -30,7 +30,7 @@ gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 BLOCKS, WIDTH, HIDDEN, RANK = 4, 64, 96, 4
 LAYERS = 2 * BLOCKS
-# Of each layer: codes, and 96 scales of one byte. Both begin at multiples of 256.
+# Each layer has codes, and 96 scales of one byte. Both begin at multiples of 256.
 BYTES = WIDTH * HIDDEN // 2 + 256
 
 
