@@ -79,20 +79,18 @@ def strips(loops):
     return {name: of_name for name, of_name in loops.items() if "StripNt<" in name and "::multiply_block(" in name}
 
 
-def count(loop, opcode):
-    return sum(i.opcode == opcode for i in loop)
+def count(loop, *opcodes):
+    return sum(i.opcode in opcodes for i in loop)
 
 
 @pytest.mark.parametrize(
-    ("size", "loads", "products"), [("2, 2", 4, 4), ("4, 1", 5, 4), ("1, 4", 5, 4), ("1, 2", 3, 2), ("1, 1", 2, 1)]
+    ("size", "loads", "products"), [("2, 2", 5, 4), ("4, 1", 5, 4), ("2, 1", 3, 2), ("1, 2", 3, 2), ("1, 1", 2, 1)]
 )
-def test_block_loads_each_tile_once(blocks, size, loads, products):
+def test_block_loads_a_tile_when_another_one_is_multiplied_next(blocks, size, loads, products):
     found = {name: loop for name, loop in blocks.items() if f"multiply_tiles<{size}," in name}
-    # Of two by two tiles in Y and in dX, over 4 and over 8 bits, and without decoding.
-    assert len(found) >= (5 if size == "2, 2" else 1), list(blocks)
+    assert found, list(blocks)
     for name, loop in found.items():
-        # The compiler may hold the step twice, after decoding and without it.
-        assert products * count(loop, "tileloadd") == loads * count(loop, "tdpbf16ps"), name
+        assert products * count(loop, "tileloadd", "tileloaddt1") == loads * count(loop, "tdpbf16ps"), name
 
 
 def test_accumulators_stay_in_registers(blocks):
@@ -102,7 +100,7 @@ def test_accumulators_stay_in_registers(blocks):
         assert not spilled, (name, spilled)
 
 
-@pytest.mark.parametrize(("width", "loads"), [(1, 5), (2, 4)])
+@pytest.mark.parametrize(("width", "loads"), [(1, 5), (2, 5)])
 def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads):
     """Four products a step, and nothing is stored before all chunks of a block have been multiplied."""
     found = {name: of_name for name, of_name in strips.items() if f", {width}>::multiply_block(" in name}
@@ -111,7 +109,7 @@ def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads):
         products = list(filter(multiplies, of_name))
         assert products, name
         for loop in products:
-            assert 4 * count(loop, "tileloadd") == loads * count(loop, "tdpbf16ps"), name
+            assert 4 * count(loop, "tileloadd", "tileloaddt1") == loads * count(loop, "tdpbf16ps"), name
             assert count(loop, "tilestored") == 0, name
 
 
@@ -120,7 +118,7 @@ def test_decoding_keeps_its_values_in_registers(loops, strips):
     decoding += [
         (name, loop)
         for name, of_name in loops.items()
-        if "ProductNt<" in name and "::step(long)" in name
+        if "ProductNt<" in name and "::decode()" in name
         for loop in of_name
     ]
     assert len(decoding) >= 15, [name for name, _ in decoding]

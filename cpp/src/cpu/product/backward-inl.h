@@ -84,8 +84,8 @@ class BackwardInputOf : public Job {
   void run(int stage, std::int64_t task) override {
     switch (stage) {
       case 0:
-        return Product::pack(args_.dy, {strips_.first(task), strips_.first_packed(task + 1)},
-                             dy_ + strips_.first(task) * dy_stride_);
+        return Product::pack_strip(args_.dy, {strips_.first(task), strips_.first_packed(task + 1)},
+                                   dy_ + strips_.first(task) * dy_stride_);
       case 1:
         return compute_v(task);
       case 2:
@@ -136,9 +136,9 @@ class BackwardInputOf : public Job {
     const JobAdapter& adapter = adapters_[i];
     const LowRank& low_rank = low_ranks_[i];
     const std::int64_t strip = low_rank.strips.begin + task, first = strips_.first(strip);
-    Product::pack(readable(rows_of(args_.v, adapter.begin, adapter.end - adapter.begin)),
-                  {first - adapter.begin, strips_.first_packed(strip + 1) - adapter.begin},
-                  low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
+    Product::pack_strip(readable(rows_of(args_.v, adapter.begin, adapter.end - adapter.begin)),
+                        {first - adapter.begin, strips_.first_packed(strip + 1) - adapter.begin},
+                        low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
   }
 
   bool ragged_;                   // whether a chunk of W may begin in a low nibble, or cross blocks
@@ -208,9 +208,9 @@ class LoraGradient final : public Job {
       case 0:
         return transpose_low_rank(task);
       case 1:
-        return Product::pack({transposed_, Dot::kActivation, rows_, inner_, inner_},
-                             {strips_.first(task), strips_.first_packed(task + 1)},
-                             packed_ + strips_.first(task) * stride_);
+        return Product::pack_strip({transposed_, Dot::kActivation, rows_, inner_, inner_},
+                                   {strips_.first(task), strips_.first_packed(task + 1)},
+                                   packed_ + strips_.first(task) * stride_);
       default:
         return Product::product(cut_, task, packed_, strips_, dense_, {},
                                 [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {

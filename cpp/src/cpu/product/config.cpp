@@ -20,7 +20,7 @@ namespace {
 //   vectors                          1 (Y)       9         -       -
 //   vectors; the dense tiles         1 (Y)       9         -       33
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
-//   tiles                            1 (Y)       1 (dX)    4       1024, without dropout
+//   tiles                            1 (Y)       1 (dX)    4       -
 //
 // "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the application's product uses here. "The
 // dense is faster" is fp32 with AVX-512 without BF16 (dense_gemm_is_faster).
@@ -43,10 +43,9 @@ constexpr MinRows kWithDenseTiles{kMaxSmallM + 1, kNever, 33};
 constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
-// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. From 1024 rows on the application's dense
-// product is faster than one that decodes on the way by more than it costs to decode panels: 15.7 against 18.5 ms, and
-// 29 against 39 for 2048 rows (measured with a first kernel).
-constexpr MinRows kWithTiles{4, 4, 1024};
+// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. For 512 to 2048 rows tiles took 0.65 to 0.95
+// times as long as torch's product (Intel Xeon, Emerald Rapids), without decoding panels for it.
+constexpr MinRows kWithTiles{4, 4, kNever};
 
 std::int64_t columns_of_panel(const ProductShape& shape) {
   const std::int64_t inner = shape.product == ProductShape::Product::forward ? shape.K : shape.N;

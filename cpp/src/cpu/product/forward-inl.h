@@ -65,9 +65,9 @@ class ForwardOf : public Job {
     const std::int64_t first = task % grid_.row_parts * grid_.row_part;
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
     const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
-    float* panels =
-        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
-    float* accumulators = panels + 2 * Product::kPanelFloats;
+    float* panels = scratch_floats(
+        Slot::thread, Product::kPanels * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
+    float* accumulators = panels + Product::kPanels * Product::kPanelFloats;
     typename Product::Tiles tiles;
     Product::multiply(tiles, w, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, accumulators,
                       [&](Range rows, float* panel_memory) { finish(tiles, x, rows, panel_memory, accumulators); });
@@ -76,9 +76,9 @@ class ForwardOf : public Job {
  private:
   static constexpr std::int64_t kMaxTaskRows = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
-  // The accumulators of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds
-  // fewer.
-  static constexpr std::int64_t kMaxStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
+  // The accumulators of so many rows stay in the second-level cache, with the panels. With tiles, which decode W for a
+  // large part of their time, these are 1 MB together.
+  static constexpr std::int64_t kMaxStrips = (kTiled<Dot> ? 704 : 528) / kStripRows;
   static constexpr std::int64_t kMinStrips = 144 / kStripRows;  // with fewer rows, decoding them again would show
 
   // The vectors of a strip that have rows of one adapter. Packed U has zeros in those rows of a piece that are another

@@ -38,7 +38,7 @@ template <class Panel, class Rows>
     float* out = panel.data + (line - panel.lines.begin) * panel.line_stride();
     w.template chunks<kRows>(
         row, count, panel.chunks, [&](std::int64_t c, const auto& chunk) __attribute__((always_inline)) {
-          Panel::template write<Rows::kNatural>(chunk, out + (c - panel.chunks.begin) * panel.chunk_stride());
+          panel.template write<Rows::kNatural>(chunk, out + (c - panel.chunks.begin) * panel.chunk_stride());
         });
   }
 }
@@ -70,23 +70,20 @@ class Decoder {
     steps_.start(0);
   }
 
-  // How often step() has something to do.
-  std::int64_t steps() const { return stepwise_ ? steps_.lines * ceil_div(steps_.width, std::int64_t{2}) : 0; }
-
   // Decodes two chunks of one line, which is a cache line of 4-bit codes for each row. Later codes are prefetched into
   // the second-level cache: rows that are a power of two apart share so few sets of the first one that they would push
   // each other out.
   [[gnu::always_inline]] void step() { steps_.template step<false>(); }
-  // Takes some steps, of a Dot that decodes two chunks at once. The assembler of tiles may write any memory, as far as
-  // the compiler knows, and so may decoding. A copy of what steps read stays in registers meanwhile.
-  [[gnu::noinline]] void step(std::int64_t count) {
-    Steps steps = steps_;
-    for (; count > 0 && steps.left > 0; --count) steps.template step<true>();
-    steps_.move_to(steps);
-  }
   [[gnu::noinline]] void finish() {
     if (!stepwise_) return decode_panel(w_, steps_.panel);
     while (steps_.left > 0) step();
+  }
+  // Decodes all of the panel, of a Dot that decodes two chunks at once. A copy of what the steps read stays in
+  // registers.
+  [[gnu::noinline]] void decode() {
+    if (!stepwise_) return decode_panel(w_, steps_.panel);
+    Steps steps = steps_;
+    while (steps.left > 0) steps.template step<true>();
   }
 
  private:
@@ -120,28 +117,22 @@ class Decoder {
       scale = scales + first * Rows::kChunkScales;
       out = panel.data + first * panel.chunk_stride();
     }
-    // Goes on where `other` is.
-    void move_to(const Steps& other) {
-      chunk = other.chunk;
-      left = other.left;
-      from = other.from;
-      scale = other.scale;
-      out = other.out;
-    }
     template <bool kTwo>
     [[gnu::always_inline]] void step() {
       if (left == 0) return;
       if constexpr (Panel::kLineAfterLine) {
-        for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from + ahead + i, 0, 2);
+        for (int row = 0; row < kLineRows; ++row)
+          for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64)
+            __builtin_prefetch(from + ahead + row * row_bytes + i, 0, 2);
         put_two<kTwo>();
         chunk += 2;
         from += 2 * Rows::kChunkBytes;
         out += 2 * panel.chunk_stride();
         scale += 2 * Rows::kChunkScales;
         if (chunk < width) return;
-        from += row_bytes - chunk * Rows::kChunkBytes;  // the next line
+        from += kLineRows * row_bytes - chunk * Rows::kChunkBytes;  // the next line
         out += panel.line_stride() - chunk * panel.chunk_stride();
-        scale += (width - chunk) * Rows::kChunkScales;
+        scale += (kLineRows * width - chunk) * Rows::kChunkScales;
         chunk = 0;
         --left;
       } else {
@@ -166,8 +157,7 @@ class Decoder {
         if (both) {
           Chunk chunks[2];
           decoder.two({from, from + Rows::kChunkBytes}, {of(scale), of(scale + Rows::kChunkScales)}, chunks);
-          for (int i = 0; i < 2; ++i)
-            Panel::template write<Rows::kNatural>({chunks[i]}, out + i * panel.chunk_stride());
+          for (int i = 0; i < 2; ++i) panel.template write<Rows::kNatural>({chunks[i]}, out + i * panel.chunk_stride());
           return;
         }
       put<kTwo>(from, scale, out);
@@ -184,7 +174,7 @@ class Decoder {
 #pragma GCC unroll 2
         for (int i = 0; i < kLineRows; ++i)
           chunks[i] = decoder.one(codes_of_chunk + i * row_bytes, of(scale_of_chunk + i * line));
-      Panel::template write<Rows::kNatural>(chunks, to);
+      panel.template write<Rows::kNatural>(chunks, to);
     }
     // Scales are followed by minima, if there are some.
     static Scales of(const float* scale) { return {scale, scale + kMinima}; }
@@ -200,25 +190,10 @@ class Decoder {
 struct NoDecoder {
   void step() {}
 };
-// A decoder beside tiles. `steps` of it are due at each step of a product, and it takes them when there are enough for
-// a loop: the processor goes on with the products meanwhile.
-template <class Decoder>
-struct Paced {
-  static constexpr std::int64_t kAtOnce = 8;
-  Decoder& decoder;
-  std::int64_t steps, due = 0;
-  [[gnu::always_inline]] void step() {
-    due += steps;
-    if (due < kAtOnce) return;
-    decoder.step(due);
-    due = 0;
-  }
-};
-
 // Calls multiply(i, panel, decoding) for the panels panel_of(0) ... panel_of(count-1) of w. Neighbours must lie in
 // different places, because one is decoded while the other is multiplied. A dense w, or a rare one, is not decoded
-// ahead.
-template <class Rows, class PanelOf, class Multiply>
+// ahead, nor is a panel for tiles: beside 512 rows it took as long as before them (Intel Xeon, Emerald Rapids).
+template <bool kAhead, class Rows, class PanelOf, class Multiply>
 void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of, const Multiply& multiply) {
   using Panel = decltype(panel_of(std::int64_t{}));
   NoDecoder none;
@@ -227,6 +202,13 @@ void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of,
       const Panel next = panel_of(i + 1);
       return Decoder<Panel, Rows>(w, panel_of(i), i + 1 < count ? &next : nullptr);
     };
+    if constexpr (!kAhead) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        decoder(i).decode();
+        multiply(i, panel_of(i), none);
+      }
+      return;
+    }
     decoder(0).finish();
     for (std::int64_t i = 0; i + 1 < count; ++i) {
       auto next = decoder(i + 1);

@@ -16,15 +16,15 @@ template <class DotOf>
 struct ProductNn : LayoutNn<DotOf> {
   using Dot = DotOf;
   using Layout = LayoutNn<Dot>;
-  using Layout::kByTiles, Layout::kOneChain, Layout::kPanelFloats, Layout::kStripRows, Layout::packed_stride,
-      Layout::tiling, Layout::units_of, Layout::whole_steps;
-  using typename Layout::Packed, typename Layout::Panel, typename Layout::Part, typename Layout::Strips,
-      typename Layout::Tiling;
+  using Layout::kByTiles, Layout::kOneChain, Layout::kPanelFloats, Layout::kPanels, Layout::kStripRows,
+      Layout::packed_stride, Layout::tiling, Layout::units_of, Layout::whole_steps;
+  using Panel = typename Layout::template PanelOf<Layout::kParts>;
+  using typename Layout::Packed, typename Layout::Part, typename Layout::Strips, typename Layout::Tiling;
   using Tiles = typename TilesOf<Dot>::type;
   // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
   // number. Therefore the accumulators of so many panels are added to a total.
   static constexpr std::int64_t kPanelsOfTotal = 16;
-  static constexpr std::int64_t kMaxAccumulators = 128 << 10;  // floats
+  static constexpr std::int64_t kMaxAccumulators = kByTiles ? 704 * 4 * kChunk : 128 << 10;  // of 704 rows of a task
 
   // What one adapter adds to the accumulators of its strips: V . A.
   struct LowRank {
@@ -48,10 +48,10 @@ struct ProductNn : LayoutNn<DotOf> {
     const auto panel_of = [&](std::int64_t i) {
       return Panel{.lines = {i * step, smaller((i + 1) * step, units)},
                    .chunks = part.chunks,
-                   .data = part.panels + i % 2 * kPanelFloats};
+                   .data = part.panels + i % kPanels * kPanelFloats};
     };
     const bool has_totals = part.totals != nullptr && panels > kPanelsOfTotal;
-    multiply_panels(w, panels, panel_of, [&](std::int64_t i, const Panel& panel, auto& decoding) {
+    multiply_panels<!kByTiles>(w, panels, panel_of, [&](std::int64_t i, const Panel& panel, auto& decoding) {
       const bool restarts = has_totals && i != 0 && i % kPanelsOfTotal == 0;
       if (restarts) add_accumulators(part, part.accumulators, part.totals, i != kPanelsOfTotal);
       multiply_panel<Rows>(tiles, w.cols(), x, panel, part, !restarts && (accumulate || i != 0), decoding);
@@ -64,13 +64,13 @@ struct ProductNn : LayoutNn<DotOf> {
   static void multiply_rows(Tiles& tiles, const float* rows, std::int64_t stride, std::int64_t count,
                             const float* columns, std::int64_t units, int vectors, float* accumulators,
                             bool accumulate) {
-    NoDecoder none;
     if constexpr (kByTiles) {
       const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t row, int first) {
         multiply_tiles<row_tiles, tile_columns>(
             tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
             {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
-            {accumulators + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, none);
+            {accumulators + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate,
+            2 * kTileRows * kChunk);
       };
       for (int first = 0; first < vectors; first += 2)
         for (std::int64_t row = 0; row < count; row += 2 * kTileRows)
@@ -78,6 +78,7 @@ struct ProductNn : LayoutNn<DotOf> {
             with_constant<2>(vectors - first > 1 ? 2 : 1, [&](auto columns) { block(row_tiles, columns, row, first); });
           });
     } else {
+      NoDecoder none;
       for (std::int64_t row = 0; row < count; row += kMaxStripRows)
         with_constant<kMaxStripRows>(
             static_cast<int>(smaller<std::int64_t>(kMaxStripRows, count - row)), [&](auto strip) {
@@ -118,8 +119,8 @@ struct ProductNn : LayoutNn<DotOf> {
               .chunks = {c0, smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk))},
               .panel_units = cut.tiling.panel_units()};
     const bool has_totals = !kOneChain && part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
-    part.panels = scratch_floats(Slot::thread, 2 * kPanelFloats + (has_totals ? 2 : 1) * part.floats());
-    part.accumulators = part.panels + 2 * kPanelFloats;
+    part.panels = scratch_floats(Slot::thread, kPanels * kPanelFloats + (has_totals ? 2 : 1) * part.floats());
+    part.accumulators = part.panels + kPanels * kPanelFloats;
     part.totals = has_totals ? part.accumulators + part.floats() : nullptr;
     Tiles tiles;
     const bool begun = add_low_rank(tiles, lora, part);
@@ -128,8 +129,8 @@ struct ProductNn : LayoutNn<DotOf> {
       for (int row = 0; row < strips.size(s); ++row)
         for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
           F32 natural[Dot::kColumnVectors];
-          const float* from = part.accumulators_of(s, c) + row * kChunk;
-          for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+          const float* from = part.accumulators_of(s, c);
+          for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + Part::place(row, i));
           if (!Rows::kNatural) Dot::to_natural(natural);
           write(strips.first(s) + row, c * kChunk, natural);
         }
@@ -164,7 +165,7 @@ struct ProductNn : LayoutNn<DotOf> {
   static void multiply_panel(Tiles& tiles, std::int64_t cols, const Packed& x, const Panel& panel, const Part& part,
                              bool accumulate, Decoding& decoding) {
     if constexpr (kByTiles) {
-      return multiply_panel_by_tiles<Rows>(tiles, cols, x, panel, part, accumulate, decoding);
+      return multiply_panel_by_tiles<Rows>(tiles, cols, x, panel, part, accumulate);
     } else {
       NoDecoder none;
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
@@ -226,48 +227,22 @@ struct ProductNn : LayoutNn<DotOf> {
 
   // Multiplies the columns of two tiles by all strips, one after another, so that this part of the panel stays in the
   // first-level cache.
-  template <class Rows, class Decoding>
+  template <class Rows>
   static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const Packed& x, const Panel& panel,
-                                      const Part& part, bool accumulate, Decoding& decoding) {
+                                      const Part& part, bool accumulate) {
     const std::int64_t units = panel.units();
-    const auto multiply_with = [&](auto& meanwhile) {
-      for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
-        const int column_tiles = vectors_of<Rows>(c, cols);
-        const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t s, int first) {
-          multiply_tiles<row_tiles, tile_columns>(
-              tiles, {x.row(part.all_strips.first(s)) + panel.lines.begin, x.stride, kTileRows * x.stride, kTileUnits},
-              {panel.columns(c) + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
-              {part.accumulators_of(s, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
-        };
-        constexpr std::integral_constant<int, 1> one;
-        constexpr std::integral_constant<int, 2> two;
-        constexpr std::integral_constant<int, 4> four;
-        const bool one_tile_high = part.strips.count() == 1 && part.all_strips.size(part.strips.begin) <= kTileRows;
-        if (one_tile_high && column_tiles == 4) {
-          block(one, four, part.strips.begin, 0);
-          continue;
-        }
-        for (int first = 0; first < column_tiles; first += 2)
-          for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
-            const bool high = part.all_strips.size(s) > kTileRows, wide = first + 2 <= column_tiles;
-            if (high)
-              wide ? block(two, two, s, first) : block(two, one, s, first);
-            else
-              wide ? block(one, two, s, first) : block(one, one, s, first);
-          }
-      }
-    };
-    if constexpr (std::is_same_v<Decoding, NoDecoder>) {
-      multiply_with(decoding);
-    } else {
-      // Decoding takes longer than the products of one strip, so all strips share it. A block has two tiles of
-      // accumulators or more.
-      const std::int64_t rows = part.all_strips.first(part.strips.end) - part.all_strips.first(part.strips.begin);
-      const std::int64_t products =
-          ceil_div(rows, kTileRows) * part.chunks.count() * (kChunk / kLanes) * (units / kTileUnits);
-      Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
-      multiply_with(paced);
-    }
+    for (std::int64_t c = panel.chunks.begin; c < panel.chunks.end; ++c)
+      for (int first = 0; first < vectors_of<Rows>(c, cols); first += 2)
+        for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
+          with_constant<2>(part.all_strips.size(s) > kTileRows ? 2 : 1, [&](auto row_tiles) {
+            with_constant<2>(vectors_of<Rows>(c, cols) - first > 1 ? 2 : 1, [&](auto column_tiles) {
+              float* accumulators = part.accumulators_of(s, c) + Part::place(0, first);
+              multiply_tiles<row_tiles, column_tiles>(
+                  tiles, Layout::tiles_of(x, part.all_strips, s, panel.lines.begin), panel.tiles_of(c, first / 2),
+                  units, {accumulators, Part::kRowStride, kTileRows * Part::kRowStride, kLanes}, accumulate,
+                  part.accumulators_of(s + 1, c) - part.accumulators_of(s, c));
+            });
+          });
   }
 
   // Copies all accumulators of a part, or adds them to what stands there.
@@ -285,9 +260,10 @@ struct ProductNn : LayoutNn<DotOf> {
       for (int row = 0; row < part.all_strips.size(s); ++row)
         for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
           const std::uint64_t mask = lora.dropout.keep_mask(lora.first_row + part.all_strips.first(s) + row, c);
-          float* p = part.accumulators_of(s, c) + row * kChunk;
-          for (int i = 0; i < Dot::kColumnVectors; ++i)
-            store(p + i * kLanes, Dot::mask_columns(load(p + i * kLanes), i, mask));
+          for (int i = 0; i < Dot::kColumnVectors; ++i) {
+            float* p = part.accumulators_of(s, c) + Part::place(row, i);
+            store(p, Dot::mask_columns(load(p), i, mask));
+          }
         }
   }
 };

@@ -1,8 +1,12 @@
 // How the operands and the accumulators of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
 //
-//   packed X       [row][unit], packed_stride(units) apart
-//   panel          the decoded columns of W, [chunk][unit][64 columns]
-//   accumulators   fp32, [strip][chunk][row of the strip][64 columns] in decoded order (Dot::to_natural)
+//   packed X       [row][unit], packed_stride(units) apart; with tiles a strip is [step of 16 units][row][unit], so
+//   that
+//                  a tile is 1 KB in one piece: 16 rows that lie apart would be as many pages, for each of its steps
+//   panel          the decoded columns of W, [chunk][unit][64 columns]; with tiles [chunk][half][unit][32 columns], so
+//                  that the two tiles of a block lie in one piece and spread over all sets of the first-level cache
+//   accumulators   fp32, [strip][chunk][row of the strip][64 columns] in decoded order (Dot::to_natural); with tiles
+//                  [strip][chunk][half][row][32 columns]
 //
 // With tiles, packed X is A, a quarter of a chunk of the panel is B, and the accumulators are C (tiles-inl.h).
 #pragma once
@@ -22,6 +26,8 @@ struct LayoutNn {
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
   static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
+  // The parts that the columns of a chunk are laid out in, in the panels and the accumulators of a product.
+  static constexpr int kParts = kByTiles ? 2 : 1;
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
   static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
@@ -41,16 +47,19 @@ struct LayoutNn {
   };
   static Tiling tiling(std::int64_t rows, bool ragged) {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
-    if (rows <= (ragged && kOneChain ? 32 : 8))
+    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : 8))
       tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
+    else if (kByTiles && rows <= 64)
+      tuned = rows <= 32 ? Tiling{16, 1} : Tiling{8, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
   // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
   // the error of one sum of N terms would be too large for a result in fp32.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
+  static constexpr int kPanels = kByTiles ? 1 : 2;  // that there is memory for
 
   // The strips that rows of X are cut into. Their sizes differ by at most one; with tiles they are whole, but for the
   // last.
@@ -101,32 +110,64 @@ struct LayoutNn {
       });
   }
 
-  // Columns of W, [chunk][unit][64 columns], and zeros after the units up to a whole step.
-  struct Panel {
+  // Packs one strip of x, as a product takes it.
+  static void pack_strip(ConstMatrix x, Range rows, float* out) {
+    static_assert(!kByTiles || Dot::kUnits == Dot::kVectors * kTileUnits);
+    if constexpr (!kByTiles) {
+      pack(x, rows, out);
+    } else {
+      const DenseRows<Dot, true> from(x);
+      const std::int64_t step = rows.count() * kTileUnits;
+      for (std::int64_t row = rows.begin; row < rows.end; ++row, out += kTileUnits)
+        from.template chunks<1>(row, row >= 0 && row < from.rows(), {0, ceil_div(x.cols, kChunk)},
+                                [&](std::int64_t c, const Chunk(&chunk)[1]) {
+                                  for (int i = 0; i < Dot::kVectors; ++i)
+                                    store(out + (c * Dot::kVectors + i) * step, chunk[0].v[i]);
+                                });
+    }
+  }
+  // The tiles of a packed strip from a unit on.
+  static TileGrid<const float*> tiles_of(const Packed& x, const Strips& strips, std::int64_t strip, std::int64_t unit) {
+    const std::int64_t first = strips.first(strip), rows = strips.first_packed(strip + 1) - first;
+    return {x.row(first) + unit * rows, kTileUnits, kTileRows * kTileUnits, rows * kTileUnits};
+  }
+
+  // Columns of W, [chunk][part][unit][64 / kParts columns], and zeros after the units up to a whole step.
+  template <int kParts>
+  struct PanelOf {
     using Chunk = typename Dot::Chunk;
     static constexpr int kLineRows = Dot::kElementsPerUnit;
-    static constexpr bool kLineAfterLine = false;
+    static constexpr bool kLineAfterLine = kParts > 1;
     static constexpr std::int64_t kMaxScaledChunks = kPanelFloats / kChunk * kLineRows;
     Range lines, chunks;  // lines are units
     float* data;
 
     std::int64_t units() const { return whole_steps(lines.count()); }
-    static std::int64_t line_stride() { return kChunk; }
+    static std::int64_t line_stride() { return kChunk / kParts; }
+    std::int64_t part_stride() const { return units() * line_stride(); }
     std::int64_t chunk_stride() const { return units() * kChunk; }
     const float* columns(std::int64_t chunk) const { return data + (chunk - chunks.begin) * chunk_stride(); }
+    // The tiles of a part.
+    TileGrid<const float*> tiles_of(std::int64_t chunk, int part) const {
+      return {columns(chunk) + part * part_stride(), line_stride(), kLanes, kTileUnits * line_stride()};
+    }
 
     template <bool kNatural>
-    [[gnu::always_inline]] static void write(const Chunk (&chunk)[kLineRows], float* out) {
+    [[gnu::always_inline]] void write(const Chunk (&chunk)[kLineRows], float* out) const {
       const typename Dot::Columns columns = to_columns<kNatural>(chunk);
-      for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
+      constexpr int kVectors = Dot::kColumnVectors / kParts;
+      for (int i = 0; i < Dot::kColumnVectors; ++i)
+        store(out + i / kVectors * part_stride() + i % kVectors * kLanes, columns.v[i]);
     }
     void clear_rest() const {
       const std::int64_t zeros = units() - lines.count();
       for (std::int64_t chunk = 0; chunk < chunks.count() && zeros > 0; ++chunk)
-        __builtin_memset(data + chunk * chunk_stride() + lines.count() * kChunk, 0,
-                         static_cast<std::size_t>(zeros * kChunk) * sizeof(float));
+        for (int part = 0; part < kParts; ++part)
+          __builtin_memset(data + chunk * chunk_stride() + part * part_stride() + lines.count() * line_stride(), 0,
+                           static_cast<std::size_t>(zeros * line_stride()) * sizeof(float));
     }
   };
+  using Panel = PanelOf<1>;
 
   // What a task computes: the accumulators of some strips and some chunks of columns.
   struct Part {
@@ -137,6 +178,12 @@ struct LayoutNn {
     float* accumulators;
     float* totals;  // laid out as accumulators, or null where accumulators go on to the end
 
+    // Where a vector of the columns of a row lies in the accumulators of its strip and chunk.
+    static constexpr std::int64_t kRowStride = kChunk / kParts;
+    static constexpr std::int64_t place(std::int64_t row, int vector) {
+      constexpr int kVectors = Dot::kColumnVectors / kParts;
+      return (vector / kVectors * kStripRows + row) * kRowStride + vector % kVectors * kLanes;
+    }
     std::int64_t floats() const { return strips.count() * chunks.count() * kStripRows * kChunk; }
     float* accumulators_of(std::int64_t strip, std::int64_t chunk) const { return at(accumulators, strip, chunk); }
     float* at(float* data, std::int64_t strip, std::int64_t chunk) const {

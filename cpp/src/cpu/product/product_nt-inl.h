@@ -51,9 +51,9 @@ struct ProductNt {
   static constexpr std::int64_t kMaxPanelRows = kTiled<Dot> ? 256 : 64;
   static constexpr std::int64_t kMinPanelRows = 16;  // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kMaxPanelRows * kPanelStride;
-  // So many strips, or fewer, each decode W for themselves (strip_nt-inl.h), up to 64 rows. On an Intel Xeon with AMX
-  // panels took 22 cycles for 64 weights with 16 rows, 30 with 32, 39 with 64 and 60 with 128. Decoding takes about 8,
-  // and a strip's products by panels 9 (39 - 30), so even one after another they would take no longer for two strips.
+  static constexpr int kPanels = kTiled<Dot> ? 1 : 2;  // that there is memory for
+  // So many strips, or fewer, each decode W for themselves (strip_nt-inl.h), up to 64 rows. On an Intel Xeon (Emerald
+  // Rapids) two strips took 0.93 times as long so as with panels.
   static constexpr std::int64_t kMaxDecodingStrips = 2;
 
   static bool decodes_for_each_strip(const Strips& strips) {
@@ -140,7 +140,7 @@ struct ProductNt {
                              const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
     with_constant<kMaxStripWidth>(strip.width, [&](auto width) {
       if constexpr (kTiled<Dot>)
-        multiply_by_tiles<width>(tiles, strip, panel, units, accumulators, accumulate, decoding);
+        multiply_by_tiles<width>(tiles, strip, panel, units, accumulators, accumulate);
       else
         multiply_by_vectors<width>(strip, panel, units, accumulators, accumulate, decoding);
     });
@@ -185,13 +185,13 @@ struct ProductNt {
       const std::int64_t row = rows.begin + i / blocks * kMaxPanelRows, chunk = i % blocks * width;
       return Panel{.lines = {row, smaller(row + kMaxPanelRows, rows.end)},
                    .chunks = {chunk, smaller(chunk + width, chunks)},
-                   .data = panels + i % 2 * kPanelFloats};
+                   .data = panels + i % kPanels * kPanelFloats};
     };
-    multiply_panels(w, ceil_div(rows.count(), kMaxPanelRows) * blocks, panel_of,
-                    [&](std::int64_t i, const Panel& panel, auto& decoding) {
-                      multiply_panel(tiles, x, panel, accumulators, decoding);
-                      if (i % blocks == blocks - 1) done(panel.lines, panel.data);
-                    });
+    multiply_panels<!kTiled<Dot>>(w, ceil_div(rows.count(), kMaxPanelRows) * blocks, panel_of,
+                                  [&](std::int64_t i, const Panel& panel, auto& decoding) {
+                                    multiply_panel(tiles, x, panel, accumulators, decoding);
+                                    if (i % blocks == blocks - 1) done(panel.lines, panel.data);
+                                  });
   }
 
   // Writes the accumulators of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ...
@@ -238,7 +238,7 @@ struct ProductNt {
       for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
         with_constant<kMaxStripWidth>(x.strips.width(s), [&](auto width) {
           using Kernel = StripNt<Dot, Rows, width>;
-          static_assert(Kernel::kFloats <= 2 * kPanelFloats && kMaxPanelRows % Kernel::kRows == 0);
+          static_assert(Kernel::kFloats <= kPanels * kPanelFloats && kMaxPanelRows % Kernel::kRows == 0);
           Kernel::multiply(tiles, w, panel, tiles_of(x.strip(s, 0)), tiles_of(x.accumulators(s, accumulators, panel)),
                            memory);
         });
@@ -257,12 +257,7 @@ struct ProductNt {
     };
     NoDecoder none;
     for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
-      if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
-        // Decoding takes longer than the products of one strip, so all strips share it.
-        const std::int64_t products = x.vectors() * (panel.rows() / kTileRows) * (units / kTileUnits);
-        Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
-        multiply_with(s, paced);
-      } else if (s == x.range.begin) {
+      if (s == x.range.begin) {
         multiply_with(s, decoding);
       } else {
         multiply_with(s, none);
@@ -291,14 +286,14 @@ struct ProductNt {
   }
 
   // Multiplies blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
-  template <int kWidth, class Decoding>
+  template <int kWidth>
   static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
-                                const Accumulators& accumulators, bool accumulate, Decoding& decoding) {
+                                const Accumulators& accumulators, bool accumulate) {
     const auto multiply = [&](auto tile_rows, std::int64_t row) {
       multiply_tiles<tile_rows, kWidth>(
           tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, tiles_of(strip), units,
           tiles_of(Accumulators{accumulators.data + row * accumulators.row_stride, accumulators.row_stride}),
-          accumulate, decoding);
+          accumulate, tile_rows * kTileRows * accumulators.row_stride);
     };
     constexpr int kBlockRows = 4 / kWidth;
     std::int64_t row = 0;

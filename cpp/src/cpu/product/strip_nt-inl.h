@@ -1,8 +1,8 @@
 // Y = X . W^T by tiles for one strip of X, 16 or 32 rows, while W is decoded. With so few rows decoding takes most of
 // the time, so everything else runs beside it, and what is decoded never leaves the first-level cache:
 //
-//   block          32 or 64 rows of W: always four tiles of accumulators, because each product of a chain of one waits
-//                  for the one before. They stay in registers for the whole inner dimension
+//   block          32 or 64 rows of W: always four tiles of accumulators, so that as many products have no operand in
+//                  common. They stay in registers for the whole inner dimension
 //   stage          one chunk of each row of a block, [step of 16 units][row][unit], so that a tile is 1 KB in one piece
 //
 //   stage 0   decode   multiply
@@ -10,7 +10,7 @@
 //
 // A step of one stage is multiplied after a part of the next one was decoded: the processor begins the tile products of
 // the step, and decodes the next part while they run. Two stages, their codes and scales, and the units of X that they
-// meet are 16 to 28 KB. No processor with AMX has timed this kernel yet.
+// meet are 16 to 28 KB.
 #pragma once
 
 #include "cpu/product/tiles-inl.h"
@@ -38,9 +38,6 @@ class StripNt {
   static constexpr std::int64_t kPartRows = kRows / kSteps;
   static constexpr std::int64_t kScaledChunks = 256;  // whose scales are decoded at once: a row of up to 16384 elements
   static constexpr std::int64_t kScaleFloats = kRows * kScaledChunks * Rows::kChunkScales;
-  // Codes are prefetched into the second-level cache so many chunks before they are decoded, which is some 4000 cycles.
-  // In the first one rows that are a power of two apart would push each other out.
-  static constexpr std::int64_t kChunksAhead = 8;
   // X of the next step is prefetched into the first-level cache: so many lines for each two rows of W.
   static constexpr int kLinesOfX = kWidth * kTileUnits * 2 / static_cast<int>(kPartRows);
 
@@ -50,6 +47,7 @@ class StripNt {
   // c = w . x^T for some rows of w, which is aligned. `memory` has kFloats floats.
   static void multiply(Tiles& tiles, const Rows& w, Range rows, TileGrid<const float*> x, TileGrid<float*> c,
                        float* memory) {
+    prefetch(w, {rows.begin, smaller(rows.begin + kRows, rows.end)});
     for (std::int64_t row = rows.begin; row < rows.end; row += kRows, c.data += kRows * c.row)
       multiply_block(tiles, w, {row, smaller(row + kRows, rows.end)}, x, c, memory);
   }
@@ -70,14 +68,10 @@ class StripNt {
                                 scaled.count() * Rows::kChunkScales);
       }
       const std::int64_t first = part * kPartRows, scale_row = scaled.count() * Rows::kChunkScales;
-      // The codes of two chunks of 4 bits share a cache line, so every other row is prefetched.
-      const std::int64_t ahead = chunk + kChunksAhead < chunks
-                                     ? kChunksAhead * Rows::kChunkBytes
-                                     : kRows * row_bytes - (chunks - kChunksAhead) * Rows::kChunkBytes;
       decode_rows({.decoder = w.chunk_decoder(),
                    .codes = codes + first * row_bytes + chunk * Rows::kChunkBytes,
                    .row_bytes = row_bytes,
-                   .ahead = ahead + (Rows::kChunkBytes < 64 ? chunk % 2 * row_bytes : 0),
+                   .next_codes = codes + kRows * row_bytes + (chunk * kRows + first) * Rows::kChunkBytes,
                    .scales = Scales{scales, scales + kScaleFloats} + first * scale_row +
                              (chunk - scaled.begin) * Rows::kChunkScales,
                    .scale_row = scale_row,
@@ -98,11 +92,20 @@ class StripNt {
     Block::end(tiles, c, rows.count());
   }
 
+  // Prefetches codes into the second-level cache: in the first one rows that are a power of two apart would push each
+  // other out. The codes of a block lie in one piece, and are prefetched in its order while the block before is
+  // multiplied, because the processor goes on by itself where it sees one line after another.
+  static void prefetch(const Rows& w, Range rows) {
+    const std::uint8_t* const codes = w.codes_at(rows.begin, 0);
+    for (std::int64_t i = 0; i < rows.count() * w.row_bytes(); i += 64) __builtin_prefetch(codes + i, 0, 2);
+  }
+
   // One chunk of each of some rows, and where it goes.
   struct Part {
     typename Rows::ChunkDecoder decoder;
     const std::uint8_t* codes;
-    std::int64_t row_bytes, ahead;  // in bytes, as far as the codes are that are prefetched
+    std::int64_t row_bytes;
+    const std::uint8_t* next_codes;  // of the next block
     Scales scales;
     std::int64_t scale_row, count;
     const float* next_x;
@@ -113,11 +116,12 @@ class StripNt {
     for (; part.count >= 2; part.count -= 2) {
       for (int i = 0; i < kLinesOfX; ++i) __builtin_prefetch(part.next_x + i * kTileUnits, 0, 3);
       for (int i = 0; i < static_cast<int>(Rows::kChunkBytes / 32); ++i)
-        __builtin_prefetch(part.codes + part.ahead + i * part.row_bytes, 0, 2);
+        __builtin_prefetch(part.next_codes + i * 64, 0, 2);
       typename Dot::Chunk chunk[2];
       part.decoder.two({part.codes, part.codes + part.row_bytes}, {part.scales, part.scales + part.scale_row}, chunk);
       for (int i = 0; i < 2; ++i) write(chunk[i], part.out + i * kTileUnits);
       part.codes += 2 * part.row_bytes;
+      part.next_codes += 2 * Rows::kChunkBytes;
       part.scales = part.scales + 2 * part.scale_row;
       part.next_x += kLinesOfX * kTileUnits;
       part.out += 2 * kTileUnits;

@@ -44,6 +44,11 @@ class Tiles {
   void load(const float* from, std::int64_t row) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row * 4), "i"(kTile) : "memory");
   }
+  // The same, of memory that is not read again soon: it takes little of the first-level cache from what is.
+  template <int kTile>
+  void load_once(const float* from, std::int64_t row) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row * 4), "i"(kTile) : "memory");
+  }
   template <int kTile>
   void store(float* to, std::int64_t row) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row * 4), "i"(kTile) : "memory");

@@ -34,6 +34,10 @@ class Tiles {
     for (int i = 0; i < 16; ++i) std::memcpy(tile_[kTile][i], from + i * row, 64);
   }
   template <int kTile>
+  void load_once(const float* from, std::int64_t row) {
+    load<kTile>(from, row);
+  }
+  template <int kTile>
   void store(float* to, std::int64_t row) {
     for (int i = 0; i < 16; ++i) std::memcpy(to + i * row, tile_[kTile][i], 64);
   }
