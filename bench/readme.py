@@ -31,7 +31,7 @@ FINETUNE = "finetune.json"  # in the folder of the machine
 FINETUNE_FIELDS = ("arguments", "held_out_loss", "base_weight_bytes", "tokens_per_second", "seconds")
 # {column: folder of its report}, in the order of the columns.
 COLUMNS = {
-    "Intel Xeon (AMX)": "intel-xeon-2-threads-amx_bf16",
+    "Intel Xeon (Emerald Rapids)": "intel-xeon-emerald-rapids-2-threads-amx_bf16",
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-zen-4-2-threads-avx2",
     "AMD EPYC (Zen 4)": "amd-epyc-zen-4-2-threads-avx512_bf16",
