@@ -32,7 +32,7 @@ struct Operands {
   void multiply() {
     qn::QLN_ISA::Tiles tiles;
     tiles.load<3>(c.data(), kRow);
-    tiles.load<4>(a.data(), kRow);
+    tiles.load_once<4>(a.data(), kRow);
     tiles.load<7>(b.data(), kRow);
     tiles.multiply<3, 4, 7>();
     tiles.store<3>(c.data(), kRow);
