@@ -19,7 +19,7 @@ from qlora_native._core.checked_devices import OPTIONAL_KERNELS, Device
 
 OPERATIONS = {"dequantize", "loss", "activations, norms", "adapter's gradients", "quantize", "optimizers"}
 # Kernels that each instruction set's table has; those of a matrix unit differ.
-CPU_KERNELS = {"scalar": {"products"}, "amx_emulated": {"tiles", "panels"}, "amx_bf16": {"tiles", "panels"}}
+CPU_KERNELS = {"scalar": {"products"}, "amx_emulated": {"tiles"}, "amx_bf16": {"tiles"}}
 EMULATED = Device("the emulated GPU", "none", _C.version())
 USE = """
 import torch, qlora_native as qn
