@@ -43,8 +43,8 @@ constexpr MinRows kWithDenseTiles{kMaxSmallM + 1, kNever, 33};
 constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
-// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. For 512 to 2048 rows tiles took 0.65 to 0.95
-// times as long as torch's product (Intel Xeon, Emerald Rapids), without decoding panels for it.
+// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. For 256 to 2048 rows tiles took 0.53 to 1.04
+// times as long as torch's product with all of W (Intel Xeon, Emerald Rapids), which panels would decode first.
 constexpr MinRows kWithTiles{4, 4, kNever};
 
 std::int64_t columns_of_panel(const ProductShape& shape) {

@@ -178,7 +178,7 @@ struct LayoutNn {
     float* accumulators;
     float* totals;  // laid out as accumulators, or null where accumulators go on to the end
 
-    // Where a vector of the columns of a row lies in the accumulators of its strip and chunk.
+    // Returns where a vector of the columns of a row lies in the accumulators of its strip and chunk.
     static constexpr std::int64_t kRowStride = kChunk / kParts;
     static constexpr std::int64_t place(std::int64_t row, int vector) {
       constexpr int kVectors = Dot::kColumnVectors / kParts;
