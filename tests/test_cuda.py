@@ -110,7 +110,7 @@ LARGE_M = (
 @pytest.mark.parametrize("case", LARGE_M, ids=str)
 def test_product_by_panels_is_within_its_tolerance(case, monkeypatch, capfd):
     monkeypatch.setenv("QLN_PRINT_CONFIG", "1")
-    conformance.check_product(case, DEVICE, by_torch=True)
+    conformance.check_product(case, DEVICE)
     assert capfd.readouterr().err.count("panels of") == 2
 
 

@@ -261,10 +261,14 @@ def test_dequantized_model_is_saved_as_one_in_16_bits(architecture, tmp_path):
     path = tmp_path / "model.gguf"
     write_random(path, architecture, ["Q4_1", "Q8_0", "Q5_0"], small_bytes)
     model = load(path, architecture=architecture).dequantize()
-    assert torch.equal(logits(model), logits(load_dense(path, architecture)))
+    assert logits(model).isfinite().all()
     model.save_pretrained(tmp_path / "saved")
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert torch.equal(logits(saved), logits(model))
+    # Not by their logits, whose bits depend on where torch's products find a weight and on its strides.
+    expected = load_dense(path, architecture).state_dict()
+    for found in (model.state_dict(), saved.state_dict()):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
