@@ -12,7 +12,9 @@ from tables import table
 # {bits of a code: the format of ours that a layer of a file is compared with}.
 REFERENCES = {4: "nf4", 8: "int8"}
 AGAIN = "nf4, a second time"
-LLAMA_CPP, DENSE, DECODED = "llama.cpp", "dense", "decode, then dense"
+LLAMA_CPP, GPTQMODEL, DENSE, DECODED = "llama.cpp", "GPTQModel", "dense", "decode, then dense"
+PEERS = (LLAMA_CPP, GPTQMODEL, DENSE, DECODED)
+WITH_ERRORS = (OURS, LLAMA_CPP, GPTQMODEL)  # of Y, in the table; those of the others say nothing more
 Q4_1_STEP, NF4_STEP = "Q4_1, as in the file", "NF4"
 FEW = 8  # rows of X up to which a product takes as long as its bytes
 # {bits of a code: how many times as long as its reference a layer of a file may take}. With few rows, codes of 4 bits
@@ -61,11 +63,12 @@ def slow(found: dict) -> list[str]:
 def page(found: dict) -> str:
     """The report in Markdown."""
     versions = found["machine"]["versions"]
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("transformers", "gptqmodel") if versions.get(name))
     parts = [
         "# Layers of quantized files",
         f"{report.head(found['machine'])}; `bench/files.py`. Activations are bfloat16, weights are cold, contestants "
         f"alternate in one process, figures are medians. {report.load_line(found['load']).capitalize()}. "
-        f"transformers {versions['transformers']}; {date_of(found)}.",
+        f"{libraries}; {date_of(found)}.",
         "## Products, against NF4 and int8",
         "Time over that of `nf4` with double quantization (codes of 4 bits) or of `int8` (codes of 8 bits) with the "
         "same shape, and the same ratio of their bytes. The rows of `nf4` and `int8` are microseconds. `nf4` a second "
@@ -111,12 +114,14 @@ def elements(row: dict) -> int:
 def peers_note(found: dict) -> str:
     """What the contestants of the second part are."""
     repacked = [row["name"] for row in found["peers"] if row["M"] == 1 and "REPACK" in (row["buffer"] or "")]
+    kernels = ", ".join(dict.fromkeys(f"`{row['kernel']}`" for row in found["peers"] if row.get("kernel")))
+    gptqmodel = f"GPTQModel multiplies by the layer that it selects for this processor ({kernels}). " if kernels else ""
     return (
         f"{found['peers'][0]['shape'][0]}×{found['peers'][0]['shape'][1]}. llama.cpp "
         f"({', '.join(found['llama_cpp']) or 'no vector instructions'}; it repacks {', '.join(repacked) or 'nothing'}) "
-        "multiplies the same bytes, with fp32 activations that it rounds to 8 bits. Dense is torch's product with the "
-        "decoded bf16 weight. Decode, then dense decodes the weight by our own `dequantize` at each call, as libraries "
-        "do that have no product for a CPU. The error is that of Y against float64, relative to "
+        f"multiplies the same bytes, with fp32 activations that it rounds to 8 bits. {gptqmodel}Dense is torch's "
+        "product with the decoded bf16 weight. Decode, then dense decodes the weight by our own `dequantize` at each "
+        "call, as libraries do that have no product for a CPU. The error is that of Y against float64, relative to "
         "the norm; ours is that of a bf16 weight and result."
     )
 
@@ -127,11 +132,11 @@ def peers_table(rows: list[dict]) -> str:
     for row in rows:
         us = {name: 1e6 * seconds for name, seconds in row["seconds"].items()}
         against = (f"{us[name]:.0f} ({us[name] / us[OURS]:.2f} ×)" if name in us else "–"
-                   for name in (LLAMA_CPP, DENSE, DECODED))  # fmt: skip
-        errors = (f"{1e3 * row['errors'][name]:.1f}" if name in row["errors"] else "–" for name in (OURS, LLAMA_CPP))
+                   for name in PEERS)  # fmt: skip
+        errors = (f"{1e3 * row['errors'][name]:.1f}" if name in row["errors"] else "–" for name in WITH_ERRORS)
         lines.append((row["name"], row["M"], f"{us[OURS]:.0f}", *against, *errors))
-    header = ("", "rows", "ours, µs", *(f"{name}, µs (ours is)" for name in (LLAMA_CPP, DENSE, DECODED)))
-    return table((*header, "error of ours, ‰", "of llama.cpp, ‰"), lines)
+    header = ("", "rows", "ours, µs", *(f"{name}, µs (ours is)" for name in PEERS))
+    return table((*header, "error of ours, ‰", *(f"of {name}, ‰" for name in WITH_ERRORS[1:])), lines)
 
 
 def step_text(found: dict) -> str:

@@ -4,9 +4,10 @@
 
 1. Y and dX over each format of files, beside NF4 (codes of 4 bits) or int8 (codes of 8 bits) of the same shape, in
    bf16.
-2. Y over the same bytes by llama.cpp, by torch's dense product with the decoded weight, and by decoding at each call
-   and then the dense product, as libraries do that have no product for a CPU. llama.cpp is at its best where it was
-   built for this machine: --llama-cpp names the folder of such a build (llama_cpp.py). The package's is for AVX2.
+2. Y over the same bytes by llama.cpp, by GPTQModel where it is installed (gptqmodel_layer.py), by torch's dense product
+   with the decoded weight, and by decoding at each call and then the dense product, as libraries do that have no
+   product for a CPU. llama.cpp is at its best where it was built for this machine: --llama-cpp names the folder of such
+   a build (llama_cpp.py). The package's is for AVX2.
 3. A training step of SmolLM2-135M over the Q4_1 weights of its file, beside one over NF4 of the same model, as step.py
    takes it.
 
@@ -34,20 +35,23 @@ from torch import Tensor
 
 import checks
 import contest
+import gptqmodel_layer
 import llama_cpp
 import machine
 import report
 import step
 import timing
 from cases import OURS
-from file_pages import AGAIN, DECODED, DENSE, LLAMA_CPP, NF4_STEP, Q4_1_STEP, REFERENCES, page, slow
+from file_pages import AGAIN, DECODED, DENSE, GPTQMODEL, LLAMA_CPP, NF4_STEP, Q4_1_STEP, REFERENCES, page, slow
 from peers import PEER_ERROR, ours
 
 PRODUCTS = (*(("Y", M) for M in (1, 4, 8, 16, 64, 256, 512)), ("dX", 16), ("dX", 256))
 PEER_MS = (1, 16, 64, 256, 512)
 GGUF_TYPES = ("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0")
-# Those that meet the peers. llama.cpp takes part in the types of GGUF.
-AGAINST_PEERS = ("Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0", "AWQ int4", "FP8")
+GPTQ_INT4, GPTQ_INT8, AWQ_INT4 = "GPTQ int4, symmetric", "GPTQ int8", "AWQ int4"
+# Those that meet the peers. llama.cpp takes part in the types of GGUF, and GPTQModel in those of METHODS.
+AGAINST_PEERS = ("Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0", GPTQ_INT4, AWQ_INT4, "FP8")
+METHODS = {GPTQ_INT4: "gptq", AWQ_INT4: "awq"}
 GROUP = 128  # of GPTQ and AWQ, and the side of FP8's square blocks
 # Random rows, which are repeated: llama.cpp's quantizers take seconds for a whole weight, and time depends on no value.
 ROWS = 256
@@ -57,7 +61,10 @@ DTYPE = torch.bfloat16
 SHAPES = {(4096, 4096): 0.3, (576, 1536): 0.2}  # a square, and the down projection of SmolLM2-135M
 QUICK_SHAPES = {(128, 512): 0.01}
 STEP_ROUNDS, STEP_PROCESSES = 4, 2
+FAILURES = (checks.WrongResult, ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError)
 Shape = tuple[int, int]
+# What a file has of a weight: the bytes of a tensor of GGUF, or the codes, zero points and scales of GPTQ and AWQ.
+Data = Tensor | tuple[Tensor, Tensor, Tensor]
 # Times the contestants of a case with so many rows, and returns the seconds of each.
 Timer = Callable[[timing.Contestants, int], dict[str, float]]
 
@@ -73,25 +80,30 @@ def packed(low: int, high: int, rows: int, columns: int, bits: int) -> Tensor:
     return fields.contiguous().view(torch.int32)
 
 
-def integers(N: int, K: int) -> dict[str, qn.QuantizedWeight]:
+def integers(N: int, K: int) -> dict[str, Data]:
     """GPTQ's and AWQ's layers, of random codes."""
+    torch.manual_seed(0)
     groups = K // GROUP
 
     def scales(levels: int) -> Tensor:
         """By which codes of `levels` levels have about the size of weights."""
         return ((0.5 + torch.rand(groups, N)) * 3.5 / levels * K**-0.5).half()
 
-    def gptq(bits: int, zeros: Tensor, sym: bool) -> qn.QuantizedWeight:
-        codes = packed(0, 1 << bits, K * bits // 32, N, bits)
-        return from_gptq(
-            codes, zeros, scales(1 << bits), bits=bits, group_size=GROUP, sym=sym, checkpoint_format="gptq_v2"
-        )
-
     return {
-        "GPTQ int4, symmetric": gptq(4, packed(8, 9, groups, N // 8, 4), True),
-        "AWQ int4": from_awq(packed(0, 16, K, N // 8, 4), packed(6, 11, groups, N // 8, 4), scales(16)),
-        "GPTQ int8": gptq(8, packed(120, 137, groups, N // 4, 8), False),
+        GPTQ_INT4: (packed(0, 16, K // 8, N, 4), packed(8, 9, groups, N // 8, 4), scales(16)),
+        AWQ_INT4: (packed(0, 16, K, N // 8, 4), packed(6, 11, groups, N // 8, 4), scales(16)),
+        GPTQ_INT8: (packed(0, 256, K // 4, N, 8), packed(120, 137, groups, N // 4, 8), scales(256)),
     }
+
+
+def read(name: str, data: Data, shape: Shape) -> qn.QuantizedWeight:
+    """The weight of what a file has of it."""
+    if isinstance(data, Tensor):
+        return from_gguf(data, name, shape)
+    if name == AWQ_INT4:
+        return from_awq(*data)
+    bits, sym = (4, True) if name == GPTQ_INT4 else (8, False)
+    return from_gptq(*data, bits=bits, group_size=GROUP, sym=sym, checkpoint_format="gptq_v2")
 
 
 def fp8(N: int, K: int) -> qn.QuantizedWeight:
@@ -124,14 +136,14 @@ def number_of(type: str) -> int:
     return GGMLQuantizationType[type]
 
 
-def weights(shape: Shape, files: dict[str, Tensor]) -> dict[str, qn.QuantizedWeight]:
-    """The weight in every format: the references first, then those of files. `files` has the bytes of GGUF tensors."""
+def weights(shape: Shape, files: dict[str, Data]) -> dict[str, qn.QuantizedWeight]:
+    """The weight in every format: the references first, then those of files."""
     torch.manual_seed(0)
     dense = torch.randn(shape) * shape[1] ** -0.5
     found = {format: ours.quantize(dense, format) for format in REFERENCES.values()}
     found[AGAIN] = found["nf4"]  # how far equal contestants differ
-    found |= {type: from_gguf(data, type, shape) for type, data in files.items()}
-    return {**found, **integers(*shape), "FP8": fp8(*shape)}
+    found |= {name: read(name, data, shape) for name, data in files.items()}
+    return {**found, "FP8": fp8(*shape)}
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -162,7 +174,7 @@ def call_of(operation: str, held: list[qn.QuantizedWeight], left: Tensor) -> Cal
 
 
 def products(
-    shape: Shape, files: dict[str, Tensor], cases: Sequence[tuple[str, int]], timer: Timer, wrong: list[str]
+    shape: Shape, files: dict[str, Data], cases: Sequence[tuple[str, int]], timer: Timer, wrong: list[str]
 ) -> Iterator[dict]:
     """Y and dX over every format: the figures of each case. A format whose result is wrong goes into `wrong`."""
     timing.set_allocator("setup")
@@ -197,20 +209,23 @@ def products(
 def against_peers(
     name: str,
     weight: qn.QuantizedWeight,
-    data: Tensor | None,
+    data: Data | None,
     library: llama_cpp.LlamaCpp,
     Ms: Sequence[int],
     timer: Timer,
 ) -> Iterator[dict]:
-    """Y over one weight by ours and the peers; `data` is its bytes in a GGUF file, or None."""
+    """Y over one weight by ours and the peers; `data` is what a file has of it, or None."""
     timing.set_allocator("setup")
     count = contest.copies_needed(weight.nbytes)
     held = [weight, *(ours.copy(weight) for _ in range(count - 1))]
     dense = weight.dequantize(DTYPE)
     dense_copies = [dense, *(dense.clone() for _ in range(contest.copies_needed(dense.nbytes) - 1))]
-    theirs = []
-    if data is not None:
+    theirs, layers = [], []
+    if isinstance(data, Tensor):
         theirs = [llama_cpp.Weight(library, data, number_of(name), weight.shape) for _ in range(count)]
+    elif data is not None and gptqmodel_layer.installed():
+        layer = gptqmodel_layer.Layer(METHODS[name], data, GROUP)
+        layers = [layer, *(ours.copy(layer) for _ in range(count - 1))]
     exact = right_of(weight, "Y", torch.float32)
     timing.set_allocator("kept")
     for M in Ms:
@@ -220,6 +235,8 @@ def against_peers(
             DENSE: lambda i, x=x: F.linear(x, dense_copies[i % len(dense_copies)]),
             DECODED: lambda i, x=x: F.linear(x, held[i % len(held)].dequantize(DTYPE)),
         }
+        if layers:
+            contestants[GPTQMODEL] = lambda i, x=x: layers[i % len(layers)](x)
         results = {each: call(0) for each, call in contestants.items()}
         if theirs:
             graphs = [llama_cpp.Product(each, x) for each in theirs]
@@ -235,7 +252,7 @@ def against_peers(
             errors[each] = relative_error(result, wanted)
         yield {
             "name": name, "shape": weight.shape, "M": M, "seconds": timer(contestants, M), "errors": errors,
-            "buffer": theirs[0].buffer if theirs else None,
+            "buffer": theirs[0].buffer if theirs else None, "kernel": layers[0].kernel if layers else None,
         }  # fmt: skip
 
 
@@ -289,7 +306,7 @@ def measure(library: llama_cpp.LlamaCpp, quick: bool) -> dict[str, Any]:
         print(name, flush=True)
         try:
             rows.extend(work())
-        except (checks.WrongResult, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        except FAILURES as error:
             traceback.print_exc()
             wrong.append(f"{name}: {error}")
 
@@ -298,7 +315,7 @@ def measure(library: llama_cpp.LlamaCpp, quick: bool) -> dict[str, Any]:
     clock, probes = timing.Cpu(), machine.Probes()
     for shape, seconds in shapes.items():
         timer = functools.partial(time, clock, probes.read, seconds)
-        files = {type: gguf_bytes(library, type, *shape) for type in GGUF_TYPES}
+        files = {type: gguf_bytes(library, type, *shape) for type in GGUF_TYPES} | integers(*shape)
         work = functools.partial(products, shape, files, cases, timer, wrong)
         attempt(f"products {shape}", products_of, work)
         if shape != next(iter(shapes)):

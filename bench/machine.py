@@ -21,7 +21,7 @@ VARIABLES = (
     "QLN_FORCE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS",
     "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE",
 )  # fmt: skip
-PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers")
+PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers", "gptqmodel")
 # Twice the largest last-level cache: of a core complex of a CPU, and of a GPU.
 PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SQUARES = {"cpu": 4096, "cuda": 8192}

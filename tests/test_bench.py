@@ -112,7 +112,7 @@ def file_products(script, monkeypatch):
     if (folder := llama_cpp.folder_of_package()) is None:
         pytest.skip("pip install llama-cpp-py-sync has not been run")
     library, shape, wrong = llama_cpp.LlamaCpp(folder, 1), (64, 512), []
-    data = {type: files.gguf_bytes(library, type, *shape) for type in files.GGUF_TYPES}
+    data = {type: files.gguf_bytes(library, type, *shape) for type in files.GGUF_TYPES} | files.integers(*shape)
     nbytes = {name: weight.nbytes for name, weight in files.weights(shape, data).items()}
 
     def timer(calls, M):
