@@ -302,12 +302,14 @@ struct SmallM {
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
           const Range chunks{0, w.cols() / kChunk};
-          w.chunk_scales().prefetch({first + count, first + count + kRowsAtOnce}, chunks);
           w.chunk_scales().decode({first, first + count}, chunks, scales, minima, row_scales);
           whole = count / rows_of_w * rows_of_w;
-          for (int j = 0; j < whole; j += rows_of_w)
+          for (int j = 0; j < whole; j += rows_of_w) {
+            // Scales of the next rows, in parts: so many lines at once would keep the codes waiting.
+            w.chunk_scales().prefetch({first + kRowsAtOnce + j, first + kRowsAtOnce + j + rows_of_w}, chunks);
             kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
                               results + j * rows_of_x);
+          }
         }
       for (int j = whole; j < count; j += rows_of_w)
         kernel.ragged_rows(&w, kernel.decode_steps, steps(w), first + j, smaller(rows_of_w, count - j), x, loras,

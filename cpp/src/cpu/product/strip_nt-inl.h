@@ -36,8 +36,15 @@ class StripNt {
  private:
   static constexpr std::int64_t kStepFloats = kRows * kTileUnits, kStageFloats = kSteps * kStepFloats;
   static constexpr std::int64_t kPartRows = kRows / kSteps;
-  static constexpr std::int64_t kScaledChunks = 256;  // whose scales are decoded at once: a row of up to 16384 elements
+  static constexpr std::int64_t kScaledChunks = 248;  // whose scales are decoded at once: a row of up to 15872 elements
   static constexpr std::int64_t kScaleFloats = kRows * kScaledChunks * Rows::kChunkScales;
+  // From a row's scales to the next row's. Rows 512 bytes or a multiple of it apart would share few sets of the
+  // first-level cache, and push each other out before the next chunk reads the same lines.
+  static std::int64_t scale_stride(std::int64_t chunks) {
+    const std::int64_t scales = chunks * Rows::kChunkScales;
+    return scales % 128 == 0 ? scales + kLanes : scales;
+  }
+  static_assert(kScaledChunks * Rows::kChunkScales % 128 >= kLanes);  // so that there is room for it
   // X of the next step is prefetched into the first-level cache: so many lines for each two rows of W.
   static constexpr int kLinesOfX = kWidth * kTileUnits * 2 / static_cast<int>(kPartRows);
 
@@ -65,9 +72,9 @@ class StripNt {
       if (chunk == scaled.end) {
         scaled = {chunk, smaller(chunk + kScaledChunks, chunks)};
         w.chunk_scales().decode(rows, scaled, scales, Scales::kHasMinimum ? scales + kScaleFloats : nullptr,
-                                scaled.count() * Rows::kChunkScales);
+                                scale_stride(scaled.count()));
       }
-      const std::int64_t first = part * kPartRows, scale_row = scaled.count() * Rows::kChunkScales;
+      const std::int64_t first = part * kPartRows, scale_row = scale_stride(scaled.count());
       decode_rows({.decoder = w.chunk_decoder(),
                    .codes = codes + first * row_bytes + chunk * Rows::kChunkBytes,
                    .row_bytes = row_bytes,
@@ -79,9 +86,12 @@ class StripNt {
                    .next_x = next_x,
                    .out = stage(chunk) + first * kTileUnits});
     };
-    w.chunk_scales().prefetch({rows.end, rows.end + kRows}, {0, chunks});
+    Range next{rows.end, rows.end + kRows / 8};
     Block::begin(tiles, c, false);
-    for (std::int64_t chunk = -1; chunk < chunks; ++chunk)
+    for (std::int64_t chunk = -1; chunk < chunks; ++chunk) {
+      // The scales of the next block, in parts: so many lines at once would keep the codes waiting.
+      if (next.begin < rows.end + kRows) w.chunk_scales().prefetch(next, {0, chunks});
+      next = {next.end, next.end + next.count()};
       for (int step = 0; step < kSteps; ++step) {
         if (chunk + 1 < chunks) decode(chunk + 1, step, x.data + x.step);
         if (chunk < 0) continue;
@@ -89,6 +99,7 @@ class StripNt {
         Block::multiply(tiles, {stage(chunk) + step * kStepFloats, kTileUnits, kTileRows * kTileUnits, 0}, x);
         x.data += x.step;
       }
+    }
     Block::end(tiles, c, rows.count());
   }
 
