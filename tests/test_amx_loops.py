@@ -100,16 +100,16 @@ def test_accumulators_stay_in_registers(blocks):
         assert not spilled, (name, spilled)
 
 
-@pytest.mark.parametrize(("width", "loads"), [(1, 5), (2, 5)])
-def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads):
-    """Four products a step, and nothing is stored before all chunks of a block have been multiplied."""
+@pytest.mark.parametrize(("width", "loads", "products"), [(1, 5, 4), (2, 5, 4), (3, 4, 3), (4, 5, 4)])
+def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads, products):
+    """Nothing is stored before all chunks of a block have been multiplied."""
     found = {name: of_name for name, of_name in strips.items() if f", {width}>::multiply_block(" in name}
     assert len(found) >= 5, list(strips)  # over 4 and over 8 bits, with minima and without
     for name, of_name in found.items():
-        products = list(filter(multiplies, of_name))
-        assert products, name
-        for loop in products:
-            assert 4 * count(loop, "tileloadd", "tileloaddt1") == loads * count(loop, "tdpbf16ps"), name
+        multiplying = list(filter(multiplies, of_name))
+        assert multiplying, name
+        for loop in multiplying:
+            assert products * count(loop, "tileloadd", "tileloaddt1") == loads * count(loop, "tdpbf16ps"), name
             assert count(loop, "tilestored") == 0, name
 
 
@@ -136,7 +136,7 @@ def test_two_rows_of_4_bits_are_decoded_with_one_table(strips):
         for loop in of_name
         if not multiplies(loop)
     ]
-    assert len(found) == 4  # with minima and without, for strips of one and of two tiles
+    assert len(found) >= 4  # with minima and without, for strips of one and of two tiles
     for loop in found:
         assert [count(loop, i) for i in ("vpmovzxbw", "vpermw", "vcvtne2ps2bf16", "vcvtneps2bf16")] == [2, 4, 1, 0]
         assert len(loop) <= 36, len(loop)

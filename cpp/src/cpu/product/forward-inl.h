@@ -23,7 +23,7 @@ class ForwardOf : public Job {
     rows_ = smaller(rows_, rows_per_block(rows_, (units_ + 2 * u_units_) * 4, kStripRows));
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
-    strips_ = Strips(ceil_div(rows_, kLanes), Product::kStripVectors, Product::kMaxStripWidth);
+    strips_ = Product::strips_of(rows_, units_);
     adapters_ = job_adapters(lora, part, rows_, args.weight);
     cut_into_pieces();
     floats_x_ = strips_.first(strips_.count()) * kLanes * units_;
@@ -36,7 +36,7 @@ class ForwardOf : public Job {
   void cut(std::int64_t threads) override {
     const std::int64_t max_strips = scaled_to_l2(kMaxStrips, kMinStrips, caches());
     const std::int64_t panels = Product::panels(args_.weight.N, args_.weight.K);
-    const bool by_strips = Product::decodes_for_each_strip(strips_);  // which decode nothing ahead but 64 columns
+    const bool by_strips = Product::strips_decode(strips_.vectors());  // ahead they decode 64 columns
     const std::int64_t tasks =
         by_strips ? kTasksPerThread : tasks_per_thread(panels * ceil_div(rows_, kLanes), threads);
     const std::int64_t min_tile = by_strips                 ? kMaxStripBlockRows

@@ -23,6 +23,7 @@ class Strips {
     count_ = vectors / width + (rest != 0);
     if (rest == 1 && vectors > width && max_width > width) --count_;  // 3 + 1 -> 4
   }
+  std::int64_t vectors() const { return vectors_; }
   std::int64_t count() const { return count_; }
   std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * width_ : vectors_; }
   int width(std::int64_t strip) const {
@@ -39,9 +40,9 @@ struct ProductNt {
   using Chunk = typename Dot::Chunk;
   using Tiles = typename TilesOf<Dot>::type;
   static_assert(!kTiled<Dot> || kLanes == kTileUnits);
-  // Vectors of rows in a strip. With tiles there are two, so that a block has 2 x 2 tiles.
+  // Vectors of rows in a strip. With tiles there are two, so that a block of a panel has 2 x 2 tiles.
   static constexpr int kStripVectors = kTiled<Dot> ? 2 : 3;
-  static constexpr int kMaxStripWidth = kTiled<Dot> ? 2 : kMaxStripVectors;
+  static constexpr int kMaxStripWidth = kTiled<Dot> ? kMaxDecodingVectors : kMaxStripVectors;
   // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
   static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
@@ -52,12 +53,17 @@ struct ProductNt {
   static constexpr std::int64_t kMinPanelRows = 16;  // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kMaxPanelRows * kPanelStride;
   static constexpr int kPanels = kTiled<Dot> ? 1 : 2;  // that there is memory for
-  // So many strips, or fewer, each decode W for themselves (strip_nt-inl.h), up to 64 rows. On an Intel Xeon (Emerald
-  // Rapids) two strips took 0.93 times as long so as with panels.
-  static constexpr std::int64_t kMaxDecodingStrips = 2;
 
-  static bool decodes_for_each_strip(const Strips& strips) {
-    return kTiled<Dot> && strips.count() <= kMaxDecodingStrips;
+  // Whether strips decode W for themselves (strip_nt-inl.h), without panels.
+  static bool strips_decode(std::int64_t vectors) { return kTiled<Dot> && vectors <= kMaxDecodingVectors; }
+  // The strips of rows that have `units` units each. Where strips decode there is one, unless X would leave the
+  // second-level cache: it is read again for each block of W. On an Intel Xeon (Emerald Rapids) one strip of 33 to 64
+  // rows took 0.70 to 0.94 times as long as two, and 1.05 times for 64 rows of 14336 columns.
+  static Strips strips_of(std::int64_t rows, std::int64_t units) {
+    const std::int64_t vectors = ceil_div(rows, kLanes);
+    if (strips_decode(vectors) && vectors * kLanes * units * 4 <= kTunedL2)
+      return Strips(vectors, kMaxStripWidth, kMaxStripWidth);
+    return Strips(vectors, kStripVectors, kTiled<Dot> ? kStripVectors : kMaxStripWidth);
   }
 
   template <class Rows>
@@ -176,7 +182,7 @@ struct ProductNt {
   static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* accumulators,
                        const Done& done) {
     if constexpr (kTiled<Dot> && Rows::kQuantized && !Rows::kRare)
-      if (decodes_for_each_strip(x.strips) && w.aligned())
+      if (strips_decode(x.strips.vectors()) && w.aligned())
         return multiply_each_strip(tiles, w, rows, x, panels, accumulators, done);
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
     // Panels are of equal size, because only a panel that is not larger than the one before is prefetched as a whole.
@@ -236,7 +242,7 @@ struct ProductNt {
     for (std::int64_t row = rows.begin; row < rows.end; row += kMaxPanelRows) {
       const Range panel{row, smaller(row + kMaxPanelRows, rows.end)};
       for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
-        with_constant<kMaxStripWidth>(x.strips.width(s), [&](auto width) {
+        with_constant<kMaxDecodingVectors>(x.strips.width(s), [&](auto width) {
           using Kernel = StripNt<Dot, Rows, width>;
           static_assert(Kernel::kFloats <= kPanels * kPanelFloats && kMaxPanelRows % Kernel::kRows == 0);
           Kernel::multiply(tiles, w, panel, tiles_of(x.strip(s, 0)), tiles_of(x.accumulators(s, accumulators, panel)),

@@ -1,8 +1,8 @@
-// Y = X . W^T by tiles for one strip of X, 16 or 32 rows, while W is decoded. With so few rows decoding takes most of
+// Y = X . W^T by tiles for one strip of X, up to 64 rows, while W is decoded. With so few rows decoding takes most of
 // the time, so everything else runs beside it, and what is decoded never leaves the first-level cache:
 //
-//   block          32 or 64 rows of W: always four tiles of accumulators, so that as many products have no operand in
-//                  common. They stay in registers for the whole inner dimension
+//   block          16 to 64 rows of W: as many as give four tiles of accumulators, or three, so that as many products
+//                  do not wait for each other. They stay in registers for the whole inner dimension
 //   stage          one chunk of each row of a block, [step of 16 units][row][unit], so that a tile is 1 KB in one piece
 //
 //   stage 0   decode   multiply
@@ -20,6 +20,7 @@ namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr std::int64_t kMaxStripBlockRows = 4 * kTileRows;
+constexpr int kMaxDecodingVectors = 4;  // of 16 rows, in a strip that decodes W
 
 // kWidth is the number of tiles that the strip is wide.
 template <class Dot, class Rows, int kWidth>
@@ -31,7 +32,7 @@ class StripNt {
   static_assert(kSteps == Dot::kVectors);
 
  public:
-  static constexpr std::int64_t kRows = kMaxStripBlockRows / kWidth;  // of W in a block
+  static constexpr std::int64_t kRows = kRowTiles * kTileRows;  // of W in a block
 
  private:
   static constexpr std::int64_t kStepFloats = kRows * kTileUnits, kStageFloats = kSteps * kStepFloats;
