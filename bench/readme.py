@@ -69,7 +69,8 @@ def memory_of_step() -> str:
     ours, peers = ([step["peak_bytes"] / 1e6 for step in each] for each in (steps, of_peers))
     text = (
         f"Beside the model, a training step of SmolLM2-135M over {steps[0]['tokens']} tokens takes up to "
-        f"{max(ours):.0f} MB of memory on {', '.join(names[:-1])} and {names[-1]}, where bitsandbytes + PEFT takes {min(peers):,.0f} MB."
+        f"{max(ours):.0f} MB of memory on {', '.join(names[:-1])} and {names[-1]}, where bitsandbytes + PEFT takes "
+        f"{min(peers):,.0f} MB."
     )
     return textwrap.fill(text, 120) + "\n"
 
