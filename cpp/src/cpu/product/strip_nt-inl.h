@@ -10,7 +10,7 @@
 //
 // A step of one stage is multiplied after a part of the next one was decoded: the processor begins the tile products of
 // the step, and decodes the next part while they run. Two stages, their codes and scales, and the units of X that they
-// meet are 16 to 28 KB.
+// meet are up to 28 KB.
 #pragma once
 
 #include "cpu/product/tiles-inl.h"

@@ -166,10 +166,7 @@ inline float mean(const float* values, std::int64_t count) {
   parallel_for(tasks, [&](std::int64_t task) {
     const std::int64_t end = smaller((task + 1) * kTaskValues, count);
     double part[8] = {};
-    std::int64_t i = task * kTaskValues;
-    for (; i + 8 <= end; i += 8)
-      for (int j = 0; j < 8; ++j) part[j] += double{values[i + j]};
-    for (int j = 0; i < end; ++i, ++j) part[j] += double{values[i]};
+    for (std::int64_t i = task * kTaskValues; i < end; ++i) part[i % 8] += double{values[i]};
     partial_sums[task] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
   });
   double sum = 0.0;
