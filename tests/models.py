@@ -152,6 +152,12 @@ def logits(model):
     return model(**inputs()).logits
 
 
+def rounding_of_logits(products):
+    """The relative error that logits in bf16 may have after so many products. Each rounds once, by at most 2**-8 and by
+    less than half of that on average, and the roundings add up like random numbers."""
+    return 2**-9 * products**0.5
+
+
 def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
