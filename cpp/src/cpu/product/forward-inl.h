@@ -65,12 +65,20 @@ class ForwardOf : public Job {
     const std::int64_t first = task % grid_.row_parts * grid_.row_part;
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
     const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
+    constexpr std::int64_t kPanels = Product::kPanels * Product::kPanelFloats;
+    const std::int64_t low_rank_floats = adapters_.empty() ? 0 : Product::kPanelFloats;
     float* panels = scratch_floats(
-        Slot::thread, Product::kPanels * Product::kPanelFloats + x.vectors() * kLanes * Product::kMaxPanelRows);
-    float* accumulators = panels + Product::kPanels * Product::kPanelFloats;
+        Slot::thread, kPanels + low_rank_floats + Product::accumulator_floats(x.vectors(), args_.weight.K));
+    LowRankPanel low_rank{.memory = panels + kPanels};
     typename Product::Tiles tiles;
-    Product::multiply(tiles, w, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, accumulators,
-                      [&](Range rows, float* panel_memory) { finish(tiles, x, rows, panel_memory, accumulators); });
+    Product::multiply(
+        tiles, w, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels,
+        panels + kPanels + low_rank_floats, [&](Range rows, std::int64_t strip) { prefetch_y(rows, strip); },
+        [&](Range rows, std::int64_t strip, const typename Product::Accumulators& accumulators) {
+          add_low_rank(tiles, rows, strip, low_rank, accumulators);
+          Product::write(accumulators, strips_.width(strip), rows, 1.0f, args_.bias, args_.y,
+                         strips_.first(strip) * kLanes);
+        });
   }
 
  private:
@@ -136,8 +144,8 @@ class ForwardOf : public Job {
     NoDecoder none;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kMaxPanelRows) {
       const Range ranks{r, smaller(r + Product::kMaxPanelRows, lora.rank)};
-      for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
-        const typename Product::Panel panel{ranks, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
+      for (std::int64_t c = 0; c < chunks; c += Product::kMaxChunks) {
+        const typename Product::Panel panel{ranks, {c, smaller(c + Product::kMaxChunks, chunks)}, panel_memory};
         // Without dropout the piece's vectors of the packed strip are what is multiplied.
         typename Product::Strip strip{x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
                                           (piece.vector - strips_.first(piece.strip)) * kLanes,
@@ -155,41 +163,53 @@ class ForwardOf : public Job {
                         packed_u(piece));
   }
 
-  // Writes these columns of Y, whose accumulators have X . W^T.
-  void finish(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
-              float* accumulators) {
-    add_low_rank(tiles, x, rows, panel_memory, accumulators);
-    for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
-      Product::write(x.accumulators(s, accumulators, rows), strips_.width(s), rows, 1.0f, args_.bias, args_.y,
-                     strips_.first(s) * kLanes);
-  }
+  // A panel of s*B, which stays from strip to strip.
+  struct LowRankPanel {
+    float* memory;
+    std::size_t adapter = 0;
+    Range rows{0, 0}, chunks{0, 0};
 
-  // Adds U . (s*B)^T to the accumulators of these rows of W.
-  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
-                    float* accumulators) {
+    bool holds(std::size_t other, Range these, std::int64_t chunk) const {
+      return adapter == other && rows.begin == these.begin && rows.end == these.end && chunks.begin == chunk;
+    }
+  };
+
+  // Adds U . (s*B)^T to the accumulators of a strip and these rows of W.
+  void add_low_rank(typename Product::Tiles& tiles, Range rows, std::int64_t strip, LowRankPanel& low_rank,
+                    const typename Product::Accumulators& accumulators) {
     NoDecoder none;
     const std::int64_t chunks = ceil_div(args_.lora.rank, kChunk);
-    const std::size_t end = first_piece_[static_cast<std::size_t>(x.range.end)];
-    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.range.begin)], next; i < end; i = next) {
-      for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
-      const LoraView& lora = adapters_[pieces_[i].adapter].lora;
-      const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
-      // Another adapter's rows are far off, where no processor expects them.
-      if (next < end)
-        prefetch(rows_of(lora_b(adapters_[pieces_[next].adapter].lora, args_.weight.N), rows.begin, rows.count()));
-      for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
-        const typename Product::Panel panel{rows, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
+    for (std::size_t i = first_piece_[static_cast<std::size_t>(strip)];
+         i < first_piece_[static_cast<std::size_t>(strip + 1)]; ++i) {
+      const Piece& piece = pieces_[i];
+      const std::int64_t u_row = piece.width * kLanes;
+      typename Product::Accumulators into = accumulators;
+      into.data += (piece.vector - strips_.first(strip)) * kLanes;
+      for (std::int64_t c = 0; c < chunks; c += Product::kMaxChunks) {
+        const typename Product::Panel panel{rows, {c, smaller(c + Product::kMaxChunks, chunks)}, low_rank.memory};
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
-        decode_panel(b, panel);
-        for (std::size_t p = i; p < next; ++p) {
-          const Piece& piece = pieces_[p];
-          const std::int64_t u_row = piece.width * kLanes;
-          typename Product::Accumulators into = x.accumulators(piece.strip, accumulators, rows);
-          into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;
-          Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
-                                  none);
+        if (!low_rank.holds(piece.adapter, rows, c)) {
+          const LoraView& lora = adapters_[piece.adapter].lora;
+          decode_panel(DenseRows<Dot, true>(lora_b(lora, args_.weight.N), lora.scaling), panel);
+          low_rank = {low_rank.memory, piece.adapter, rows, panel.chunks};
+          // Another adapter's rows are far off, where no processor expects them.
+          if (piece.adapter + 1 < adapters_.size())
+            prefetch(rows_of(lora_b(adapters_[piece.adapter + 1].lora, args_.weight.N), rows.begin, rows.count()));
         }
+        Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
+                                none);
       }
+    }
+  }
+
+  // Prefetches some columns of a strip's Y, to write them.
+  void prefetch_y(Range columns, std::int64_t strip) const {
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    const std::int64_t begin = strips_.first(strip) * kLanes;
+    const std::int64_t end = smaller(begin + strips_.width(strip) * kLanes, args_.y.rows);
+    for (std::int64_t row = begin; row < end; ++row) {
+      const char* line = static_cast<const char*>(args_.y.data) + (row * args_.y.stride + columns.begin) * kSize;
+      for (std::int64_t i = 0; i < columns.count() * kSize; i += 64) __builtin_prefetch(line + i, 1);
     }
   }
 

@@ -45,7 +45,9 @@ struct ProductNt {
   static constexpr int kMaxStripWidth = kTiled<Dot> ? kMaxDecodingVectors : kMaxStripVectors;
   // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
   static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
-  static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
+  // With tiles a panel may have some more, so that a narrow W has one panel and its accumulators stay in registers.
+  static constexpr std::int64_t kMaxChunks = kTiled<Dot> ? kBlockChunks * 5 / 4 : kBlockChunks;
+  static constexpr std::int64_t kBlockUnits = kMaxChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
   // Rows of W in a panel. Tiles get more of them, because they multiply so fast that reading X again for other rows of
   // W would be the limit.
@@ -106,7 +108,7 @@ struct ProductNt {
     using Chunk = typename Dot::Chunk;
     static constexpr int kLineRows = 1;
     static constexpr bool kLineAfterLine = true;
-    static constexpr std::int64_t kMaxScaledChunks = kMaxPanelRows * kBlockChunks;
+    static constexpr std::int64_t kMaxScaledChunks = kMaxPanelRows * kMaxChunks;
     Range lines, chunks;
     float* data;
 
@@ -171,20 +173,28 @@ struct ProductNt {
     }
   };
 
+  // Panels side by side, of rows of W that have `cols` elements.
+  static std::int64_t blocks(std::int64_t cols) {
+    const std::int64_t chunks = ceil_div(cols, kChunk);
+    return chunks <= kMaxChunks ? 1 : ceil_div(chunks, kBlockChunks);
+  }
   // The panels of w [N, K].
-  static std::int64_t panels(std::int64_t N, std::int64_t K) {
-    return ceil_div(N, kMaxPanelRows) * ceil_div(ceil_div(K, kChunk), kBlockChunks);
+  static std::int64_t panels(std::int64_t N, std::int64_t K) { return ceil_div(N, kMaxPanelRows) * blocks(K); }
+  // The floats of the accumulators that multiply() takes. Where a panel has all columns of W, they are for one strip
+  // after the other, and stay in the first-level cache.
+  static std::int64_t accumulator_floats(std::int64_t vectors, std::int64_t cols) {
+    return (blocks(cols) == 1 ? kMaxStripWidth : vectors) * kLanes * kMaxPanelRows;
   }
 
-  // Multiplies by some rows of W, and calls done(rows, the memory of a panel that is free again) for each panel of
-  // them.
-  template <class Rows, class Done>
+  // Multiplies by some rows of W. For each panel of them and each strip it calls before(rows, strip) before the last
+  // part of the product, and after(rows, strip, its accumulators) after it.
+  template <class Rows, class Before, class After>
   static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* accumulators,
-                       const Done& done) {
+                       const Before& before, const After& after) {
     if constexpr (kTiled<Dot> && Rows::kQuantized && !Rows::kRare)
       if (strips_decode(x.strips.vectors()) && w.aligned())
-        return multiply_each_strip(tiles, w, rows, x, panels, accumulators, done);
-    const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
+        return multiply_each_strip(tiles, w, rows, x, panels, accumulators, after);
+    const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ProductNt::blocks(w.cols());
     // Panels are of equal size, because only a panel that is not larger than the one before is prefetched as a whole.
     const std::int64_t width = ceil_div(chunks, blocks);
     const auto panel_of = [&](std::int64_t i) {
@@ -195,8 +205,7 @@ struct ProductNt {
     };
     multiply_panels<!kTiled<Dot>>(w, ceil_div(rows.count(), kMaxPanelRows) * blocks, panel_of,
                                   [&](std::int64_t i, const Panel& panel, auto& decoding) {
-                                    multiply_panel(tiles, x, panel, accumulators, decoding);
-                                    if (i % blocks == blocks - 1) done(panel.lines, panel.data);
+                                    multiply_panel(tiles, x, panel, accumulators, blocks, i, before, after, decoding);
                                   });
   }
 
@@ -204,31 +213,51 @@ struct ProductNt {
   // of `out`, as far as it has them.
   static void write(const Accumulators& accumulators, int width, Range rows, float scale, const void* bias, Matrix out,
                     std::int64_t m) {
-    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    constexpr DType kType = Dot::kActivation;
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+    constexpr int kColumns = kSize == 2 ? 2 * kLanes : kLanes;  // that are as long as a vector
     const std::int64_t n = rows.begin, count = rows.count();
-    for (std::int64_t j = 0; j < count; j += kLanes) {
-      const int columns = static_cast<int>(smaller<std::int64_t>(kLanes, count - j));
-      F32 added = zero();
+    for (std::int64_t j = 0; j < count;) {
+      const int columns = static_cast<int>(smaller<std::int64_t>(count - j < kColumns ? kLanes : kColumns, count - j));
+      const bool pairs = columns > kLanes;  // then a lane is two columns
+      alignas(64) float added[kColumns] = {};
       if (bias != nullptr)
-        added = load_as_f32<Dot::kActivation>(static_cast<const char*>(bias) + (n + j) * kSize, columns);
+        for (int i = 0; i < columns; i += kLanes)
+          store(added + i,
+                load_as_f32<kType>(static_cast<const char*>(bias) + (n + j + i) * kSize, smaller(kLanes, columns - i)));
       for (int vector = 0; vector < width; ++vector) {
+        const auto column = [&](int i) {
+          const float* from = accumulators.data + (j + i) * accumulators.row_stride + vector * kLanes;
+          return add(mul(i < columns ? load(from) : zero(), set1(scale)), set1(added[i]));
+        };
         F32 block[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          block[i] =
-              j + i < count ? load(accumulators.data + (j + i) * accumulators.row_stride + vector * kLanes) : zero();
+          block[i] = pairs ? pair_of<kType>(column(2 * i), column(2 * i + 1)) : column(i);
         transpose(block);
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = m + vector * kLanes + lane;
           if (row < 0) continue;
           if (row >= out.rows) break;
-          store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize,
-                                           add(mul(block[lane], set1(scale)), added), columns);
+          char* to = static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize;
+          if (pairs)
+            store(reinterpret_cast<float*>(to), block[lane]);
+          else
+            store_from_f32<kType>(to, block[lane], columns);
         }
       }
+      j += columns;
     }
   }
 
  private:
+  // Lanes of two adjacent elements of 16 bits, x before y.
+  template <DType kType>
+  static F32 pair_of(F32 x, F32 y) {
+    alignas(64) float pairs[2 * kLanes];
+    store_pairs<kType, false>(pairs, round_to<kType>(x), round_to<kType>(y));
+    return load(pairs);
+  }
+
   static TileGrid<const float*> tiles_of(const Strip& strip) {
     return {strip.data, strip.unit_stride, kLanes, kTileUnits * strip.unit_stride};
   }
@@ -236,30 +265,36 @@ struct ProductNt {
     return {accumulators.data, accumulators.row_stride, kTileRows * accumulators.row_stride, kLanes};
   }
 
-  template <class Rows, class Done>
+  template <class Rows, class After>
   static void multiply_each_strip(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* memory,
-                                  float* accumulators, const Done& done) {
+                                  float* accumulators, const After& after) {
     for (std::int64_t row = rows.begin; row < rows.end; row += kMaxPanelRows) {
       const Range panel{row, smaller(row + kMaxPanelRows, rows.end)};
       for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
         with_constant<kMaxDecodingVectors>(x.strips.width(s), [&](auto width) {
           using Kernel = StripNt<Dot, Rows, width>;
           static_assert(Kernel::kFloats <= kPanels * kPanelFloats && kMaxPanelRows % Kernel::kRows == 0);
-          Kernel::multiply(tiles, w, panel, tiles_of(x.strip(s, 0)), tiles_of(x.accumulators(s, accumulators, panel)),
-                           memory);
+          const Accumulators into{accumulators, width * kLanes};
+          Kernel::multiply(tiles, w, panel, tiles_of(x.strip(s, 0)), tiles_of(into), memory);
+          after(panel, s, into);
         });
-      done(panel, memory);
     }
   }
 
-  template <class Decoding>
+  // Multiplies all strips by panel i of rows that `blocks` panels have side by side.
+  template <class Before, class After, class Decoding>
   static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* accumulators,
+                             std::int64_t blocks, std::int64_t i, const Before& before, const After& after,
                              Decoding& decoding) {
     const std::int64_t unit = panel.chunks.begin * Dot::kUnits,
                        units = smaller(panel.chunks.count() * Dot::kUnits, x.units - unit);
+    const bool last = i % blocks == blocks - 1;
     const auto multiply_with = [&](std::int64_t s, auto& meanwhile) {
-      multiply_strip(tiles, x.strip(s, unit), panel, units, x.accumulators(s, accumulators, panel.lines), unit != 0,
-                     meanwhile);
+      Accumulators into = x.accumulators(s, accumulators, panel.lines);
+      if (blocks == 1) into.data = accumulators;
+      if (last) before(panel.lines, s);
+      multiply_strip(tiles, x.strip(s, unit), panel, units, into, unit != 0, meanwhile);
+      if (last) after(panel.lines, s, into);
     };
     NoDecoder none;
     for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
