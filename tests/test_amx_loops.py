@@ -1,4 +1,4 @@
-"""Guards the machine code of AMX's loops (cpp/src/cpu/product/: tiles-inl.h, strip_nt-inl.h, panel_pipeline-inl.h).
+"""Guards the machine code of AMX's loops in cpp/src/cpu/product/: tiles, strip_nt, strip_nn and panel_pipeline-inl.h.
 
 They cannot be timed without AMX. A tile product costs little more than one load, no loop stores a tile, and decoding
 keeps its values in registers.
@@ -55,7 +55,7 @@ def loops():
         return {
             name: machine_code.loops(code, target, falls_through)
             for name, code in functions(listing, machine_code.Instruction).items()
-            if re.search(r"multiply_tiles<|::multiply_block\(|Decoder<.*::step\(long\)", name)
+            if re.search(r"multiply_tiles<|::multiply_block\(|StripNn<.*::decode\(|Decoder<.*::decode\(", name)
         }
 
 
@@ -100,6 +100,12 @@ def test_accumulators_stay_in_registers(blocks):
         assert not spilled, (name, spilled)
 
 
+@pytest.fixture(scope="module")
+def stages(loops):
+    """{whose stages of W are decoded for dX: the loops of its machine code}."""
+    return {name: of_name for name, of_name in loops.items() if "StripNn<" in name}
+
+
 @pytest.mark.parametrize(("width", "loads", "products"), [(1, 5, 4), (2, 5, 4), (3, 4, 3), (4, 5, 4)])
 def test_accumulators_of_a_strip_stay_in_tiles(strips, width, loads, products):
     """Nothing is stored before all chunks of a block have been multiplied."""
@@ -118,25 +124,27 @@ def test_decoding_keeps_its_values_in_registers(loops, strips):
     decoding += [
         (name, loop)
         for name, of_name in loops.items()
-        if "ProductNt<" in name and "::decode()" in name
+        if "StripNn<" in name or ("ProductNt<" in name and "::decode()" in name)
         for loop in of_name
     ]
-    assert len(decoding) >= 15, [name for name, _ in decoding]
+    for kind in ("StripNt<", "StripNn<", "ProductNt<"):
+        assert sum(kind in name for name, _ in decoding) >= 5, kind  # over 4 and over 8 bits, with minima and without
     for name, loop in decoding:
         moved = [i for i in loop if re.search(r"\(%r[sb]p", i.operands) or i.opcode in ("vpinsrq", "vpextrq", "call")]
         assert not moved, (name, moved)
 
 
-def test_two_rows_of_4_bits_are_decoded_with_one_table(strips):
+def test_two_rows_of_4_bits_are_decoded_with_one_table(strips, stages):
     """128 weights of blocks of 64 take two conversions to words, four lookups and one rounding."""
+    of_strips = {name: of_name for name, of_name in strips.items() if re.search(r", [12]>::multiply_block", name)}
     found = [
-        loop
-        for name, of_name in strips.items()
-        if "CodeKind)0, 1, " in name and re.search(r", [12]>::multiply_block", name)
+        (loop, 36 if name in strips else 44)  # dX also has rows to interleave
+        for name, of_name in (of_strips | stages).items()
+        if "CodeKind)0, 1, " in name
         for loop in of_name
         if not multiplies(loop)
     ]
-    assert len(found) == 4  # with minima and without, for strips of one and of two tiles
-    for loop in found:
+    assert len(found) == 6  # with minima and without: strips of one and of two tiles for Y, and stages for dX
+    for loop, instructions in found:
         assert [count(loop, i) for i in ("vpmovzxbw", "vpermw", "vcvtne2ps2bf16", "vcvtneps2bf16")] == [2, 4, 1, 0]
-        assert len(loop) <= 36, len(loop)
+        assert len(loop) <= instructions, len(loop)

@@ -6,6 +6,7 @@
 
 #include "cpu/product/panel_pipeline-inl.h"
 #include "cpu/product/product_nn_layout-inl.h"
+#include "cpu/product/strip_nn-inl.h"
 #include "cpu/product/tiles-inl.h"
 #include "cpu/runtime/scratch.h"
 
@@ -26,6 +27,9 @@ struct ProductNn : LayoutNn<DotOf> {
   static constexpr std::int64_t kPanelsOfTotal = 16;
   static constexpr std::int64_t kMaxAccumulators = kByTiles ? 704 * 4 * kChunk : 128 << 10;  // of 704 rows of a task
 
+  // With so few strips W is decoded stage by stage (strip_nn-inl.h), without panels.
+  static constexpr std::int64_t kMaxDecodingStrips = 2;
+
   // What one adapter adds to the accumulators of its strips: V . A.
   struct LowRank {
     float* v = nullptr;  // packed, from the first row of the first strip on; zero in rows of other adapters
@@ -42,6 +46,9 @@ struct ProductNn : LayoutNn<DotOf> {
   // Adds x . w to the accumulators of a part, or sets them to it.
   template <class Rows>
   static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
+    if constexpr (kByTiles && Rows::kQuantized && !Rows::kRare)
+      if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
+        return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
     const std::int64_t units = units_of(w.rows());
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
     const std::int64_t panels = ceil_div(units, step);

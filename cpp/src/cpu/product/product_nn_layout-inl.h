@@ -52,7 +52,7 @@ struct LayoutNn {
     else if (ragged && rows <= 96)
       tuned = {16, 2};
     else if (kByTiles && rows <= 64)
-      tuned = rows <= 32 ? Tiling{16, 1} : Tiling{8, 2};
+      tuned = rows <= 32 ? Tiling{32, 1} : Tiling{16, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
   // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
