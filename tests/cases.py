@@ -19,8 +19,8 @@ CODEBOOK = (-1.0, -0.83, -0.61, -0.47, -0.36, -0.21, -0.13, -0.04, 0.02, 0.09, 0
 WEIGHTS = ((1, 1), (1, 64), (5, 63), (3, 65), (7, 1), (48, 96), (65, 128), (33, 3420))
 ROWS = (0, 1, 7, 8, 9, 129)
 # [M, N, K] around the edges of what a kernel takes at a time: 16 lanes, 64 rows of W, 512 of X, 1024 of K, and one off;
-# for small M on a GPU a last round of 32 of K; for up to 64 rows by AMX whole chunks of K, an odd N, more than 32 chunks,
-# and an X of more than 1 MB.
+# for small M on a GPU a last round of 32 of K; for up to 64 rows by AMX whole chunks of K, more than 32 of them, an odd
+# N, and an X of more than 1 MB.
 BLOCKED = (
     (2, 64, 1024),
     (4, 66, 1025),
