@@ -31,11 +31,10 @@ class StripNn {
   static constexpr std::int64_t kScaledChunks = 32;  // of a group, whose scales are decoded at once
   static constexpr std::int64_t kScaleFloats = kRows * (kScaledChunks * Rows::kChunkScales + kLanes);
   static_assert(Dot::kElementsPerUnit == 2);
+  static_assert(2 * kStageFloats + (Scales::kHasMinimum ? 2 : 1) * kScaleFloats <=
+                Layout::kPanels * Layout::kPanelFloats);
 
  public:
-  static constexpr std::int64_t kFloats = 2 * kStageFloats + (Scales::kHasMinimum ? 2 : 1) * kScaleFloats;
-  static_assert(kFloats <= Layout::kPanels * Layout::kPanelFloats);
-
   // Adds x . w to the accumulators of a part, or sets them to it. w is aligned.
   static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
     for (std::int64_t c = part.chunks.begin; c < part.chunks.end; c += kScaledChunks)
@@ -45,9 +44,7 @@ class StripNn {
  private:
   StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
       : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks), units_(Layout::units_of(w.rows())) {
-    const std::int64_t scales = chunks.count() * Rows::kChunkScales;
-    // Rows of scales 512 bytes or a multiple of it apart would share few sets of the first-level cache.
-    scale_row_ = scales % 128 == 0 ? scales + kLanes : scales;
+    scale_row_ = ChunkScales::stride_of(chunks.count() * Rows::kChunkScales);
     ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
   }
 

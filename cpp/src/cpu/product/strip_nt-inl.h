@@ -39,12 +39,7 @@ class StripNt {
   static constexpr std::int64_t kPartRows = kRows / kSteps;
   static constexpr std::int64_t kScaledChunks = 248;  // whose scales are decoded at once: a row of up to 15872 elements
   static constexpr std::int64_t kScaleFloats = kRows * kScaledChunks * Rows::kChunkScales;
-  // From a row's scales to the next row's. Rows 512 bytes or a multiple of it apart would share few sets of the
-  // first-level cache, and push each other out before the next chunk reads the same lines.
-  static std::int64_t scale_stride(std::int64_t chunks) {
-    const std::int64_t scales = chunks * Rows::kChunkScales;
-    return scales % 128 == 0 ? scales + kLanes : scales;
-  }
+  static std::int64_t scale_stride(std::int64_t chunks) { return ChunkScales::stride_of(chunks * Rows::kChunkScales); }
   static_assert(kScaledChunks * Rows::kChunkScales % 128 >= kLanes);  // so that there is room for it
   // X of the next step is prefetched into the first-level cache: so many lines for each two rows of W.
   static constexpr int kLinesOfX = kWidth * kTileUnits * 2 / static_cast<int>(kPartRows);

@@ -48,6 +48,10 @@ class ChunkScales {
       decode({rows.begin + row, rows.begin + row + 1}, chunks, out + row * stride,
              minima == nullptr ? nullptr : minima + row * stride, blocks.count);
   }
+  // The stride for a kernel that takes a chunk of many rows, one row after another, where each row has `scales` scales.
+  // Rows 512 bytes or a multiple of it apart would share few sets of the first-level cache, and push each other out
+  // before the next chunk reads the same lines.
+  static std::int64_t stride_of(std::int64_t scales) { return scales % 128 == 0 ? scales + kLanes : scales; }
   // Prefetches such scales, as far as the weight has the rows.
   [[gnu::noinline]] void prefetch(Range rows, Range chunks) const {
     const std::int64_t begin = first(rows.begin, chunks.begin) >> shift_;
