@@ -194,7 +194,7 @@ class LoraGradient final : public Job {
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), false, threads);
+    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), false, threads, kMinTasksOfThread);
     tasks_[0] = ceil_div(inner_, kTransposedRows);
     tasks_[1] = strips_.count;
     tasks_[2] = cut_.tasks();
@@ -225,6 +225,8 @@ class LoraGradient final : public Job {
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
   static constexpr std::int64_t kTransposedRows = 64;  // rows of low_rank that a task transposes
+  // dA and dB are computed side by side, and one may be much wider than the other.
+  static constexpr std::int64_t kMinTasksOfThread = 4;
 
   void transpose_low_rank(std::int64_t task) {
     const char* from = static_cast<const char*>(low_rank_.data) + first_ * kSize;

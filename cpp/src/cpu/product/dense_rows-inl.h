@@ -35,7 +35,28 @@ class DenseRows {
     });
   }
 
-  bool aligned() const { return false; }
+  // --- Rows of the Dot's dtype can also be read a chunk at a time, in any order, as the rows of a quantized weight ---
+
+  // Whether every chunk is whole and is what stands in memory.
+  bool aligned() const {
+    return !kNatural && matrix_.dtype == Dot::kActivation && matrix_.cols % kChunk == 0 && scale_ == 1.0f && !dropout_;
+  }
+  static constexpr std::int64_t kChunkBytes = kChunk * static_cast<std::int64_t>(size_of(Dot::kActivation));
+  struct ChunkDecoder {
+    [[gnu::always_inline]] typename Dot::Chunk one(const std::uint8_t* elements, const Scales&) const {
+      return Dot::template dense<Dot::kActivation>(elements, 1.0f);
+    }
+    [[gnu::always_inline]] void two(const std::uint8_t* const (&elements)[2], const Scales (&scales)[2],
+                                    typename Dot::Chunk (&chunk)[2]) const {
+      for (int i = 0; i < 2; ++i) chunk[i] = one(elements[i], scales[i]);
+    }
+  };
+  ChunkDecoder chunk_decoder() const { return {}; }
+  // The elements of row n from chunk c on.
+  const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const {
+    return static_cast<const std::uint8_t*>(matrix_.data) + n * row_bytes() + c * kChunkBytes;
+  }
+  std::int64_t row_bytes() const { return matrix_.stride * static_cast<std::int64_t>(size_of(matrix_.dtype)); }
 
  private:
   template <DType kFrom>

@@ -46,7 +46,7 @@ struct ProductNn : LayoutNn<DotOf> {
   // Adds x . w to the accumulators of a part, or sets them to it.
   template <class Rows>
   static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
-    if constexpr (kByTiles && Rows::kQuantized && !Rows::kRare)
+    if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
     const std::int64_t units = units_of(w.rows());
@@ -103,13 +103,14 @@ struct ProductNn : LayoutNn<DotOf> {
     Range strips{};
     std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
   };
-  static Cut cut(const Strips& strips, Range range, std::int64_t cols, bool ragged, std::int64_t threads) {
+  static Cut cut(const Strips& strips, Range range, std::int64_t cols, bool ragged, std::int64_t threads,
+                 std::int64_t min_tasks_per_thread = 1) {
     const Tiling cut = tiling(strips.rows, ragged);
     const std::int64_t max_strips =
         larger<std::int64_t>(scaled_to_l2(kMaxAccumulators, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
     const std::int64_t min_strips = 128 / kStripRows;
     const Grid grid = make_grid(range.count(), ceil_div(cols, kChunk), {max_strips, min_strips, cut.chunks, 1, 1},
-                                threads, cut.tasks_per_thread);
+                                threads, larger(cut.tasks_per_thread, min_tasks_per_thread));
     return {cut, grid, range};
   }
 
@@ -133,8 +134,8 @@ struct ProductNn : LayoutNn<DotOf> {
     const bool begun = add_low_rank(tiles, lora, part);
     multiply(tiles, w, {x, packed_stride(units_of(w.rows()))}, part, begun);
     for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
-      for (int row = 0; row < strips.size(s); ++row)
-        for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+      for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
+        for (int row = 0; row < strips.size(s); ++row) {
           F32 natural[Dot::kColumnVectors];
           const float* from = part.accumulators_of(s, c);
           for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + Part::place(row, i));

@@ -1,5 +1,6 @@
-// dX = dY . W by tiles for few strips of dY, while W is decoded. Decoding takes most of the time, so everything else
-// runs beside it, and what is decoded never leaves the first-level cache:
+// Products by tiles of few strips, while W is decoded: dX = dY . W of few rows, and the gradients of an adapter, whose
+// W is dense. Decoding takes most of the time, so everything else runs beside it, and what is decoded never leaves the
+// first-level cache:
 //
 //   group    128 rows of W, which are four steps of 16 units
 //   stage    one chunk of the rows of a group, [unit][64 columns]
@@ -45,23 +46,26 @@ class StripNn {
   StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
       : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks), units_(Layout::units_of(w.rows())) {
     scale_row_ = ChunkScales::stride_of(chunks.count() * Rows::kChunkScales);
-    ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
+    ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), w.rows(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
   }
 
   // Codes that are prefetched line by line, row after row.
   struct Codes {
     const std::uint8_t* row;
-    std::int64_t row_bytes, lines;  // of a row
+    std::int64_t row_bytes, rows;  // that are left
+    std::int64_t lines;            // of a row
     std::int64_t line = 0;
 
     // Prefetches as much as two chunks are. It goes into the second-level cache: in the first one rows that are a power
     // of two apart would push each other out.
     [[gnu::always_inline]] void prefetch() {
+      if (rows == 0) return;
       for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes / 64; ++i) {
         __builtin_prefetch(row + line * 64, 0, 2);
         if (++line < lines) continue;
         line = 0;
         row += row_bytes;
+        --rows;
       }
     }
   };
@@ -92,7 +96,8 @@ class StripNn {
   // Decodes so many more units of a stage.
   [[gnu::always_inline]] void decode_some(Stage& stage, std::int64_t count) {
     if (stage.left == 0) return;
-    if (stage.left == stage.units && stage.chunk == chunks_.begin) decode_scales(stage);
+    if constexpr (Rows::kQuantized)
+      if (stage.left == stage.units && stage.chunk == chunks_.begin) decode_scales(stage);
     count = smaller(count, stage.left);
     stage.left -= count;
     const bool odd = stage.left == 0 && w_.rows() < 2 * (stage.unit + stage.units);  // then the last unit has one row

@@ -181,6 +181,8 @@ struct DotBf16 {
 
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {
+    if constexpr (kFrom == DType::bf16)
+      if (scale == 1.0f) return words_apart(p);
     F32 even[2], odd[2];
     for (int g = 0; g < 2; ++g) {
       load_pairs<kFrom>(static_cast<const char*>(p) + g * 32 * size_of(kFrom), even[g], odd[g]);
@@ -192,6 +194,11 @@ struct DotBf16 {
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
+    if constexpr (kFrom == DType::bf16)
+      if (scale == 1.0f && count >= kChunk) {
+        for (int i = 0; i < kVectors; ++i) chunk.v[i] = load(static_cast<const float*>(p) + i * kLanes);
+        return chunk;
+      }
     for (int i = 0; i < kVectors; ++i) {
       chunk.v[i] = zero();
       if (2 * i * kLanes >= count) continue;
@@ -311,6 +318,14 @@ struct DotBf16 {
   }
   static __m512i load_words(const std::uint8_t* p) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // The even and the odd ones of 64 words.
+  static Chunk words_apart(const void* p) {
+    const __m512i first = _mm512_loadu_si512(p), second = _mm512_loadu_si512(static_cast<const char*>(p) + 64);
+    const __m512i evens = _mm512_add_epi16(word_numbers(), word_numbers());
+    const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+    return {{_mm512_castsi512_ps(_mm512_permutex2var_epi16(first, evens, second)),
+             _mm512_castsi512_ps(_mm512_permutex2var_epi16(first, odds, second))}};
   }
   static F32 to_bf16(const F32 (&x)[2]) { return reinterpret_cast<F32>(_mm512_cvtne2ps_pbh(x[1], x[0])); }
   static F32 blend_words(F32 a, F32 b, std::uint64_t from_b) {
