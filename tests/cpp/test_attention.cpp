@@ -35,7 +35,8 @@ constexpr Shape kShapes[] = {
     {1, 3, 1, 130, 130, 64, Ranges::causal, 0.125f}, {2, 2, 2, 64, 64, 128, Ranges::causal, 0.1f},
     {1, 2, 1, 70, 200, 80, Ranges::window, 0.1f},    {1, 1, 1, 200, 7, 17, Ranges::all, 0.3f},
     {2, 6, 2, 100, 100, 16, Ranges::padded, 0.25f},  {1, 2, 2, 129, 129, 40, Ranges::packed, 0.15f},
-    {1, 2, 1, 65, 66, 32, Ranges::causal, 20.0f},    {1, 2, 1, 5, 0, 8, Ranges::all, 1.0f},
+    {1, 2, 1, 65, 66, 32, Ranges::causal, 20.0f},    {1, 2, 1, 257, 330, 72, Ranges::causal, 0.1f},
+    {1, 4, 2, 150, 300, 24, Ranges::window, 0.2f},   {1, 2, 1, 5, 0, 8, Ranges::all, 1.0f},
     {1, 2, 1, 0, 5, 8, Ranges::all, 1.0f},           {0, 2, 1, 5, 5, 8, Ranges::all, 1.0f}};
 
 // What each query sees, [batch, queries, 2].

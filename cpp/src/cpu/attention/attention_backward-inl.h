@@ -35,12 +35,14 @@ class AttentionBackward : AttentionBlocks<Dot> {
 
  private:
   using Blocks = AttentionBlocks<Dot>;
-  using Blocks::add_product, Blocks::block_of, Blocks::columns_floats, Blocks::finite_or_zero, Blocks::group,
-      Blocks::apply_mask, Blocks::in_, Blocks::kBlock, Blocks::kSquare, Blocks::kSquareStride, Blocks::kType,
-      Blocks::key_blocks, Blocks::pack_columns, Blocks::pack_rows, Blocks::pack_square, Blocks::pack_transposed,
-      Blocks::query_blocks, Blocks::rows_floats, Blocks::scores, Blocks::mask_of, Blocks::accumulator_floats,
-      Blocks::transpose_square, Blocks::transposed_floats, Blocks::write;
-  using typename Blocks::BlockMask, typename Blocks::Tiles;
+  using Blocks::accumulator_floats, Blocks::add_product, Blocks::add_transposed_product, Blocks::apply_mask,
+      Blocks::block_of, Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock,
+      Blocks::kBlockUnits, Blocks::key_blocks, Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareFloats,
+      Blocks::kSquareStride, Blocks::kType, Blocks::kUnitRows, Blocks::kVectors, Blocks::mask_of, Blocks::pack_columns,
+      Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed, Blocks::query_blocks,
+      Blocks::rows_floats, Blocks::scores, Blocks::store_chunk, Blocks::transpose_floats, Blocks::transposed_floats,
+      Blocks::write, Blocks::write_transpose;
+  using typename Blocks::BlockMask, typename Blocks::Layout, typename Blocks::Tiles;
   static constexpr std::int64_t kMaxGradientFloats = 4 << 20;  // accumulators of dK and dV that one task may hold
 
   explicit AttentionBackward(const AttentionBackwardArgs& args) : Blocks(args.in), args_(args) {}
@@ -55,133 +57,147 @@ class AttentionBackward : AttentionBlocks<Dot> {
 
   // What the gradients of a block of queries need of one head.
   struct HeadOfQueries {
-    float *q, *dout;                  // as rows
+    float *q, *dout;                  // transposed
     float *q_columns, *dout_columns;  // for dK and dV
-    float* dq;                        // accumulators
-    float *shift, *delta;             // [64]
+    float* dq;                        // accumulators of dQ^T
+    float *shift, *delta;             // [64], less than zero
   };
-  // What they need of a block of keys.
-  struct HeadOfKeys {
-    float *k, *v;      // transposed
-    float* k_columns;  // for dQ
-    float *dk, *dv;    // accumulators of all blocks of a task
+  // What they need of a round of keys.
+  struct Keys {
+    float *k, *v;         // as rows
+    float* k_transpose;   // as rows of the transpose, for dQ
+    float *dk, *dv;       // accumulators
+    std::int64_t stride;  // from a chunk of these to the next
   };
-  // A score and its gradient, [64][64], and room for their packed transposes.
+  // A round's scores and their gradients, and room for what is packed of them.
   struct Squares {
-    float *p, *ds, *transposed, *packed;
+    float *p, *ds;
+    float *p_rows, *ds_rows;  // for dV and dK
+    float* ds_columns;        // for dQ
   };
 
   // The gradients of a head of K, and of the heads of Q that share it, that these blocks of queries and of keys give:
   // with `need_dq` all of dQ, and with `need_dkv` all of dK and dV.
   void compute(std::int64_t pair, Range queries, Range keys, bool need_dq, bool need_dkv) const {
     const std::int64_t b = pair / in_.k.heads, key_head = pair % in_.k.heads, first = key_head * group();
-    const std::int64_t head_floats = 2 * (rows_floats() + columns_floats() + kBlock) + accumulator_floats();
-    const std::int64_t block_floats = 2 * transposed_floats() + columns_floats();
-    const std::int64_t gradient_floats = need_dkv ? 2 * keys.count() * accumulator_floats() : 0;
-    BumpAllocator memory(scratch_floats(
-        Slot::thread, group() * head_floats + block_floats + gradient_floats + 3 * kSquare + kBlock * kSquareStride));
-    const Squares squares{memory.allocate(kSquare), memory.allocate(kSquare), memory.allocate(kSquare),
-                          memory.allocate(kBlock * kSquareStride)};
-    const HeadOfKeys key_block{memory.allocate(transposed_floats()), memory.allocate(transposed_floats()),
-                               memory.allocate(columns_floats()), memory.allocate(gradient_floats / 2),
-                               memory.allocate(gradient_floats / 2)};
+    const std::int64_t head_floats = 2 * (transposed_floats() + columns_floats(1) + kBlock) + accumulator_floats();
+    const std::int64_t keys_floats = 2 * rows_floats(kRoundBlocks) + transpose_floats() + columns_floats(kRoundBlocks);
+    const std::int64_t gradient_floats = need_dkv ? keys.count() * accumulator_floats() : 0;
+    const std::int64_t packed_floats = kRoundBlocks * kBlock * kSquareStride;
+    BumpAllocator memory(scratch_floats(Slot::thread, keys_floats + 2 * gradient_floats + 2 * kSquareFloats +
+                                                          2 * packed_floats + kRoundBlocks * kBlockUnits * kChunk +
+                                                          group() * head_floats));
+    const Squares squares{memory.allocate(kSquareFloats), memory.allocate(kSquareFloats),
+                          memory.allocate(packed_floats), memory.allocate(packed_floats),
+                          memory.allocate(kRoundBlocks * kBlockUnits * kChunk)};
+    const Keys all_keys{memory.allocate(rows_floats(kRoundBlocks)), memory.allocate(rows_floats(kRoundBlocks)),
+                        memory.allocate(transpose_floats()),        memory.allocate(gradient_floats),
+                        memory.allocate(gradient_floats),           keys.count() * kBlock * kChunk};
+    float* const k_columns = memory.allocate(columns_floats(kRoundBlocks));
     float* const head_memory = memory.allocate(0);
     const auto head = [&](std::int64_t g) {
       BumpAllocator memory(head_memory + g * head_floats);
-      return HeadOfQueries{memory.allocate(rows_floats()),
-                           memory.allocate(rows_floats()),
-                           memory.allocate(columns_floats()),
-                           memory.allocate(columns_floats()),
+      return HeadOfQueries{memory.allocate(transposed_floats()),
+                           memory.allocate(transposed_floats()),
+                           memory.allocate(columns_floats(1)),
+                           memory.allocate(columns_floats(1)),
                            memory.allocate(accumulator_floats()),
                            memory.allocate(kBlock),
                            memory.allocate(kBlock)};
     };
-    __builtin_memset(key_block.dk, 0, static_cast<std::size_t>(gradient_floats) * sizeof(float));
+    __builtin_memset(all_keys.dk, 0, static_cast<std::size_t>(2 * gradient_floats) * sizeof(float));
     Tiles tiles;
     for (std::int64_t i = queries.begin; i < queries.end; ++i) {
       const BlockMask mask = mask_of(b, i);
-      const Range blocks{larger(mask.blocks.begin, keys.begin), smaller(mask.blocks.end, keys.end)};
-      if (blocks.begin < blocks.end)
-        for (std::int64_t g = 0; g < group(); ++g) prepare(b, first + g, i, need_dkv, head(g));
-      if (need_dq)
-        for (std::int64_t g = 0; g < group(); ++g)
-          __builtin_memset(head(g).dq, 0, static_cast<std::size_t>(accumulator_floats()) * sizeof(float));
-      for (std::int64_t j = blocks.begin; j < blocks.end; ++j) {
-        pack_transposed(block_of(in_.k, b, key_head, j), key_block.k);
-        pack_transposed(block_of(in_.v, b, key_head, j), key_block.v);
-        if (need_dq) pack_columns(block_of(in_.k, b, key_head, j), key_block.k_columns);
-        HeadOfKeys here = key_block;
-        here.dk += (j - keys.begin) * accumulator_floats();
-        here.dv += (j - keys.begin) * accumulator_floats();
-        for (std::int64_t g = 0; g < group(); ++g)
-          add_gradients(tiles, mask, i, j, head(g), here, squares, need_dq, need_dkv);
+      const Range seen{larger(mask.blocks.begin, keys.begin), smaller(mask.blocks.end, keys.end)};
+      for (std::int64_t g = 0; g < group(); ++g) {
+        if (seen.begin < seen.end) prepare(b, first + g, i, need_dkv, head(g));
+        if (need_dq) __builtin_memset(head(g).dq, 0, static_cast<std::size_t>(accumulator_floats()) * sizeof(float));
       }
-      if (need_dq)
-        for (std::int64_t g = 0; g < group(); ++g) write(head(g).dq, in_.scale, block_of(args_.dq, b, first + g, i));
+      each_round(seen, [&](Range blocks) {
+        const ConstMatrix k = block_of(in_.k, b, key_head, blocks.begin, blocks.count());
+        pack_rows(k, blocks.count(), all_keys.k);
+        pack_rows(block_of(in_.v, b, key_head, blocks.begin, blocks.count()), blocks.count(), all_keys.v);
+        if (need_dq) pack_rows_of_transpose(k, blocks.count(), k_columns, all_keys.k_transpose);
+        Keys round = all_keys;
+        round.dk += (blocks.begin - keys.begin) * kBlock * kChunk;
+        round.dv += (blocks.begin - keys.begin) * kBlock * kChunk;
+        for (std::int64_t g = 0; g < group(); ++g)
+          add_gradients(tiles, mask, blocks, head(g), round, squares, need_dq, need_dkv);
+      });
+      if (!need_dq) continue;
+      float scales[kBlock];
+      for (float& each : scales) each = in_.scale;
+      for (std::int64_t g = 0; g < group(); ++g)
+        write_transpose(head(g).dq, scales, block_of(args_.dq, b, first + g, i));
     }
     if (!need_dkv) return;
-    for (std::int64_t j = keys.begin; j < keys.end; ++j) {
-      write(key_block.dk + (j - keys.begin) * accumulator_floats(), in_.scale, block_of(args_.dk, b, key_head, j));
-      write(key_block.dv + (j - keys.begin) * accumulator_floats(), 1.0f, block_of(args_.dv, b, key_head, j));
-    }
+    write(all_keys.dk, all_keys.stride, in_.scale, block_of(args_.dk, b, key_head, keys.begin, keys.count()));
+    write(all_keys.dv, all_keys.stride, 1.0f, block_of(args_.dv, b, key_head, keys.begin, keys.count()));
   }
 
   // Packs a block of queries of one head, and sums dO o O of each.
   void prepare(std::int64_t b, std::int64_t h, std::int64_t block, bool need_dkv, const HeadOfQueries& head) const {
     const ConstMatrix q = block_of(in_.q, b, h, block), dout = block_of(args_.dout, b, h, block);
     const ConstMatrix out = block_of(args_.out, b, h, block);
-    pack_rows(q, head.q);
-    pack_rows(dout, head.dout);
+    pack_transposed(q, head.q);
+    pack_transposed(dout, head.dout);
     if (need_dkv) {
-      pack_columns(q, head.q_columns);
-      pack_columns(dout, head.dout_columns);
+      pack_columns(q, 1, head.q_columns);
+      pack_columns(dout, 1, head.dout_columns);
     }
     const float* lse = args_.lse + (b * in_.q.heads + h) * in_.q.rows + block * kBlock;
-    for (std::int64_t row = 0; row < q.rows; ++row) {
-      head.shift[row] = finite_or_zero(lse[row]);
+    for (std::int64_t row = 0; row < kBlock; ++row) {
+      head.shift[row] = head.delta[row] = 0.0f;  // of queries that there are not, which must stay finite
+      if (row >= q.rows) continue;
+      if (lse[row] != -kInfinity) head.shift[row] = -lse[row];  // else no key is seen
       F32 sum = zero();
       for (std::int64_t col = 0; col < q.cols; col += kLanes) {
         const auto lanes = static_cast<int>(smaller<std::int64_t>(kLanes, q.cols - col));
         sum = fma(load_as_f32<kType>(elements_at(out.data, kType, row * out.stride + col), lanes),
                   load_as_f32<kType>(elements_at(dout.data, kType, row * dout.stride + col), lanes), sum);
       }
-      head.delta[row] = reduce_add(sum);
+      head.delta[row] = -reduce_add(sum);
     }
   }
 
-  // Adds what a block of queries and a block of keys give.
-  void add_gradients(Tiles& tiles, const BlockMask& mask, std::int64_t i, std::int64_t j, const HeadOfQueries& head,
-                     const HeadOfKeys& keys, const Squares& squares, bool need_dq, bool need_dkv) const {
-    const std::int64_t count = smaller(kBlock, in_.q.rows - i * kBlock);
-    const std::int64_t key_count = smaller(kBlock, in_.k.rows - j * kBlock);
-    scores(tiles, head.q, count, keys.k, squares.p);
-    scores(tiles, head.dout, count, keys.v, squares.ds);
-    for (std::int64_t row = 0; row < count; ++row) {
-      float *p = squares.p + row * kBlock, *ds = squares.ds + row * kBlock;
-      apply_mask(mask.rows[row], j, p);
-      const F32 shift = set1(-head.shift[row]), delta = set1(-head.delta[row]);
-      for (std::int64_t col = 0; col < kBlock; col += kLanes) {
-        // Rounding may lift the likeliest above its lse.
-        const F32 e = exp_of_negative(min(zero(), fma(load(p + col), set1(in_.scale), shift)));
-        store(p + col, e);
-        store(ds + col, mul(e, add(load(ds + col), delta)));
-      }
-    }
-    if (need_dq) {
-      pack_square(squares.ds, count, squares.packed);
-      add_product(tiles, squares.packed, count, keys.k_columns, head.dq);
-    }
+  // Adds what a block of queries and a round of keys give.
+  void add_gradients(Tiles& tiles, const BlockMask& mask, Range blocks, const HeadOfQueries& head, const Keys& keys,
+                     const Squares& squares, bool need_dq, bool need_dkv) const {
+    const std::int64_t rows = blocks.count() * kBlock;
+    scores(tiles, keys.k, rows, head.q, squares.p);
+    scores(tiles, keys.v, rows, head.dout, squares.ds);
+    apply_mask(mask, blocks, squares.p);
+    pack_gradients(rows, head, squares, need_dq, need_dkv);
+    if (need_dq) add_transposed_product(tiles, keys.k_transpose, squares.ds_columns, blocks.count(), head.dq);
     if (!need_dkv) return;
-    add_transposed(tiles, squares, squares.p, count, key_count, head.dout_columns, keys.dv);
-    add_transposed(tiles, squares, squares.ds, count, key_count, head.q_columns, keys.dk);
+    add_product(tiles, squares.p_rows, rows, head.dout_columns, keys.dv, keys.stride);
+    add_product(tiles, squares.ds_rows, rows, head.q_columns, keys.dk, keys.stride);
   }
-  // accumulators += square^T . columns, where a square has `count` rows and `key_count` columns.
-  void add_transposed(Tiles& tiles, const Squares& squares, float* square, std::int64_t count, std::int64_t key_count,
-                      const float* columns, float* accumulators) const {
-    __builtin_memset(square + count * kBlock, 0, static_cast<std::size_t>((kBlock - count) * kBlock) * sizeof(float));
-    transpose_square(square, squares.transposed);
-    pack_square(squares.transposed, key_count, squares.packed);
-    add_product(tiles, squares.packed, key_count, columns, accumulators);
+  // Packs the probabilities of a round, and the gradients of its scores.
+  void pack_gradients(std::int64_t rows, const HeadOfQueries& head, const Squares& squares, bool need_dq,
+                      bool need_dkv) const {
+    const F32 scale = set1(in_.scale);
+    const typename Layout::Panel panel{{0, rows / kUnitRows}, {0, 1}, squares.ds_columns};
+    for (std::int64_t unit = 0; unit < rows / kUnitRows; ++unit) {
+      typename Dot::Chunk ds_chunk[kUnitRows];
+      for (int r = 0; r < kUnitRows; ++r) {
+        const std::int64_t row = unit * kUnitRows + r;
+        F32 p[kVectors], ds[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+          const std::int64_t at = i * kLanes;
+          // Rounding may lift the likeliest above its lse.
+          const F32 score = fma(load(squares.p + row * kChunk + at), scale, load(head.shift + at));
+          p[i] = exp_of_negative(min(zero(), score));
+          ds[i] = mul(p[i], add(load(squares.ds + row * kChunk + at), load(head.delta + at)));
+        }
+        ds_chunk[r] = Dot::natural(ds);
+        if (!need_dkv) continue;
+        store_chunk(squares.p_rows + row * kSquareStride, Dot::natural(p));
+        store_chunk(squares.ds_rows + row * kSquareStride, ds_chunk[r]);
+      }
+      if (need_dq) panel.template write<true>(ds_chunk, squares.ds_columns + unit * kChunk);
+    }
   }
 
   const AttentionBackwardArgs& args_;

@@ -1,18 +1,21 @@
-// attention.h, a block of 64 queries and 64 keys at a time:
+// attention.h, for 64 queries and up to 128 keys, a round, at a time. Keys are rows here and queries are columns, so
+// that a query has a lane of its own, and no sum over its keys is one of lanes:
 //
-//   forward    S = Q K^T    P = e^(s S - m)    O = O e^(m' - m) + P V                  m: the largest score so far
-//   backward   S = Q K^T    P = e^(s S - lse)  dP = dO V^T    dS = P o (dP - delta)    delta: the sum of dO o O
-//              dV += P^T dO    dK += dS^T Q    dQ += dS K
+//   forward    S^T = K Q^T    P^T = e^(s S^T - m)      O^T = O^T e^(m' - m) + V^T P^T     m: the largest score so far
+//   backward   S^T = K Q^T    P^T = e^(s S^T - lse)    dP^T = V dO^T                      delta: the sum of dO o O
+//              dS^T = P^T o (dP^T - delta)
+//              dV += P^T dO   dK += dS^T Q             dQ^T += K^T dS^T
 //
 // Each product takes its first operand as packed rows and its second one as chunks of 64 columns
-// (product_nn_layout-inl.h), so a matrix is packed in up to three forms:
+// (product_nn_layout-inl.h), so a matrix is packed in up to four forms:
 //
-//   rows         [row][unit of columns]             first operands
-//   columns      [chunk][unit of rows][64 columns]  second operands
-//   transposed   [unit of columns][64 rows]         second operands that are multiplied transposed
+//   rows                   [row][unit of columns]              first operands: K, V
+//   rows of the transpose  [column][unit of rows]              K^T, V^T
+//   columns                [chunk][unit of rows][64 columns]   second operands: Q, dO
+//   transposed             [unit of columns][64 rows]          Q^T, dO^T
 //
-// Accumulators are [chunk][row][64 columns]. The blocks that add to one come in the same order, whatever the tasks and
-// the threads are.
+// P^T and dS^T are squares, [key][64 queries] in fp32, until they are packed as rows or as columns. Accumulators are
+// [chunk][row][64 columns]. What adds to one comes in the same order, whatever the tasks and the threads are.
 #pragma once
 
 #include <limits>
@@ -52,73 +55,87 @@ class AttentionBlocks {
   using Tiles = typename Nn::Tiles;
   using Rows = DenseRows<Dot, true>;
   static constexpr DType kType = Dot::kActivation;
-  static constexpr std::int64_t kBlock = kChunk;  // queries, and keys
-  static constexpr std::int64_t kSquare = kBlock * kBlock;
+  static constexpr std::int64_t kBlock = kChunk;    // queries, and keys
+  static constexpr std::int64_t kRoundBlocks = 2;   // blocks of keys in a round, at most
+  static constexpr int kVectors = kChunk / kLanes;  // of the queries of a block
+  static constexpr int kUnitRows = Dot::kElementsPerUnit;
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
   std::int64_t query_blocks() const { return ceil_div(in_.q.rows, kBlock); }
   std::int64_t key_blocks() const { return ceil_div(in_.k.rows, kBlock); }
   std::int64_t group() const { return in_.q.heads / in_.k.heads; }  // heads of q that share one of k
   std::int64_t chunks() const { return ceil_div(in_.head_dim, kChunk); }
-  // Floats of a block: its accumulators, and its three forms.
-  std::int64_t accumulator_floats() const { return chunks() * kSquare; }
-  std::int64_t rows_floats() const { return kBlock * Layout::packed_stride(Layout::units_of(in_.head_dim)); }
-  std::int64_t columns_floats() const { return chunks() * kBlockUnits * kChunk; }
-  std::int64_t transposed_floats() const { return inner_units() * kChunk; }
-  static constexpr std::int64_t kBlockUnits = kBlock / Dot::kElementsPerUnit;  // units of 64 rows
-  static constexpr std::int64_t kSquareStride = kBlockUnits + kLanes;          // of packed rows of 64 elements
   std::int64_t inner_units() const { return Layout::whole_steps(Layout::units_of(in_.head_dim)); }
 
-  // The rows of a block.
+  // Floats of accumulators, and of a matrix of so many blocks of rows in its forms.
+  std::int64_t accumulator_floats() const { return chunks() * kBlock * kChunk; }
+  std::int64_t rows_floats(std::int64_t blocks) const { return blocks * kBlock * rows_stride(); }
+  std::int64_t transpose_floats() const { return chunks() * kChunk * kRoundStride; }
+  std::int64_t columns_floats(std::int64_t blocks) const { return chunks() * blocks * kBlockUnits * kChunk; }
+  std::int64_t transposed_floats() const { return inner_units() * kChunk; }
+  static constexpr std::int64_t kBlockUnits = kBlock / kUnitRows;  // units of 64 rows
+  static constexpr std::int64_t kSquareFloats = kRoundBlocks * kBlock * kChunk;
+  // From one packed row to the next: of rows, of a round's rows of the transpose, and of a packed square's rows.
+  std::int64_t rows_stride() const { return Layout::packed_stride(Layout::units_of(in_.head_dim)); }
+  static constexpr std::int64_t kRoundStride = kRoundBlocks * kBlockUnits + kLanes;
+  static constexpr std::int64_t kSquareStride = kBlockUnits + kLanes;
+
+  // The rows of some blocks.
   template <class Pointer>
-  BasicMatrix<Pointer> block_of(const BasicHeads<Pointer>& x, std::int64_t b, std::int64_t h,
-                                std::int64_t block) const {
+  BasicMatrix<Pointer> block_of(const BasicHeads<Pointer>& x, std::int64_t b, std::int64_t h, std::int64_t block,
+                                std::int64_t blocks = 1) const {
     const std::int64_t row = block * kBlock;
     return {elements_at(x.data, kType, b * x.batch_stride + h * x.head_stride + row * x.row_stride), kType,
-            smaller(kBlock, x.rows - row), in_.head_dim, x.row_stride};
+            smaller(blocks * kBlock, x.rows - row), in_.head_dim, x.row_stride};
   }
 
-  // ---- the three forms ----
+  // ---- the four forms, with zeros in rows that x does not have ----
 
-  void pack_rows(const ConstMatrix& x, float* out) const { Layout::pack(x, {0, kBlock}, out); }
-  void pack_columns(const ConstMatrix& x, float* out) const {
-    decode_panel(Rows(x), typename Layout::Panel{{0, kBlockUnits}, {0, chunks()}, out});
+  void pack_rows(const ConstMatrix& x, std::int64_t blocks, float* out) const {
+    Layout::pack(x, {0, blocks * kBlock}, out);
+  }
+  void pack_columns(const ConstMatrix& x, std::int64_t blocks, float* out) const {
+    decode_panel(Rows(x), typename Layout::Panel{{0, blocks * kBlockUnits}, {0, chunks()}, out});
   }
   void pack_transposed(const ConstMatrix& x, float* out) const {
-    Nt::pack_strip(Rows(x), 0, kChunk / kLanes, {0, chunks()}, out);
+    Nt::pack_strip(Rows(x), 0, kVectors, {0, chunks()}, out);
   }
-  // A square of fp32, as rows.
-  static void pack_square(const float* square, std::int64_t rows, float* out) {
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const typename Dot::Chunk chunk =
-          Dot::template dense_natural<DType::f32>(square + row * kBlock, 1.0f, static_cast<int>(kBlock));
-      for (int i = 0; i < Dot::kVectors; ++i) store(out + row * kSquareStride + i * kLanes, chunk.v[i]);
-    }
+  // `columns` is room for that form of x.
+  void pack_rows_of_transpose(const ConstMatrix& x, std::int64_t blocks, float* columns, float* out) const {
+    pack_columns(x, blocks, columns);
+    const std::int64_t units = blocks * kBlockUnits;
+    for (std::int64_t c = 0; c < chunks(); ++c)
+      for (std::int64_t unit = 0; unit < units; unit += kLanes)
+        for (std::int64_t col = 0; col < kChunk; col += kLanes) {
+          F32 tile[kLanes];
+          for (int i = 0; i < kLanes; ++i) tile[i] = load(columns + (c * units + unit + i) * kChunk + col);
+          transpose(tile);
+          for (int i = 0; i < kLanes; ++i) store(out + (c * kChunk + col + i) * kRoundStride + unit, tile[i]);
+        }
   }
-  static void transpose_square(const float* square, float* out) {
-    for (std::int64_t row = 0; row < kBlock; row += kLanes)
-      for (std::int64_t col = 0; col < kBlock; col += kLanes) {
-        F32 tile[kLanes];
-        for (int i = 0; i < kLanes; ++i) tile[i] = load(square + (row + i) * kBlock + col);
-        transpose(tile);
-        for (int i = 0; i < kLanes; ++i) store(out + (col + i) * kBlock + row, tile[i]);
-      }
+  static void store_chunk(float* out, const typename Dot::Chunk& chunk) {
+    for (int i = 0; i < Dot::kVectors; ++i) store(out + i * kLanes, chunk.v[i]);
   }
 
   // ---- products ----
 
-  // rows . transposed^T: [64][64]
-  void scores(Tiles& tiles, const float* rows, std::int64_t count, const float* transposed, float* out) const {
-    Nn::multiply_rows(tiles, rows, Layout::packed_stride(Layout::units_of(in_.head_dim)), count, transposed,
-                      inner_units(), kChunk / kLanes, out, false);
+  // rows . transposed: a square of `count` rows.
+  void scores(Tiles& tiles, const float* rows, std::int64_t count, const float* transposed, float* square) const {
+    Nn::multiply_rows(tiles, rows, rows_stride(), count, transposed, inner_units(), kVectors, square, false);
   }
-  // accumulators += square . columns
-  void add_product(Tiles& tiles, const float* square, std::int64_t count, const float* columns,
-                   float* accumulators) const {
+  // accumulators += rows of the transpose . a square that is packed as columns, over some blocks of keys.
+  void add_transposed_product(Tiles& tiles, const float* rows, const float* square, std::int64_t blocks,
+                              float* accumulators) const {
+    Nn::multiply_rows(tiles, rows, kRoundStride, in_.head_dim, square, blocks * kBlockUnits, kVectors, accumulators,
+                      true);
+  }
+  // accumulators += a square that is packed as `count` rows . columns, where chunks of accumulators lie `stride` apart.
+  void add_product(Tiles& tiles, const float* square, std::int64_t count, const float* columns, float* accumulators,
+                   std::int64_t stride) const {
     for (std::int64_t c = 0; c < chunks(); ++c) {
       const auto vectors = static_cast<int>(ceil_div(smaller<std::int64_t>(kChunk, in_.head_dim - c * kChunk), kLanes));
       Nn::multiply_rows(tiles, square, kSquareStride, count, columns + c * kBlockUnits * kChunk, kBlockUnits, vectors,
-                        accumulators + c * kSquare, true);
+                        accumulators + c * stride, true);
     }
   }
 
@@ -130,13 +147,14 @@ class AttentionBlocks {
   // The keys that each query of a block sees, and the blocks that contain them.
   struct BlockMask {
     KeyRange rows[kBlock];
+    std::int64_t count;  // of queries
     Range blocks;
   };
   BlockMask mask_of(std::int64_t b, std::int64_t block) const {
     BlockMask mask;
-    const std::int64_t count = smaller(kBlock, in_.q.rows - block * kBlock);
+    mask.count = smaller(kBlock, in_.q.rows - block * kBlock);
     std::int64_t begin = in_.k.rows, end = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = 0; i < mask.count; ++i) {
       KeyRange& one = mask.rows[i] = {0, static_cast<std::int32_t>(in_.k.rows)};
       if (in_.key_ranges != nullptr) {
         const std::int32_t* range = in_.key_ranges + b * in_.key_ranges_stride + 2 * (block * kBlock + i);
@@ -149,37 +167,50 @@ class AttentionBlocks {
     mask.blocks = {begin / kBlock, begin < end ? ceil_div(end, kBlock) : 0};
     return mask;
   }
-  // Sets the score of each key outside the range to -inf. Returns whether the block has any key of the range.
-  static bool apply_mask(KeyRange range, std::int64_t block, float* row) {
-    const std::int64_t first = larger<std::int64_t>(range.begin - block * kBlock, 0);
-    const std::int64_t end = smaller(range.end - block * kBlock, kBlock);
-    for (std::int64_t i = 0; i < smaller(first, kBlock); ++i) row[i] = -kInfinity;
-    for (std::int64_t i = larger<std::int64_t>(end, 0); i < kBlock; ++i) row[i] = -kInfinity;
-    return first < end;
+  // Calls f(blocks) for each round of these blocks of keys.
+  template <class F>
+  static void each_round(Range blocks, const F& f) {
+    for (std::int64_t j = blocks.begin; j < blocks.end; j += kRoundBlocks)
+      f(Range{j, smaller(j + kRoundBlocks, blocks.end)});
+  }
+  // Sets the scores of keys that a query does not see to -inf.
+  static void apply_mask(const BlockMask& mask, Range blocks, float* square) {
+    const std::int64_t first = blocks.begin * kBlock, rows = blocks.count() * kBlock;
+    for (std::int64_t i = 0; i < mask.count; ++i) {
+      const std::int64_t begin = smaller(mask.rows[i].begin - first, rows), end = mask.rows[i].end - first;
+      for (std::int64_t row = 0; row < begin; ++row) square[row * kChunk + i] = -kInfinity;
+      for (std::int64_t row = larger<std::int64_t>(end, 0); row < rows; ++row) square[row * kChunk + i] = -kInfinity;
+    }
   }
 
-  // ---- accumulators and scores ----
+  // ---- accumulators ----
 
-  // This is subtracted from scores. A query that has seen no key has -inf, and -inf - -inf would be NaN.
-  static float finite_or_zero(float x) { return x == -kInfinity ? 0.0f : x; }
-  static F32 negative(F32 x) { return mul(x, set1(-1.0f)); }
-
-  // Writes accumulators times a factor for each row.
-  static void write(const float* accumulators, const float* factors, const Matrix& out) {
+  // Writes accumulators of out, whose chunks lie `stride` apart, times a factor.
+  static void write(const float* accumulators, std::int64_t stride, float factor, const Matrix& out) {
     for (std::int64_t row = 0; row < out.rows; ++row)
-      for (std::int64_t col = 0; col < out.cols; col += kLanes) {
-        const float* p = accumulators + col / kChunk * kSquare + row * kChunk + col % kChunk;
-        store_from_f32<kType>(elements_at(out.data, kType, row * out.stride + col), mul(load(p), set1(factors[row])),
-                              static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col)));
-      }
+      for (std::int64_t col = 0; col < out.cols; col += kLanes)
+        write_vector(mul(load(accumulators + col / kChunk * stride + row * kChunk + col % kChunk), set1(factor)), row,
+                     col, out);
   }
-  static void write(const float* accumulators, float factor, const Matrix& out) {
-    float factors[kBlock];
-    for (float& each : factors) each = factor;
-    write(accumulators, factors, out);
+  // Writes accumulators of the transpose of out, times a factor for each row of out.
+  static void write_transpose(const float* accumulators, const float* factors, const Matrix& out) {
+    for (std::int64_t row = 0; row < out.rows; row += kLanes)
+      for (std::int64_t col = 0; col < out.cols; col += kLanes) {
+        F32 tile[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          tile[i] = mul(load(accumulators + (col + i) * kChunk + row), load(factors + row));
+        transpose(tile);
+        for (int i = 0; i < kLanes && row + i < out.rows; ++i) write_vector(tile[i], row + i, col, out);
+      }
   }
 
   const AttentionInputs& in_;
+
+ private:
+  static void write_vector(F32 values, std::int64_t row, std::int64_t col, const Matrix& out) {
+    store_from_f32<kType>(elements_at(out.data, kType, row * out.stride + col), values,
+                          static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col)));
+  }
 };
 
 }  // namespace

@@ -23,108 +23,122 @@ class AttentionForward : AttentionBlocks<Dot> {
 
  private:
   using Blocks = AttentionBlocks<Dot>;
-  using Blocks::add_product, Blocks::block_of, Blocks::chunks, Blocks::columns_floats, Blocks::finite_or_zero,
-      Blocks::group, Blocks::apply_mask, Blocks::in_, Blocks::kBlock, Blocks::kInfinity, Blocks::kSquare,
-      Blocks::kSquareStride, Blocks::negative, Blocks::pack_columns, Blocks::pack_rows, Blocks::pack_square,
-      Blocks::pack_transposed, Blocks::query_blocks, Blocks::rows_floats, Blocks::scores, Blocks::mask_of,
-      Blocks::accumulator_floats, Blocks::transposed_floats, Blocks::write;
-  using typename Blocks::BlockMask, typename Blocks::Tiles;
+  using Blocks::accumulator_floats, Blocks::add_transposed_product, Blocks::apply_mask, Blocks::block_of,
+      Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock, Blocks::kBlockUnits,
+      Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareFloats, Blocks::kUnitRows, Blocks::kVectors,
+      Blocks::mask_of, Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed, Blocks::query_blocks,
+      Blocks::rows_floats, Blocks::scores, Blocks::transpose_floats, Blocks::transposed_floats, Blocks::write_transpose;
+  using typename Blocks::BlockMask, typename Blocks::Layout, typename Blocks::Tiles;
 
   explicit AttentionForward(const AttentionArgs& args) : Blocks(args.in), args_(args) {}
 
+  // What a block of queries of one head needs, and what it has summed.
+  struct Head {
+    float* q;              // transposed
+    float* out;            // accumulators of O^T
+    float *largest, *sum;  // [64]: the largest scaled score so far, and the sum of e^(score - largest)
+  };
+
   // Computes the results of a block of queries, for all heads that share a head of keys.
   void compute_block(std::int64_t pair, std::int64_t block) const {
-    const std::int64_t b = pair / in_.k.heads, key_head = pair % in_.k.heads, heads = group();
-    const std::int64_t count = smaller(kBlock, in_.q.rows - block * kBlock);
+    const std::int64_t b = pair / in_.k.heads, key_head = pair % in_.k.heads;
     const BlockMask mask = mask_of(b, block);
-    const std::int64_t head_floats = rows_floats() + accumulator_floats() + 2 * kBlock;
-    BumpAllocator memory(scratch_floats(
-        Slot::thread, heads * head_floats + transposed_floats() + columns_floats() + kSquare + kBlock * kSquareStride));
-    float* const k = memory.allocate(transposed_floats());
-    float* const v = memory.allocate(columns_floats());
-    float* const square = memory.allocate(kSquare);
-    float* const packed = memory.allocate(kBlock * kSquareStride);
-    float* const q = memory.allocate(heads * rows_floats());
-    float* const out = memory.allocate(heads * accumulator_floats());
-    float* const largest = memory.allocate(heads * kBlock);
-    float* const sum = memory.allocate(heads * kBlock);
-    __builtin_memset(out, 0, static_cast<std::size_t>(heads * accumulator_floats()) * sizeof(float));
-    for (std::int64_t i = 0; i < heads * kBlock; ++i) {
-      largest[i] = -kInfinity;
-      sum[i] = 0.0f;
+    const std::int64_t head_floats = transposed_floats() + accumulator_floats() + 2 * kBlock;
+    BumpAllocator memory(scratch_floats(Slot::thread, rows_floats(kRoundBlocks) + transpose_floats() +
+                                                          columns_floats(kRoundBlocks) + kSquareFloats +
+                                                          kRoundBlocks * kBlockUnits * kChunk + group() * head_floats));
+    float* const k = memory.allocate(rows_floats(kRoundBlocks));
+    float* const v = memory.allocate(transpose_floats());
+    float* const v_columns = memory.allocate(columns_floats(kRoundBlocks));
+    float* const square = memory.allocate(kSquareFloats);
+    float* const packed = memory.allocate(kRoundBlocks * kBlockUnits * kChunk);
+    float* const head_memory = memory.allocate(0);
+    const auto head_of = [&](std::int64_t g) {
+      BumpAllocator memory(head_memory + g * head_floats);
+      return Head{memory.allocate(transposed_floats()), memory.allocate(accumulator_floats()), memory.allocate(kBlock),
+                  memory.allocate(kBlock)};
+    };
+    for (std::int64_t g = 0; g < group(); ++g) {
+      const Head head = head_of(g);
+      pack_transposed(block_of(in_.q, b, key_head * group() + g, block), head.q);
+      __builtin_memset(head.out, 0, static_cast<std::size_t>(accumulator_floats()) * sizeof(float));
+      for (std::int64_t i = 0; i < kBlock; ++i) {
+        head.largest[i] = -kInfinity;
+        head.sum[i] = 0.0f;
+      }
     }
-    for (std::int64_t g = 0; g < heads; ++g)
-      pack_rows(block_of(in_.q, b, key_head * heads + g, block), q + g * rows_floats());
     Tiles tiles;
-    for (std::int64_t j = mask.blocks.begin; j < mask.blocks.end; ++j) {
-      pack_transposed(block_of(in_.k, b, key_head, j), k);
-      pack_columns(block_of(in_.v, b, key_head, j), v);
-      for (std::int64_t g = 0; g < heads; ++g) {
-        scores(tiles, q + g * rows_floats(), count, k, square);
-        add_exponentials(mask, j, count, square, largest + g * kBlock, sum + g * kBlock,
-                         out + g * accumulator_floats());
-        pack_square(square, count, packed);
-        add_product(tiles, packed, count, v, out + g * accumulator_floats());
+    each_round(mask.blocks, [&](Range blocks) {
+      pack_rows(block_of(in_.k, b, key_head, blocks.begin, blocks.count()), blocks.count(), k);
+      pack_rows_of_transpose(block_of(in_.v, b, key_head, blocks.begin, blocks.count()), blocks.count(), v_columns, v);
+      for (std::int64_t g = 0; g < group(); ++g) {
+        const Head head = head_of(g);
+        scores(tiles, k, blocks.count() * kBlock, head.q, square);
+        apply_mask(mask, blocks, square);
+        pack_exponentials(square, blocks.count() * kBlock, head, packed);
+        add_transposed_product(tiles, v, packed, blocks.count(), head.out);
       }
-    }
-    for (std::int64_t g = 0; g < heads; ++g) {
-      const std::int64_t h = key_head * heads + g;
+    });
+    for (std::int64_t g = 0; g < group(); ++g) {
+      const Head head = head_of(g);
+      const std::int64_t h = key_head * group() + g;
       float* lse = args_.lse + (b * in_.q.heads + h) * in_.q.rows + block * kBlock;
-      float factors[kBlock];
-      for (std::int64_t i = 0; i < count; ++i) {
-        const float row_sum = sum[g * kBlock + i];
-        factors[i] = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-        lse[i] = row_sum == 0.0f ? -kInfinity : largest[g * kBlock + i] + std::log(row_sum);
+      float factors[kBlock] = {};
+      for (std::int64_t i = 0; i < mask.count; ++i) {
+        if (head.sum[i] != 0.0f) factors[i] = 1.0f / head.sum[i];
+        lse[i] = head.sum[i] == 0.0f ? -kInfinity : head.largest[i] + std::log(head.sum[i]);
       }
-      write(out + g * accumulator_floats(), factors, block_of(args_.out, b, h, block));
+      write_transpose(head.out, factors, block_of(args_.out, b, h, block));
     }
   }
 
-  // Replaces the scores of a block of keys by e^(s S - m), where m becomes the largest score of each query so far, and
-  // scales what was summed with the m before.
-  void add_exponentials(const BlockMask& mask, std::int64_t j, std::int64_t count, float* square, float* largest,
-                        float* sum, float* out) const {
-    float factor[kBlock], shift[kBlock];
-    bool grows = false;
-    for (std::int64_t row = 0; row < kBlock; ++row) {
-      factor[row] = largest[row];
-      if (row < count && apply_mask(mask.rows[row], j, square + row * kBlock)) {
-        const float block_largest = largest_of(square + row * kBlock) * in_.scale;
-        if (block_largest > largest[row]) {
-          grows = grows || largest[row] > -kInfinity;
-          largest[row] = block_largest;
+  // Packs e^(s S - m) of a round's scores as columns, where m becomes the largest scaled score of each query so far,
+  // and scales what was summed with the m before.
+  void pack_exponentials(const float* square, std::int64_t rows, const Head& head, float* packed) const {
+    const F32 scale = set1(in_.scale);
+    F32 largest[kVectors], shift[kVectors], sum[kVectors];
+    for (F32& each : largest) each = set1(-kInfinity);
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (int i = 0; i < kVectors; ++i) largest[i] = max(load(square + row * kChunk + i * kLanes), largest[i]);
+    F32 least_factor = set1(1.0f);
+    float factors[kBlock];
+    for (int i = 0; i < kVectors; ++i) {
+      const F32 before = load(head.largest + i * kLanes);
+      largest[i] = max(mul(largest[i], scale), before);
+      store(head.largest + i * kLanes, largest[i]);
+      // A query that has seen no key has -inf, and -inf - -inf would be NaN.
+      shift[i] = mul(max(largest[i], set1(std::numeric_limits<float>::lowest())), set1(-1.0f));
+      const F32 factor = exp_of_negative(add(before, shift[i]));
+      least_factor = min(least_factor, factor);
+      store(factors + i * kLanes, factor);
+      sum[i] = zero();
+    }
+    if (reduce_max(mul(least_factor, set1(-1.0f))) > -1.0f) scale_sums(factors, head);
+    const typename Layout::Panel panel{{0, rows / kUnitRows}, {0, 1}, packed};
+    for (std::int64_t unit = 0; unit < rows / kUnitRows; ++unit) {
+      typename Dot::Chunk chunk[kUnitRows];
+      for (int r = 0; r < kUnitRows; ++r) {
+        const float* scores = square + (unit * kUnitRows + r) * kChunk;
+        F32 e[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+          e[i] = exp_of_negative(fma(load(scores + i * kLanes), scale, shift[i]));
+          sum[i] = add(sum[i], e[i]);
         }
+        chunk[r] = Dot::natural(e);
       }
-      shift[row] = finite_or_zero(largest[row]);
+      panel.template write<true>(chunk, packed + unit * kChunk);
     }
-    if (grows) {
-      for (std::int64_t row = 0; row < kBlock; row += kLanes)
-        store(factor + row, exp_of_negative(add(load(factor + row), negative(load(shift + row)))));
-      for (std::int64_t row = 0; row < count; ++row) {
-        if (factor[row] == 1.0f) continue;
-        sum[row] *= factor[row];
-        for (std::int64_t c = 0; c < chunks(); ++c)
-          for (std::int64_t i = 0; i < kChunk; i += kLanes) {
-            float* p = out + c * kSquare + row * kChunk + i;
-            store(p, mul(load(p), set1(factor[row])));
-          }
-      }
-    }
-    for (std::int64_t row = 0; row < count; ++row) {
-      float* s = square + row * kBlock;
-      F32 total = zero();
-      for (std::int64_t i = 0; i < kBlock; i += kLanes) {
-        const F32 e = exp_of_negative(fma(load(s + i), set1(in_.scale), set1(-shift[row])));
-        store(s + i, e);
-        total = add(total, e);
-      }
-      sum[row] += reduce_add(total);
-    }
+    for (int i = 0; i < kVectors; ++i) store(head.sum + i * kLanes, add(load(head.sum + i * kLanes), sum[i]));
   }
-  static float largest_of(const float* row) {
-    F32 largest = load(row);
-    for (std::int64_t i = kLanes; i < kBlock; i += kLanes) largest = max(largest, load(row + i));
-    return reduce_max(largest);
+  void scale_sums(const float* factors, const Head& head) const {
+    for (int i = 0; i < kVectors; ++i) {
+      const F32 factor = load(factors + i * kLanes);
+      store(head.sum + i * kLanes, mul(load(head.sum + i * kLanes), factor));
+      for (std::int64_t row = 0; row < in_.head_dim; ++row) {
+        float* p = head.out + row * kChunk + i * kLanes;
+        store(p, mul(load(p), factor));
+      }
+    }
   }
 
   const AttentionArgs& args_;

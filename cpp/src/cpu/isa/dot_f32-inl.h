@@ -178,6 +178,13 @@ struct DotF32 {
     return chunk;
   }
 
+  // Rounds values of fp32 to a chunk in natural order.
+  static Chunk natural(const F32 (&values)[kChunk / kLanes]) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = round_to<kType>(values[i]);
+    return chunk;
+  }
+
   // Takes the elements below `boundary` from a, and the others from b.
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     Chunk chunk;

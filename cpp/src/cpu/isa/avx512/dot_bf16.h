@@ -209,6 +209,11 @@ struct DotBf16 {
     return chunk;
   }
 
+  // Values of fp32 as a chunk in natural order.
+  static Chunk natural(const F32 (&values)[kChunk / kLanes]) {
+    return {{to_bf16({values[0], values[1]}), to_bf16({values[2], values[3]})}};
+  }
+
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     // Lane i of the even vector is element 2i, of the odd one 2i + 1.
     const std::uint64_t from = boundary < 64 ? ~0ull << boundary : 0;

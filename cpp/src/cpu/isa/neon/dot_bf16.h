@@ -148,6 +148,12 @@ struct DotBf16 {
     return chunk;
   }
 
+  static Chunk natural(const F32 (&values)[kChunk / kLanes]) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = to_bf16(values[2 * i], values[2 * i + 1]);
+    return chunk;
+  }
+
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     const uint16x8_t limit = vdupq_n_u16(static_cast<std::uint16_t>(boundary));
     Chunk chunk;

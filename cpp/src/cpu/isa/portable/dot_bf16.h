@@ -71,14 +71,10 @@ struct DotBf16 {
   // A natural chunk has its elements in order, and vector 0 has the first half of them.
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
-    const auto value = [&](int e) { return rounded(e < count ? load_lane<kFrom>(p, e) * scale : 0.0f); };
-    Chunk chunk;
-    for (int i = 0; i < kVectors; ++i)
-      chunk.v[i] = each_lane([&](int lane) {
-        const int e = 2 * (i * kLanes + lane);
-        return unit(value(e), value(e + 1));
-      });
-    return chunk;
+    return make_natural([&](int e) { return e < count ? load_lane<kFrom>(p, e) * scale : 0.0f; });
+  }
+  static Chunk natural(const F32 (&values)[kChunk / kLanes]) {
+    return make_natural([&](int e) { return values[e / kLanes].lane[e % kLanes]; });
   }
 
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
@@ -131,6 +127,16 @@ struct DotBf16 {
   template <class F>
   static Chunk make_chunk(F&& value) {
     return select([&](int e) { return rounded(value(e)); });
+  }
+  template <class F>
+  static Chunk make_natural(F&& value) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i)
+      chunk.v[i] = each_lane([&](int lane) {
+        const int e = 2 * (i * kLanes + lane);
+        return unit(rounded(value(e)), rounded(value(e + 1)));
+      });
+    return chunk;
   }
   template <class F>
   static Columns make_columns(F&& units) {
