@@ -60,7 +60,7 @@ class AttentionBackward : AttentionBlocks<Dot> {
     float *q, *dout;                  // transposed
     float *q_columns, *dout_columns;  // for dK and dV
     float* dq;                        // accumulators of dQ^T
-    float *shift, *delta;             // [64], less than zero
+    float *shift, *delta;             // [64]: -lse and -delta
   };
   // What they need of a round of keys.
   struct Keys {

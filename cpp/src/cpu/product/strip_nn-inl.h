@@ -46,26 +46,23 @@ class StripNn {
   StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
       : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks), units_(Layout::units_of(w.rows())) {
     scale_row_ = ChunkScales::stride_of(chunks.count() * Rows::kChunkScales);
-    ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), w.rows(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
+    ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
   }
 
   // Codes that are prefetched line by line, row after row.
   struct Codes {
     const std::uint8_t* row;
-    std::int64_t row_bytes, rows;  // that are left
-    std::int64_t lines;            // of a row
+    std::int64_t row_bytes, lines;  // of a row
     std::int64_t line = 0;
 
     // Prefetches as much as two chunks are. It goes into the second-level cache: in the first one rows that are a power
     // of two apart would push each other out.
     [[gnu::always_inline]] void prefetch() {
-      if (rows == 0) return;
       for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes / 64; ++i) {
         __builtin_prefetch(row + line * 64, 0, 2);
         if (++line < lines) continue;
         line = 0;
         row += row_bytes;
-        --rows;
       }
     }
   };
@@ -115,6 +112,7 @@ class StripNn {
     Scales scales = stage.scales;
     float* out = stage.out;
     Codes ahead = ahead_;
+    if (stage.unit + stage.units == units_) ahead.row_bytes = 0;  // after the last group it stays where it is
     for (; count > 0; --count) {
       typename Dot::Chunk chunk[2];
       decoder.two({codes, codes + row_bytes}, {scales, scales + scale_row}, chunk);
@@ -145,7 +143,7 @@ class StripNn {
 
   void multiply_columns(bool accumulate) {
     const std::int64_t stages = ceil_div(units_, kUnits) * chunks_.count();
-    for (std::int64_t i = 0; i < kUnits * chunks_.count(); ++i) ahead_.prefetch();  // the first group
+    for (std::int64_t i = 0; i < smaller(kUnits, units_) * chunks_.count(); ++i) ahead_.prefetch();  // the first group
     Stage stage = stage_of(0);
     decode_some(stage, stage.units);
     for (std::int64_t i = 0; i < stages; ++i) {
