@@ -21,6 +21,7 @@ SHAPES = [
     (1, 2, 2, 1, 40, 128),
     (1, 6, 2, 70, 70, 17),
     (2, 2, 1, 40, 9, 16),
+    (1, 2, 1, 70, 300, 24),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 NAMES = ("out", "dq", "dk", "dv")
