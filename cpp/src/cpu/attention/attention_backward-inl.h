@@ -37,11 +37,11 @@ class AttentionBackward : AttentionBlocks<Dot> {
   using Blocks = AttentionBlocks<Dot>;
   using Blocks::accumulator_floats, Blocks::add_product, Blocks::add_transposed_product, Blocks::apply_mask,
       Blocks::block_of, Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock,
-      Blocks::kBlockUnits, Blocks::key_blocks, Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareFloats,
-      Blocks::kSquareStride, Blocks::kType, Blocks::kUnitRows, Blocks::kVectors, Blocks::mask_of, Blocks::pack_columns,
-      Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed, Blocks::query_blocks,
-      Blocks::rows_floats, Blocks::scores, Blocks::store_chunk, Blocks::transpose_floats, Blocks::transposed_floats,
-      Blocks::write, Blocks::write_transpose;
+      Blocks::key_blocks, Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareColumnsFloats, Blocks::kSquareFloats,
+      Blocks::kSquareRowsFloats, Blocks::kSquareStride, Blocks::kType, Blocks::kUnitRows, Blocks::kVectors,
+      Blocks::mask_of, Blocks::pack_columns, Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed,
+      Blocks::query_blocks, Blocks::rows_floats, Blocks::scores, Blocks::store_chunk, Blocks::transpose_floats,
+      Blocks::transposed_floats, Blocks::write, Blocks::write_transpose;
   using typename Blocks::BlockMask, typename Blocks::Layout, typename Blocks::Tiles;
   static constexpr std::int64_t kMaxGradientFloats = 4 << 20;  // accumulators of dK and dV that one task may hold
 
@@ -83,13 +83,12 @@ class AttentionBackward : AttentionBlocks<Dot> {
     const std::int64_t head_floats = 2 * (transposed_floats() + columns_floats(1) + kBlock) + accumulator_floats();
     const std::int64_t keys_floats = 2 * rows_floats(kRoundBlocks) + transpose_floats() + columns_floats(kRoundBlocks);
     const std::int64_t gradient_floats = need_dkv ? keys.count() * accumulator_floats() : 0;
-    const std::int64_t packed_floats = kRoundBlocks * kBlock * kSquareStride;
     BumpAllocator memory(scratch_floats(Slot::thread, keys_floats + 2 * gradient_floats + 2 * kSquareFloats +
-                                                          2 * packed_floats + kRoundBlocks * kBlockUnits * kChunk +
+                                                          2 * kSquareRowsFloats + kSquareColumnsFloats +
                                                           group() * head_floats));
     const Squares squares{memory.allocate(kSquareFloats), memory.allocate(kSquareFloats),
-                          memory.allocate(packed_floats), memory.allocate(packed_floats),
-                          memory.allocate(kRoundBlocks * kBlockUnits * kChunk)};
+                          memory.allocate(kSquareRowsFloats), memory.allocate(kSquareRowsFloats),
+                          memory.allocate(kSquareColumnsFloats)};
     const Keys all_keys{memory.allocate(rows_floats(kRoundBlocks)), memory.allocate(rows_floats(kRoundBlocks)),
                         memory.allocate(transpose_floats()),        memory.allocate(gradient_floats),
                         memory.allocate(gradient_floats),           keys.count() * kBlock * kChunk};

@@ -79,6 +79,9 @@ class AttentionBlocks {
   std::int64_t rows_stride() const { return Layout::packed_stride(Layout::units_of(in_.head_dim)); }
   static constexpr std::int64_t kRoundStride = kRoundBlocks * kBlockUnits + kLanes;
   static constexpr std::int64_t kSquareStride = kBlockUnits + kLanes;
+  // Floats of a square that is packed as rows, and as columns.
+  static constexpr std::int64_t kSquareRowsFloats = kRoundBlocks * kBlock * kSquareStride;
+  static constexpr std::int64_t kSquareColumnsFloats = kRoundBlocks * kBlockUnits * kChunk;
 
   // The rows of some blocks.
   template <class Pointer>
@@ -103,15 +106,7 @@ class AttentionBlocks {
   // `columns` is room for that form of x.
   void pack_rows_of_transpose(const ConstMatrix& x, std::int64_t blocks, float* columns, float* out) const {
     pack_columns(x, blocks, columns);
-    const std::int64_t units = blocks * kBlockUnits;
-    for (std::int64_t c = 0; c < chunks(); ++c)
-      for (std::int64_t unit = 0; unit < units; unit += kLanes)
-        for (std::int64_t col = 0; col < kChunk; col += kLanes) {
-          F32 tile[kLanes];
-          for (int i = 0; i < kLanes; ++i) tile[i] = load(columns + (c * units + unit + i) * kChunk + col);
-          transpose(tile);
-          for (int i = 0; i < kLanes; ++i) store(out + (c * kChunk + col + i) * kRoundStride + unit, tile[i]);
-        }
+    Layout::transpose_panel(columns, blocks * kBlockUnits, chunks(), out, kRoundStride);
   }
   static void store_chunk(float* out, const typename Dot::Chunk& chunk) {
     for (int i = 0; i < Dot::kVectors; ++i) store(out + i * kLanes, chunk.v[i]);

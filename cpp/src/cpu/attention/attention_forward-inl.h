@@ -24,8 +24,8 @@ class AttentionForward : AttentionBlocks<Dot> {
  private:
   using Blocks = AttentionBlocks<Dot>;
   using Blocks::accumulator_floats, Blocks::add_transposed_product, Blocks::apply_mask, Blocks::block_of,
-      Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock, Blocks::kBlockUnits,
-      Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareFloats, Blocks::kUnitRows, Blocks::kVectors,
+      Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock, Blocks::kInfinity,
+      Blocks::kRoundBlocks, Blocks::kSquareColumnsFloats, Blocks::kSquareFloats, Blocks::kUnitRows, Blocks::kVectors,
       Blocks::mask_of, Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed, Blocks::query_blocks,
       Blocks::rows_floats, Blocks::scores, Blocks::transpose_floats, Blocks::transposed_floats, Blocks::write_transpose;
   using typename Blocks::BlockMask, typename Blocks::Layout, typename Blocks::Tiles;
@@ -46,12 +46,12 @@ class AttentionForward : AttentionBlocks<Dot> {
     const std::int64_t head_floats = transposed_floats() + accumulator_floats() + 2 * kBlock;
     BumpAllocator memory(scratch_floats(Slot::thread, rows_floats(kRoundBlocks) + transpose_floats() +
                                                           columns_floats(kRoundBlocks) + kSquareFloats +
-                                                          kRoundBlocks * kBlockUnits * kChunk + group() * head_floats));
+                                                          kSquareColumnsFloats + group() * head_floats));
     float* const k = memory.allocate(rows_floats(kRoundBlocks));
     float* const v = memory.allocate(transpose_floats());
     float* const v_columns = memory.allocate(columns_floats(kRoundBlocks));
     float* const square = memory.allocate(kSquareFloats);
-    float* const packed = memory.allocate(kRoundBlocks * kBlockUnits * kChunk);
+    float* const packed = memory.allocate(kSquareColumnsFloats);
     float* const head_memory = memory.allocate(0);
     const auto head_of = [&](std::int64_t g) {
       BumpAllocator memory(head_memory + g * head_floats);

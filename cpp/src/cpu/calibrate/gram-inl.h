@@ -65,7 +65,7 @@ class Gram {
       const ConstMatrix x = rows_of(args_.x, first, smaller(kPanelRows, args_.x.rows - first));
       const Range units{0, round_up(ceil_div(x.rows, std::int64_t{Dot::kElementsPerUnit}), kTileUnits)};
       decode_panel(DenseRows<Dot, true>(x), Panel{units, rows, of_columns});
-      transpose_panel(of_columns, units.end, rows.count(), of_rows, stride);
+      Layout::transpose_panel(of_columns, units.end, rows.count(), of_rows, stride);
       if (rows.begin != columns.begin) decode_panel(DenseRows<Dot, true>(x), Panel{units, columns, of_columns});
       for (std::int64_t c = columns.begin; c < columns.end; ++c) {
         const std::int64_t count = smaller(smaller(rows.end, c + 1) * kChunk, K_) - rows.begin * kChunk;
@@ -92,19 +92,6 @@ class Gram {
             static_cast<const char*>(args_.x.data) + (row * args_.x.stride + chunks.begin * kChunk) * kSize;
         for (std::int64_t at = 0; at < chunks.count() * kChunk * kSize; at += 64) __builtin_prefetch(begin + at, 0, 2);
       }
-  }
-
-  // [chunk][unit][64 columns] -> [column][unit]
-  static void transpose_panel(const float* panel, std::int64_t units, std::int64_t chunks, float* out,
-                              std::int64_t stride) {
-    for (std::int64_t c = 0; c < chunks; ++c)
-      for (std::int64_t unit = 0; unit < units; unit += kLanes)
-        for (std::int64_t column = 0; column < kChunk; column += kLanes) {
-          F32 square[kLanes];
-          for (int i = 0; i < kLanes; ++i) square[i] = load(panel + (c * units + unit + i) * kChunk + column);
-          transpose(square);
-          for (int i = 0; i < kLanes; ++i) store(out + (c * kChunk + column + i) * stride + unit, square[i]);
-        }
   }
 
   static void add_row(const float* terms, std::int64_t count, float* sums) {

@@ -168,6 +168,18 @@ struct LayoutNn {
     }
   };
   using Panel = PanelOf<1>;
+  // Transposes a panel of whole steps of kLanes units: [chunk][unit][64 columns] -> [column][unit], `stride` apart.
+  static void transpose_panel(const float* panel, std::int64_t units, std::int64_t chunks, float* out,
+                              std::int64_t stride) {
+    for (std::int64_t c = 0; c < chunks; ++c)
+      for (std::int64_t unit = 0; unit < units; unit += kLanes)
+        for (std::int64_t column = 0; column < kChunk; column += kLanes) {
+          F32 square[kLanes];
+          for (int i = 0; i < kLanes; ++i) square[i] = load(panel + (c * units + unit + i) * kChunk + column);
+          transpose(square);
+          for (int i = 0; i < kLanes; ++i) store(out + (c * kChunk + column + i) * stride + unit, square[i]);
+        }
+  }
 
   // What a task computes: the accumulators of some strips and some chunks of columns.
   struct Part {
