@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qlora_native as qn
+from qlora_native.testing import relative_error
 
 SHAPES = ((1, 640, 512), (4, 200, 513), (16, 257, 1100), (64, 130, 700), (300, 96, 1030), (64, 1400, 700))
 
@@ -40,6 +41,21 @@ def test_bits_are_the_same_for_any_number_of_threads(shape, dtype):
         torch.set_num_threads(threads)
         for name, tensor in results(*shape, dtype).items():
             assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("K", [65, 128, 260])
+def test_input_gradient_of_a_vocabulary_has_the_bits_of_any_part_of_its_rows(K):
+    """40 rows of 131,075 logits are multiplied in several parts of their columns, 10 rows at once."""
+    torch.manual_seed(0)
+    q = qn.quantize(torch.randn(131_075, K), "nf4" if K < 200 else "int8")
+    x, dy = torch.zeros(40, K, dtype=torch.bfloat16, requires_grad=True), torch.randn(40, q.shape[0]).bfloat16()
+    wanted = dy.double() @ q.dequantize(torch.bfloat16).double()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        (dx,) = torch.autograd.grad(qn.linear(x, q), x, dy)
+        parts = [torch.autograd.grad(qn.linear(x[:10], q), x, each)[0][:10] for each in dy.split(10)]
+        assert torch.equal(dx, torch.cat(parts))
+        assert relative_error(dx, wanted) < 2**-8
 
 
 def test_python_threads_get_the_bits_that_each_gets_alone():

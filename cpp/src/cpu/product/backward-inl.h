@@ -6,6 +6,9 @@
 #include "cpu/product/lora-inl.h"
 #include "cpu/product/product_nn-inl.h"
 #include "cpu/runtime/job.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/scratch.h"
+#include "qlora_native/runtime.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -32,17 +35,18 @@ void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&ac
                      kTarget);
 }
 
-// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies. This class has all that does
-// not depend on how W is stored.
+// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies. Where dY has more columns
+// than a call has memory for, as the logits of a vocabulary, they are packed and multiplied part by part, and the sums
+// go on from part to part; W would else be decoded again for every few rows. This class has all that does not depend on
+// how W is stored.
 template <class Dot>
 class BackwardInputOf : public Job {
  public:
   BackwardInputOf(const LinearBackwardInputArgs& args, const WeightRows& part, bool ragged) : ragged_(ragged) {
     const LoraView& lora = args.lora;
-    dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
     v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
     rows_ = part.end - part.begin;
-    rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kStripRows));
+    cut_dy(args.weight, lora.rank > 0);
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     strips_ = Strips(rows_);
@@ -54,9 +58,10 @@ class BackwardInputOf : public Job {
       strip = strips.end - 1;
       packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
     }
-    floats_dy_ = strips_.packed_rows() * dy_stride_;
+    floats_dy_ = strips_.packed_rows() * Product::packed_stride(units_.count());
     floats_v_ = packed_v_rows_ * v_stride_;
-    bytes_ = (floats_dy_ + floats_v_) * 4;
+    floats_kept_ = in_parts() ? Product::kept_floats(strips_, args.weight.K) : 0;
+    bytes_ = (floats_dy_ + floats_v_ + floats_kept_) * 4;
     if (!adapters_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
   }
 
@@ -78,14 +83,16 @@ class BackwardInputOf : public Job {
       low_rank.v = v;
       v += (strips_.first_packed(low_rank.strips.end) - strips_.first(low_rank.strips.begin)) * v_stride_;
     }
+    if (in_parts()) kept_ = v;
     if (!adapters_.empty() && args_.v.data == nullptr)
       args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
   }
+  bool runs_alone() const override { return in_parts(); }
   void run(int stage, std::int64_t task) override {
+    if (in_parts()) return multiply_parts();
     switch (stage) {
       case 0:
-        return Product::pack_strip(args_.dy, {strips_.first(task), strips_.first_packed(task + 1)},
-                                   dy_ + strips_.first(task) * dy_stride_);
+        return pack_dy(task);
       case 1:
         return compute_v(task);
       case 2:
@@ -101,7 +108,8 @@ class BackwardInputOf : public Job {
   template <class Rows>
   void multiply_with(const Rows& w, std::int64_t task) {
     const Dropout dropout = adapters_.empty() ? Dropout{} : dropout_of(args_.lora);
-    Product::product(cut_, task, dy_, strips_, w, {low_ranks_, dropout, first_row_},
+    const typename Product::Kept kept{kept_, units_.begin != 0, units_.end == all_units_};
+    Product::product(cut_, task, {dy_, units_}, strips_, w, {low_ranks_, dropout, first_row_}, kept,
                      [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
                        write_row<Dot::kActivation>(args_.dx, row, col, accumulators, 1.0f);
                      });
@@ -113,6 +121,43 @@ class BackwardInputOf : public Job {
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
+  static constexpr std::int64_t kMinPartUnits = 256;
+  // So many bytes of packed dY stay in the second-level cache beside the panels, over all columns of dX.
+  static constexpr std::int64_t kPartBytes = kTunedL2 - Product::kPanels * Product::kPanelFloats * 4;
+
+  // Chooses how many rows, and how many units of them, are packed at once.
+  void cut_dy(const QuantizedWeightView& weight, bool adapters) {
+    all_units_ = Product::units_of(weight.N);
+    units_ = {0, all_units_};
+    const std::int64_t rows = rows_, row_bytes = (Product::packed_stride(all_units_) + 2 * v_stride_) * 4;
+    rows_ = smaller(rows, rows_per_block(rows, row_bytes, Product::kStripRows));
+    // V needs all columns before the first is multiplied. Sums that begin anew now and then are not kept.
+    if (adapters || !Product::kOneChain || rows * row_bytes <= kPackedBytes) return;
+    const std::int64_t kept_bytes = ceil_div(weight.K, kChunk) * kChunk * 4;
+    const std::int64_t rows_of_part = smaller(
+        rows, rows_per_block(rows, kept_bytes + Product::packed_stride(kMinPartUnits) * 4, Product::kStripRows));
+    if (rows_of_part < rows_) return;
+    rows_ = rows_of_part;
+    const std::int64_t fitting = scaled_to_l2(kPartBytes, 1, caches()) / (rows_ * 4);
+    units_.end = smaller(all_units_, larger<std::int64_t>(fitting / kMinPartUnits, 1) * kMinPartUnits);
+  }
+  bool in_parts() const { return units_.count() < all_units_; }
+
+  void pack_dy(std::int64_t strip) {
+    ConstMatrix dy = args_.dy;
+    dy.data = elements_at(dy.data, dy.dtype, units_.begin * Dot::kElementsPerUnit);
+    dy.cols = smaller(units_.end * Dot::kElementsPerUnit, dy.cols) - units_.begin * Dot::kElementsPerUnit;
+    Product::pack_strip(dy, {strips_.first(strip), strips_.first_packed(strip + 1)},
+                        dy_ + strips_.first(strip) * Product::packed_stride(units_.count()));
+  }
+  void multiply_parts() {
+    cut(num_threads());
+    prepare(scratch(Slot::call, static_cast<std::size_t>(bytes_)));
+    const std::int64_t step = units_.count();
+    for (; units_.begin < all_units_; units_ = {units_.end, smaller(units_.end + step, all_units_)})
+      parallel_stages(Stage{strips_.count, [this](std::int64_t strip) { pack_dy(strip); }},
+                      Stage{cut_.tasks(), [this](std::int64_t task) { multiply(task); }});
+  }
 
   DenseRows<Dot, true> b_of(const JobAdapter& adapter) const { return lora_b(adapter.lora, args_.weight.N); }
 
@@ -123,7 +168,7 @@ class BackwardInputOf : public Job {
     for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
     const JobAdapter& adapter = adapters_[i];
     const float scale = adapter.lora.scaling * dropout_scale(adapter.lora);
-    Product::product(v_cuts_[i], task, dy_, strips_, b_of(adapter), {},
+    Product::product(v_cuts_[i], task, {dy_, units_}, strips_, b_of(adapter), {}, {},
                      [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
                        if (row >= adapter.begin && row < adapter.end)
                          write_row<Dot::kActivation>(args_.v, row, col, accumulators, scale);
@@ -147,11 +192,14 @@ class BackwardInputOf : public Job {
   Strips strips_{0};
   std::vector<JobAdapter> adapters_;
   std::vector<LowRank> low_ranks_;  // one for each of these
-  std::int64_t dy_stride_, v_stride_, packed_v_rows_ = 0;
-  std::int64_t floats_dy_, floats_v_;
+  std::int64_t all_units_;          // of dY's columns
+  Range units_;                     // of these, that are packed now
+  std::int64_t v_stride_, packed_v_rows_ = 0;
+  std::int64_t floats_dy_, floats_v_, floats_kept_ = 0;
   std::vector<typename Product::Cut> v_cuts_;
   typename Product::Cut cut_;
   float* dy_ = nullptr;
+  float* kept_ = nullptr;  // accumulators, if the columns of dY are packed in parts
 };
 
 template <class Dot, class Rows>
@@ -212,7 +260,7 @@ class LoraGradient final : public Job {
                                    {strips_.first(task), strips_.first_packed(task + 1)},
                                    packed_ + strips_.first(task) * stride_);
       default:
-        return Product::product(cut_, task, packed_, strips_, dense_, {},
+        return Product::product(cut_, task, {packed_, {0, Product::units_of(inner_)}}, strips_, dense_, {}, {},
                                 [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
                                   write(first_ + row, col, accumulators);
                                 });

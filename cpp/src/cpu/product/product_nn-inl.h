@@ -43,17 +43,17 @@ struct ProductNn : LayoutNn<DotOf> {
     std::int64_t first_row = 0;  // what dropout counts the first row of X as
   };
 
-  // Adds x . w to the accumulators of a part, or sets them to it.
+  // Adds x . w, of the rows of w for which x has units, to the accumulators of a part, or sets them to it.
   template <class Rows>
   static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
     if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
-    const std::int64_t units = units_of(w.rows());
+    const std::int64_t units = x.units.count();
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
     const std::int64_t panels = ceil_div(units, step);
     const auto panel_of = [&](std::int64_t i) {
-      return Panel{.lines = {i * step, smaller((i + 1) * step, units)},
+      return Panel{.lines = {x.units.begin + i * step, smaller(x.units.begin + (i + 1) * step, x.units.end)},
                    .chunks = part.chunks,
                    .data = part.panels + i % kPanels * kPanelFloats};
     };
@@ -114,11 +114,21 @@ struct ProductNn : LayoutNn<DotOf> {
     return {cut, grid, range};
   }
 
+  // What a product keeps that multiplies some rows of W after the others. It must be one chain, without totals.
+  struct Kept {
+    float* accumulators = nullptr;  // kept_floats() of them, or null if all rows are multiplied at once
+    bool begun = false;             // whether they hold what was multiplied before
+    bool ends = true;               // whether the result is complete, and is written
+  };
+  static std::int64_t kept_floats(const Strips& strips, std::int64_t cols) {
+    return strips.count * kStripRows * ceil_div(cols, kChunk) * kChunk;
+  }
+
   // Computes a task of x . w. write(row, first column, accumulators in natural order) takes each row and chunk of the
   // result.
   template <class Rows, class Write>
-  static void product(const Cut& cut, std::int64_t task, const float* x, const Strips& strips, const Rows& w,
-                      const LowRanks& lora, const Write& write) {
+  static void product(const Cut& cut, std::int64_t task, const Packed& x, const Strips& strips, const Rows& w,
+                      const LowRanks& lora, const Kept& kept, const Write& write) {
     const Grid& grid = cut.grid;
     const std::int64_t s0 = cut.strips.begin + task % grid.row_parts * grid.row_part;
     const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
@@ -127,12 +137,18 @@ struct ProductNn : LayoutNn<DotOf> {
               .chunks = {c0, smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk))},
               .panel_units = cut.tiling.panel_units()};
     const bool has_totals = !kOneChain && part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
-    part.panels = scratch_floats(Slot::thread, kPanels * kPanelFloats + (has_totals ? 2 : 1) * part.floats());
+    const bool keeps = kept.accumulators != nullptr;
+    const std::int64_t own_floats = keeps ? 0 : (has_totals ? 2 : 1) * part.floats();
+    part.panels = scratch_floats(Slot::thread, kPanels * kPanelFloats + own_floats);
     part.accumulators = part.panels + kPanels * kPanelFloats;
     part.totals = has_totals ? part.accumulators + part.floats() : nullptr;
+    if (keeps)  // after all chunks of the strips before, and the chunks before of these strips
+      part.accumulators =
+          kept.accumulators + (s0 * ceil_div(w.cols(), kChunk) + c0 * part.strips.count()) * kStripRows * kChunk;
     Tiles tiles;
-    const bool begun = add_low_rank(tiles, lora, part);
-    multiply(tiles, w, {x, packed_stride(units_of(w.rows()))}, part, begun);
+    const bool begun = kept.begun || add_low_rank(tiles, lora, part);
+    multiply(tiles, w, x, part, begun);
+    if (!kept.ends) return;
     for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
         for (int row = 0; row < strips.size(s); ++row) {
@@ -155,7 +171,7 @@ struct ProductNn : LayoutNn<DotOf> {
     for (const LowRank& adapter : lora.parts) {
       const Part adapter_part = part.within(adapter.strips);
       if (adapter_part.strips.begin >= adapter_part.strips.end) continue;
-      const Packed v{adapter.v, packed_stride(units_of(adapter.a.rows())), part.all_strips.first(adapter.strips.begin)};
+      const Packed v{adapter.v, {0, units_of(adapter.a.rows())}, part.all_strips.first(adapter.strips.begin)};
       multiply(tiles, adapter.a, v, adapter_part, !covers);
     }
     if (lora.dropout) apply_dropout(lora, part);
@@ -178,8 +194,8 @@ struct ProductNn : LayoutNn<DotOf> {
       NoDecoder none;
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
         for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
-          const StripAndChunk operands{.x = x.row(part.all_strips.first(s)) + panel.lines.begin,
-                                       .stride = x.stride,
+          const StripAndChunk operands{.x = x.row(part.all_strips.first(s)) + panel.lines.begin - x.units.begin,
+                                       .stride = x.stride(),
                                        .columns = panel.columns(c),
                                        .units = panel.units(),
                                        .vectors = vectors_of<Rows>(c, cols),

@@ -92,12 +92,13 @@ struct LayoutNn {
   // cache sets.
   static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
 
-  // Packed rows of X, from row `first` on.
+  // Packed rows of X, from row `first` on, of which these units are there.
   struct Packed {
     const float* data;
-    std::int64_t stride;
+    Range units;
     std::int64_t first = 0;
-    const float* row(std::int64_t r) const { return data + (r - first) * stride; }
+    std::int64_t stride() const { return packed_stride(units.count()); }
+    const float* row(std::int64_t r) const { return data + (r - first) * stride(); }
   };
   // Packs some rows of x, one after another. Rows that x does not have become zero.
   static void pack(ConstMatrix x, Range rows, float* out) {
@@ -129,7 +130,7 @@ struct LayoutNn {
   // The tiles of a packed strip from a unit on.
   static TileGrid<const float*> tiles_of(const Packed& x, const Strips& strips, std::int64_t strip, std::int64_t unit) {
     const std::int64_t first = strips.first(strip), rows = strips.first_packed(strip + 1) - first;
-    return {x.row(first) + unit * rows, kTileUnits, kTileRows * kTileUnits, rows * kTileUnits};
+    return {x.row(first) + (unit - x.units.begin) * rows, kTileUnits, kTileRows * kTileUnits, rows * kTileUnits};
   }
 
   // Columns of W, [chunk][part][unit][64 / kParts columns], and zeros after the units up to a whole step.

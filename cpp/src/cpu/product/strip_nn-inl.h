@@ -44,9 +44,10 @@ class StripNn {
 
  private:
   StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
-      : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks), units_(Layout::units_of(w.rows())) {
+      : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks) {
     scale_row_ = ChunkScales::stride_of(chunks.count() * Rows::kChunkScales);
-    ahead_ = {w.codes_at(0, chunks.begin), w.row_bytes(), ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
+    ahead_ = {w.codes_at(2 * x.units.begin, chunks.begin), w.row_bytes(),
+              ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
   }
 
   // Codes that are prefetched line by line, row after row.
@@ -77,8 +78,9 @@ class StripNn {
     float* out;
   };
   Stage stage_of(std::int64_t i) const {
-    const std::int64_t unit = i / chunks_.count() * kUnits, chunk = chunks_.begin + i % chunks_.count();
-    const std::int64_t units = smaller(kUnits, units_ - unit);
+    const std::int64_t unit = x_.units.begin + i / chunks_.count() * kUnits;
+    const std::int64_t chunk = chunks_.begin + i % chunks_.count();
+    const std::int64_t units = smaller(kUnits, x_.units.end - unit);
     float* data = part_.panels + i % 2 * kStageFloats;
     return {.unit = unit,
             .chunk = chunk,
@@ -112,7 +114,7 @@ class StripNn {
     Scales scales = stage.scales;
     float* out = stage.out;
     Codes ahead = ahead_;
-    if (stage.unit + stage.units == units_) ahead.row_bytes = 0;  // after the last group it stays where it is
+    if (stage.unit + stage.units == x_.units.end) ahead.row_bytes = 0;  // after the last group it stays where it is
     for (; count > 0; --count) {
       typename Dot::Chunk chunk[2];
       decoder.two({codes, codes + row_bytes}, {scales, scales + scale_row}, chunk);
@@ -142,14 +144,14 @@ class StripNn {
   float* scales() const { return part_.panels + 2 * kStageFloats; }
 
   void multiply_columns(bool accumulate) {
-    const std::int64_t stages = ceil_div(units_, kUnits) * chunks_.count();
-    for (std::int64_t i = 0; i < smaller(kUnits, units_) * chunks_.count(); ++i) ahead_.prefetch();  // the first group
+    const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * chunks_.count();
+    for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i) ahead_.prefetch();  // the first group
     Stage stage = stage_of(0);
     decode_some(stage, stage.units);
     for (std::int64_t i = 0; i < stages; ++i) {
       Stage next{};
       if (i + 1 < stages) next = stage_of(i + 1);
-      multiply_stage(stage, next, accumulate || stage.unit != 0);
+      multiply_stage(stage, next, accumulate || stage.unit != x_.units.begin);
       decode_some(next, next.units);
       stage = next;
     }
@@ -184,7 +186,6 @@ class StripNn {
   const Packed& x_;
   const Part& part_;
   Range chunks_;
-  std::int64_t units_;      // of w
   std::int64_t scale_row_;  // from a row's scales to the next row's
   Codes ahead_;             // of the next group
 };
