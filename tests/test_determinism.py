@@ -43,19 +43,26 @@ def test_bits_are_the_same_for_any_number_of_threads(shape, dtype):
             assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("K", [65, 128, 260])
-def test_input_gradient_of_a_vocabulary_has_the_bits_of_any_part_of_its_rows(K):
-    """40 rows of 131,075 logits are multiplied in several parts of their columns, 10 rows at once."""
+def test_input_gradient_of_a_vocabulary_has_the_bits_of_any_part_of_its_rows(K, rank):
+    """Of 40 rows of 131,075 logits, some columns are multiplied after the others; of up to 27 rows, all at once."""
     torch.manual_seed(0)
     q = qn.quantize(torch.randn(131_075, K), "nf4" if K < 200 else "int8")
-    x, dy = torch.zeros(40, K, dtype=torch.bfloat16, requires_grad=True), torch.randn(40, q.shape[0]).bfloat16()
-    wanted = dy.double() @ q.dequantize(torch.bfloat16).double()
+    V, counts = q.shape[0], [13, 0, 27]
+    x, dy = torch.zeros(40, K, dtype=torch.bfloat16, requires_grad=True), torch.randn(40, V).bfloat16()
+    a, b, offsets = torch.randn(3, rank, K), torch.randn(3, V, rank), torch.tensor([0, *counts]).cumsum(0)
+    w = q.dequantize(torch.bfloat16).double()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        (dx,) = torch.autograd.grad(qn.linear(x, q), x, dy)
-        parts = [torch.autograd.grad(qn.linear(x[:10], q), x, each)[0][:10] for each in dy.split(10)]
-        assert torch.equal(dx, torch.cat(parts))
-        assert relative_error(dx, wanted) < 2**-8
+        (dx,) = torch.autograd.grad(qn.functional.linear_grouped(x, q, offsets, None, a, b, 0.5), x, dy)
+        for rows, out, a1, b1 in zip(dy.split(counts), dx.split(counts), a, b, strict=True):
+            alone = x.detach()[: len(rows)].requires_grad_()
+            (wanted,) = torch.autograd.grad(qn.linear(alone, q, None, a1, b1, 0.5), alone, rows)
+            assert torch.equal(out, wanted)
+            if len(rows):
+                exact = rows.double() @ (w + 0.5 * b1.bfloat16().double() @ a1.bfloat16().double())
+                assert relative_error(out, exact) < 2**-8
 
 
 def test_python_threads_get_the_bits_that_each_gets_alone():

@@ -46,7 +46,7 @@ class BackwardInputOf : public Job {
     const LoraView& lora = args.lora;
     v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
     rows_ = part.end - part.begin;
-    cut_dy(args.weight, lora.rank > 0);
+    cut_dy(args.weight, lora.rank);
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     strips_ = Strips(rows_);
@@ -57,10 +57,12 @@ class BackwardInputOf : public Job {
       low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapter.lora, args.weight.K)), strips});
       strip = strips.end - 1;
       packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
+      floats_kept_ += Product::kept_floats(strips, lora.rank);
     }
     floats_dy_ = strips_.packed_rows() * Product::packed_stride(units_.count());
     floats_v_ = packed_v_rows_ * v_stride_;
-    floats_kept_ = in_parts() ? Product::kept_floats(strips_, args.weight.K) : 0;
+    // V is complete before dX begins.
+    floats_kept_ = in_parts() ? larger(floats_kept_, Product::kept_floats({0, strips_.count}, args.weight.K)) : 0;
     bytes_ = (floats_dy_ + floats_v_ + floats_kept_) * 4;
     if (!adapters_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
   }
@@ -108,8 +110,7 @@ class BackwardInputOf : public Job {
   template <class Rows>
   void multiply_with(const Rows& w, std::int64_t task) {
     const Dropout dropout = adapters_.empty() ? Dropout{} : dropout_of(args_.lora);
-    const typename Product::Kept kept{kept_, units_.begin != 0, units_.end == all_units_};
-    Product::product(cut_, task, {dy_, units_}, strips_, w, {low_ranks_, dropout, first_row_}, kept,
+    Product::product(cut_, task, {dy_, units_}, strips_, w, {low_ranks_, dropout, first_row_}, kept(0),
                      [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
                        write_row<Dot::kActivation>(args_.dx, row, col, accumulators, 1.0f);
                      });
@@ -121,22 +122,27 @@ class BackwardInputOf : public Job {
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
+  static constexpr std::int64_t kManyRows = 256;  // multiplying them takes so long that decoding W hardly matters
   static constexpr std::int64_t kMinPartUnits = 256;
   // So many bytes of packed dY stay in the second-level cache beside the panels, over all columns of dX.
   static constexpr std::int64_t kPartBytes = kTunedL2 - Product::kPanels * Product::kPanelFloats * 4;
 
   // Chooses how many rows, and how many units of them, are packed at once.
-  void cut_dy(const QuantizedWeightView& weight, bool adapters) {
+  void cut_dy(const QuantizedWeightView& weight, std::int64_t rank) {
     all_units_ = Product::units_of(weight.N);
     units_ = {0, all_units_};
-    const std::int64_t rows = rows_, row_bytes = (Product::packed_stride(all_units_) + 2 * v_stride_) * 4;
-    rows_ = smaller(rows, rows_per_block(rows, row_bytes, Product::kStripRows));
-    // V needs all columns before the first is multiplied. Sums that begin anew now and then are not kept.
-    if (adapters || !Product::kOneChain || rows * row_bytes <= kPackedBytes) return;
-    const std::int64_t kept_bytes = ceil_div(weight.K, kChunk) * kChunk * 4;
-    const std::int64_t rows_of_part = smaller(
-        rows, rows_per_block(rows, kept_bytes + Product::packed_stride(kMinPartUnits) * 4, Product::kStripRows));
-    if (rows_of_part < rows_) return;
+    const auto row_bytes = [&](std::int64_t units, std::int64_t kept_floats) {
+      return (Product::packed_stride(units) + 2 * v_stride_ + kept_floats) * 4;
+    };
+    const std::int64_t rows = rows_;
+    rows_ = smaller(rows, rows_per_block(rows, row_bytes(all_units_, 0), Product::kStripRows));
+    const bool fits = rows_ * row_bytes(all_units_, 0) <= kPackedBytes;
+    if (fits && (rows_ == rows || rows_ >= kManyRows)) return;
+    if (!Product::kOneChain) return;  // sums that begin anew now and then are not kept
+    const std::int64_t kept_floats = ceil_div(larger(weight.K, rank), kChunk) * kChunk;
+    const std::int64_t rows_of_part =
+        smaller(rows, rows_per_block(rows, row_bytes(kMinPartUnits, kept_floats), Product::kStripRows));
+    if (fits && rows_of_part <= rows_) return;
     rows_ = rows_of_part;
     const std::int64_t fitting = scaled_to_l2(kPartBytes, 1, caches()) / (rows_ * 4);
     units_.end = smaller(all_units_, larger<std::int64_t>(fitting / kMinPartUnits, 1) * kMinPartUnits);
@@ -153,10 +159,20 @@ class BackwardInputOf : public Job {
   void multiply_parts() {
     cut(num_threads());
     prepare(scratch(Slot::call, static_cast<std::size_t>(bytes_)));
-    const std::int64_t step = units_.count();
-    for (; units_.begin < all_units_; units_ = {units_.end, smaller(units_.end + step, all_units_)})
-      parallel_stages(Stage{strips_.count, [this](std::int64_t strip) { pack_dy(strip); }},
-                      Stage{cut_.tasks(), [this](std::int64_t task) { multiply(task); }});
+    const Range first = units_;
+    const auto each_part = [&](std::int64_t tasks, const auto& multiply) {
+      for (units_ = first; units_.begin < all_units_;
+           units_ = {units_.end, smaller(units_.end + first.count(), all_units_)})
+        parallel_stages(Stage{strips_.count, [this](std::int64_t strip) { pack_dy(strip); }}, Stage{tasks, multiply});
+    };
+    if (tasks_[1] > 0) each_part(tasks_[1], [this](std::int64_t task) { compute_v(task); });
+    parallel_for(tasks_[2], [this](std::int64_t task) { pack_v(task); });
+    if (tasks_[3] > 0) each_part(tasks_[3], [this](std::int64_t task) { multiply(task); });
+  }
+  // The accumulators of this part, which begin so many floats after the first.
+  typename Product::Kept kept(std::int64_t first) const {
+    if (kept_ == nullptr) return {};
+    return {kept_ + first, units_.begin != 0, units_.end == all_units_};
   }
 
   DenseRows<Dot, true> b_of(const JobAdapter& adapter) const { return lora_b(adapter.lora, args_.weight.N); }
@@ -165,10 +181,12 @@ class BackwardInputOf : public Job {
   // adapter are written.
   void compute_v(std::int64_t task) {
     std::size_t i = 0;
-    for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
+    std::int64_t before = 0;
+    for (; task >= v_cuts_[i].tasks(); task -= v_cuts_[i++].tasks())
+      before += Product::kept_floats(v_cuts_[i].strips, args_.lora.rank);
     const JobAdapter& adapter = adapters_[i];
     const float scale = adapter.lora.scaling * dropout_scale(adapter.lora);
-    Product::product(v_cuts_[i], task, {dy_, units_}, strips_, b_of(adapter), {}, {},
+    Product::product(v_cuts_[i], task, {dy_, units_}, strips_, b_of(adapter), {}, kept(before),
                      [&](std::int64_t row, std::int64_t col, F32(&accumulators)[kVectors]) {
                        if (row >= adapter.begin && row < adapter.end)
                          write_row<Dot::kActivation>(args_.v, row, col, accumulators, scale);

@@ -120,8 +120,8 @@ struct ProductNn : LayoutNn<DotOf> {
     bool begun = false;             // whether they hold what was multiplied before
     bool ends = true;               // whether the result is complete, and is written
   };
-  static std::int64_t kept_floats(const Strips& strips, std::int64_t cols) {
-    return strips.count * kStripRows * ceil_div(cols, kChunk) * kChunk;
+  static std::int64_t kept_floats(Range strips, std::int64_t cols) {
+    return strips.count() * kStripRows * ceil_div(cols, kChunk) * kChunk;
   }
 
   // Computes a task of x . w. write(row, first column, accumulators in natural order) takes each row and chunk of the
@@ -143,8 +143,8 @@ struct ProductNn : LayoutNn<DotOf> {
     part.accumulators = part.panels + kPanels * kPanelFloats;
     part.totals = has_totals ? part.accumulators + part.floats() : nullptr;
     if (keeps)  // after all chunks of the strips before, and the chunks before of these strips
-      part.accumulators =
-          kept.accumulators + (s0 * ceil_div(w.cols(), kChunk) + c0 * part.strips.count()) * kStripRows * kChunk;
+      part.accumulators = kept.accumulators + kept_floats({cut.strips.begin, s0}, w.cols()) +
+                          c0 * kChunk * kStripRows * part.strips.count();
     Tiles tiles;
     const bool begun = kept.begun || add_low_rank(tiles, lora, part);
     multiply(tiles, w, x, part, begun);
