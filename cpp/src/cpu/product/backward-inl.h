@@ -86,6 +86,7 @@ class BackwardInputOf : public Job {
       v += (strips_.first_packed(low_rank.strips.end) - strips_.first(low_rank.strips.begin)) * v_stride_;
     }
     if (in_parts()) kept_ = v;
+    v += floats_kept_;
     if (!adapters_.empty() && args_.v.data == nullptr)
       args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
   }
