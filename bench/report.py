@@ -264,11 +264,16 @@ def command_line(kind: str, description: str, measure: Callable[..., list[dict]]
     print(lines(found))
 
 
+def write_products(folder: Path) -> None:
+    """Write the report of a machine's products from its figures, if there are some."""
+    if result := figures(folder).get("products"):
+        write(folder / "products.md", products(result, folder))
+
+
 def main() -> None:
     """The command line."""
     for path in sorted(RESULTS.glob("*/figures.json")):
-        if result := figures(path.parent).get("products"):
-            write(path.parent / "products.md", products(result, path.parent))
+        write_products(path.parent)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = report.folder_of(result["machine"])
         report.write_figures(folder, "products", result)
         plots.draw(result, folder / "products")
-        report.write(folder / "products.md", report.products(report.figures(folder)["products"], folder))
+        report.write_products(folder)
         print(f"\nwrote {folder}/products.md")
     return len(wrong)
 
