@@ -67,7 +67,7 @@ TEST(dequantize_reaches_any_address) {
 // 40 rows of so many logits are multiplied in several parts of their columns (cpu/product/backward-inl.h).
 TEST(input_gradient_of_a_vocabulary_has_the_same_bits_where_v_is_not_wanted) {
   if (std::getenv("QLN_BACKEND") != nullptr) return;  // only on the cpu
-  Layer layer({.M = 40, .N = 131'075, .K = 3, .rank = 2});
+  Layer layer({.M = 40, .N = 131'075, .K = 3, .rank = 70});
   layer.backward();
   const Tensor wanted = layer.dx;
   qn::LinearBackwardInputArgs args = layer.backward_args();
