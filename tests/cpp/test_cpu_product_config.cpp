@@ -38,13 +38,13 @@ TEST(vectors_multiply_more_than_eight_rows) {
     }
 }
 
-TEST(tiles_multiply_from_four_rows_on) {
+TEST(tiles_multiply_from_three_rows_on) {
   for (const Product product : kBoth) {
     ProductShape p = shape_of(product, qn::DType::bf16, 0);
     p.isa_has_tiles = p.dense_gemm_has_tiles = true;
     for (const bool dense_gemm : {false, true}) {
       p.has_dense_gemm = dense_gemm;
-      EXPECT(first_rows(ProductKernel::tiles, p) == 4 && first_rows(ProductKernel::panels, p) == 0);
+      EXPECT(first_rows(ProductKernel::tiles, p) == 3 && first_rows(ProductKernel::panels, p) == 0);
       EXPECT(first_rows(product == Product::forward ? ProductKernel::small_m : ProductKernel::vectors, p) == 1);
     }
   }

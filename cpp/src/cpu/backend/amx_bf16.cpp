@@ -5,16 +5,27 @@
 
 #include "cpu/isa/avx512/table_vbmi.h"
 
-#include "cpu/isa/avx512/dot_bf16.h"
+#include "cpu/isa/avx512/dot_bf16_as_f32.h"
 
 #include "cpu/isa/amx/tile.h"
 
 #include "cpu/backend/backend_tiled-inl.h"
+#include "cpu/product/forward_small_m-inl.h"
 
 namespace qlora_native {
+namespace amx_bf16 {
+namespace {
+
+std::unique_ptr<Job> forward_few_rows(const LinearForwardArgs& args, const WeightRows& part) {
+  return make_job<DotBf16AsF32, ForwardSmallM, DotBf16AsF32>(args, part);
+}
+
+}  // namespace
+}  // namespace amx_bf16
 
 const CpuBackend& amx_bf16_backend() {
-  static const CpuBackend backend = amx_bf16::TiledBackend<avx512_bf16_backend, true>::backend();
+  using namespace amx_bf16;
+  static const CpuBackend backend = TiledBackend<avx512_bf16_backend, forward_few_rows>::backend();
   return backend;
 }
 

@@ -13,7 +13,7 @@
 namespace qlora_native {
 
 const CpuBackend& amx_emulated_backend() {
-  static const CpuBackend backend = amx_emulated::TiledBackend<reference_backend, false>::backend();
+  static const CpuBackend backend = amx_emulated::TiledBackend<reference_backend, nullptr>::backend();
   return backend;
 }
 

@@ -18,10 +18,9 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. With
-// kOthersMultiply that one multiplies bfloat16 too if config.h chooses neither; without, tiles multiply any number of
-// rows.
-template <const CpuBackend& (*kOthers)(), bool kOthersMultiply>
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. kFewRows
+// multiplies few rows, where config.h chooses small_m; if it is null, tiles multiply any number of rows.
+template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kFewRows>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
     switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
@@ -29,6 +28,8 @@ struct TiledBackend {
         return make_job<DotTiles, Forward, DotTiles>(args, part);
       case cpu::ProductKernel::panels:
         return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
+      case cpu::ProductKernel::small_m:
+        return kFewRows(args, part);
       default:
         return kOthers().bf16->forward(args, part);
     }
@@ -49,14 +50,13 @@ struct TiledBackend {
   static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
 
  private:
-  // The other backend chooses between the kernels that are left, and logs its choice.
+  // The other backend logs what it multiplies.
   static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
     const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
     cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
-    const bool panels = config.kernel == cpu::ProductKernel::panels;
-    if (!kOthersMultiply && !panels) config.kernel = cpu::ProductKernel::tiles;
-    if (panels || config.kernel == cpu::ProductKernel::tiles) cpu::log_product(shape, config);
+    if (kFewRows == nullptr && config.kernel != cpu::ProductKernel::panels) config.kernel = cpu::ProductKernel::tiles;
+    if (config.kernel != cpu::ProductKernel::vectors) cpu::log_product(shape, config);
     return config.kernel;
   }
 };

@@ -109,6 +109,8 @@ struct DotF32 {
   // elements and of odd ones alternate, kNibbleVectors each, because so many are looked up at once.
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
+  static constexpr int kStepRows = kVectors <= 4 ? 4 : 2;  // of W that are multiplied together, as registers allow
+  static constexpr bool kFewRows = false;  // whether products of more than two rows of x have another Dot
   struct Step {
     Chunk chunk;
     F32 vector(int k) const {

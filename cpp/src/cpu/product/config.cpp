@@ -20,7 +20,7 @@ namespace {
 //   vectors                          1 (Y)       9         -       -
 //   vectors; the dense tiles         1 (Y)       9         -       33
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
-//   tiles                            1 (Y)       1 (dX)    4       -
+//   tiles                            1 (Y)       1 (dX)    3       -
 //
 // "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the application's product uses here. "The
 // dense is faster" is fp32 with AVX-512 without BF16 (dense_gemm_is_faster).
@@ -42,10 +42,11 @@ constexpr MinRows kWithDenseTiles{kMaxSmallM + 1, kNever, 33};
 // dimension of 4096 leaves 512 columns in fp32.
 constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
-// With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
-// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. For 256 to 2048 rows tiles took 0.53 to 1.04
-// times as long as torch's product with all of W (Intel Xeon, Emerald Rapids), which panels would decode first.
-constexpr MinRows kWithTiles{4, 4, kNever};
+// On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
+// which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward
+// they take 1.8, 2.0 and 2.3 ms for 1, 2 and 3 rows, and tiles 1.9. For 256 to 2048 rows tiles took 0.53 to 1.04 times
+// as long as torch's product with all of W, which panels would decode first.
+constexpr MinRows kWithTiles{3, 3, kNever};
 
 std::int64_t columns_of_panel(const ProductShape& shape) {
   const std::int64_t inner = shape.product == ProductShape::Product::forward ? shape.K : shape.N;

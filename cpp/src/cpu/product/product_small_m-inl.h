@@ -74,7 +74,7 @@ struct SmallM {
   // Rows of W that are multiplied together, so that they share what is loaded of x. Their accumulators, and what
   // decodes them, should fit the registers.
   template <int kM>
-  static constexpr int kRowsOf = Dot::kStepVectors <= 4 && kM * 4 <= kRegisters / 2 ? 4 : 2;
+  static constexpr int kRowsOf = kM * 4 <= kRegisters / 2 ? Dot::kStepRows : 2;
   // Accumulators for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight
   // accumulators keep the processor busy.
   template <int kM>
@@ -118,12 +118,13 @@ struct SmallM {
           for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
         }
     }
-    // Multiplies one step of x and of the rows of W. A vector of W is decoded right before the products that need it.
-    template <class Step>
+    // Multiplies one step of x and of the rows of W, or its first kVectors vectors. A vector of W is decoded right
+    // before the products that need it.
+    template <int kVectors = Dot::kStepVectors, class Step>
     [[gnu::always_inline]] void multiply(std::int64_t s, const float* x, const Step (&step)[kRows]) {
       const float* units = x + s * kM * kStepUnits;
 #pragma GCC unroll 16
-      for (int k = 0; k < Dot::kStepVectors; ++k) {
+      for (int k = 0; k < kVectors; ++k) {
         F32 w[kRows];
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; ++j) w[j] = step[j].vector(k);
@@ -202,7 +203,7 @@ struct SmallM {
         for (int j = 0; j < kRows; ++j)
           step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
                                 scales + (j * row_scales + whole * Dot::kStepChunks * Rows::kChunkScales));
-        accumulators.multiply(whole, x, step);
+        accumulators.template multiply<Dot::kHalfStepVectors>(whole, x, step);
       }
     accumulators.finish(n, kRows, loras, out);
   }
@@ -265,12 +266,13 @@ struct SmallM {
       return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
     }
   };
-  // The kernel of the least number of rows of x, `rows` or more. Where W is rare there are kernels of powers of two.
+  // The kernel of the least number of rows of x, `rows` or more. Where W is rare, or the Dot seldom multiplies more
+  // than two rows, there are kernels of powers of two.
   template <class Rows>
   static Kernel<Rows> kernel_of(int rows) {
     Kernel<Rows> kernel{};
     const auto add = [&]<int kM>() {
-      if constexpr (!Rows::kRare || std::has_single_bit(unsigned{kM})) {
+      if constexpr (!(Rows::kRare || Dot::kFewRows) || std::has_single_bit(unsigned{kM})) {
         kernel = {kM, kRowsOf<kM>, nullptr, decode_steps<Rows>, ragged_rows<kM>};
         if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<kM, Rows>;
       }
@@ -293,7 +295,8 @@ struct SmallM {
     if constexpr (Rows::kQuantized)
       if (w.aligned()) {
         constexpr bool kMinimum = Rows::Scales::kHasMinimum;
-        scales = scratch_floats(Slot::thread, (kMinimum ? 2 : 1) * kRowsAtOnce * row_scales);
+        // What decodes half a step reads the scales of a whole one.
+        scales = scratch_floats(Slot::thread, (kMinimum ? 2 : 1) * kRowsAtOnce * row_scales + Rows::kChunkScales);
         if (kMinimum) minima = scales + kRowsAtOnce * row_scales;
       }
     for (std::int64_t first = rows.begin; first < rows.end; first += kRowsAtOnce) {

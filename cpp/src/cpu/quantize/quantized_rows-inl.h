@@ -85,8 +85,10 @@ class QuantizedRows {
     else
       return Dot::template step8<kCodes, kScales>(codes, scales);
   }
-  // Decodes the first half of a step of two chunks, which is what an odd number of chunks leaves.
-  QuantizedStep half_step(const std::uint8_t* codes, const Scales& scales) const {
+  // Decodes the first half of a step of two chunks, which is what an odd number of chunks leaves. The other half is
+  // zero, or nobody reads it, and the scales after those of the first half are anything.
+  [[gnu::always_inline]] QuantizedStep half_step(const std::uint8_t* codes, const Scales& scales) const {
+    if constexpr (Dot::kHalfStepVectors < Dot::kStepVectors) return step(codes, scales);
     std::uint8_t copy[kStepBytes] = {};
     __builtin_memcpy(copy, codes, kStepBytes / 2);
     float copy_of_scales[2 * kScales] = {}, copy_of_minima[2 * kScales] = {};

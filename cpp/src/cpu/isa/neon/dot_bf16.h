@@ -95,6 +95,8 @@ struct DotBf16 {
 
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
+  static constexpr int kStepRows = 2;
+  static constexpr bool kFewRows = false;
   struct Step {
     Chunk chunk;
     F32 vector(int k) const { return chunk.v[k]; }
