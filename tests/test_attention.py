@@ -22,6 +22,9 @@ SHAPES = [
     (1, 6, 2, 70, 70, 17),
     (2, 2, 1, 40, 9, 16),
     (1, 2, 1, 70, 300, 24),
+    (2, 6, 2, 1, 200, 64),
+    (1, 70, 1, 1, 140, 8),
+    (1, 4, 2, 16, 150, 40),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 NAMES = ("out", "dq", "dk", "dv")

@@ -28,8 +28,8 @@ struct Shape {
   Ranges ranges;
   float scale;
 };
-// They have blocks that are whole, ragged and of one row; one dimension and several chunks of them; no key, no query
-// and no sequence; and scores so large that a row has one probability.
+// They have blocks that are whole, ragged and of one row; one query whose heads fill a block or more; one dimension and
+// several chunks of them; no key, no query and no sequence; and scores so large that a row has one probability.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1, 1, 1, Ranges::all, 1.0f},           {2, 4, 2, 33, 40, 24, Ranges::all, 0.2f},
     {1, 3, 1, 130, 130, 64, Ranges::causal, 0.125f}, {2, 2, 2, 64, 64, 128, Ranges::causal, 0.1f},
@@ -37,7 +37,10 @@ constexpr Shape kShapes[] = {
     {2, 6, 2, 100, 100, 16, Ranges::padded, 0.25f},  {1, 2, 2, 129, 129, 40, Ranges::packed, 0.15f},
     {1, 2, 1, 65, 66, 32, Ranges::causal, 20.0f},    {1, 2, 1, 257, 330, 72, Ranges::causal, 0.1f},
     {1, 4, 2, 150, 300, 24, Ranges::window, 0.2f},   {1, 2, 1, 5, 0, 8, Ranges::all, 1.0f},
-    {1, 2, 1, 0, 5, 8, Ranges::all, 1.0f},           {0, 2, 1, 5, 5, 8, Ranges::all, 1.0f}};
+    {1, 2, 1, 0, 5, 8, Ranges::all, 1.0f},           {0, 2, 1, 5, 5, 8, Ranges::all, 1.0f},
+    {2, 6, 2, 1, 200, 64, Ranges::all, 0.125f},      {1, 70, 1, 1, 140, 24, Ranges::all, 0.2f},
+    {1, 4, 2, 16, 150, 80, Ranges::causal, 0.1f},    {1, 2, 1, 17, 150, 40, Ranges::window, 0.15f},
+    {2, 4, 2, 1, 200, 16, Ranges::padded, 0.2f},     {1, 4, 2, 1, 0, 8, Ranges::all, 1.0f}};
 
 // What each query sees, [batch, queries, 2].
 std::vector<std::int32_t> ranges_of(const Shape& s) {

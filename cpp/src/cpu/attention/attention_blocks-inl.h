@@ -58,6 +58,8 @@ class AttentionBlocks {
   static constexpr std::int64_t kBlock = kChunk;    // queries, and keys
   static constexpr std::int64_t kRoundBlocks = 2;   // blocks of keys in a round, at most
   static constexpr int kVectors = kChunk / kLanes;  // of the queries of a block
+  static constexpr std::int64_t kFewQueries = 16;
+  static constexpr int kFewVectors = kFewQueries / kLanes;
   static constexpr int kUnitRows = Dot::kElementsPerUnit;
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -114,14 +116,15 @@ class AttentionBlocks {
 
   // ---- products ----
 
-  // rows . transposed: a square of `count` rows.
-  void scores(Tiles& tiles, const float* rows, std::int64_t count, const float* transposed, float* square) const {
-    Nn::multiply_rows(tiles, rows, rows_stride(), count, transposed, inner_units(), kVectors, square, false);
+  // rows . transposed: a square of `count` rows, or so many vectors of each.
+  void scores(Tiles& tiles, const float* rows, std::int64_t count, const float* transposed, float* square,
+              int vectors = kVectors) const {
+    Nn::multiply_rows(tiles, rows, rows_stride(), count, transposed, inner_units(), vectors, square, false);
   }
   // accumulators += rows of the transpose . a square that is packed as columns, over some blocks of keys.
   void add_transposed_product(Tiles& tiles, const float* rows, const float* square, std::int64_t blocks,
-                              float* accumulators) const {
-    Nn::multiply_rows(tiles, rows, kRoundStride, in_.head_dim, square, blocks * kBlockUnits, kVectors, accumulators,
+                              float* accumulators, int vectors = kVectors) const {
+    Nn::multiply_rows(tiles, rows, kRoundStride, in_.head_dim, square, blocks * kBlockUnits, vectors, accumulators,
                       true);
   }
   // accumulators += a square that is packed as `count` rows . columns, where chunks of accumulators lie `stride` apart.

@@ -14,7 +14,8 @@ template <class Dot>
 class AttentionForward : AttentionBlocks<Dot> {
  public:
   static void run(const AttentionArgs& args) {
-    const AttentionForward attention(args);
+    const AttentionArgs merged = with_heads_as_queries(args);
+    const AttentionForward attention(merged);
     const std::int64_t pairs = args.in.batch * args.in.k.heads, blocks = attention.query_blocks();
     // The last queries come first: in causal attention they see the most keys.
     parallel_for(pairs * blocks,
@@ -24,13 +25,31 @@ class AttentionForward : AttentionBlocks<Dot> {
  private:
   using Blocks = AttentionBlocks<Dot>;
   using Blocks::accumulator_floats, Blocks::add_transposed_product, Blocks::apply_mask, Blocks::block_of,
-      Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock, Blocks::kInfinity,
-      Blocks::kRoundBlocks, Blocks::kSquareColumnsFloats, Blocks::kSquareFloats, Blocks::kUnitRows, Blocks::kVectors,
-      Blocks::mask_of, Blocks::pack_rows, Blocks::pack_rows_of_transpose, Blocks::pack_transposed, Blocks::query_blocks,
-      Blocks::rows_floats, Blocks::scores, Blocks::transpose_floats, Blocks::transposed_floats, Blocks::write_transpose;
+      Blocks::columns_floats, Blocks::each_round, Blocks::group, Blocks::in_, Blocks::kBlock, Blocks::kFewQueries,
+      Blocks::kFewVectors, Blocks::kInfinity, Blocks::kRoundBlocks, Blocks::kSquareColumnsFloats, Blocks::kSquareFloats,
+      Blocks::kUnitRows, Blocks::kVectors, Blocks::mask_of, Blocks::pack_rows, Blocks::pack_rows_of_transpose,
+      Blocks::pack_transposed, Blocks::query_blocks, Blocks::rows_floats, Blocks::scores, Blocks::transpose_floats,
+      Blocks::transposed_floats, Blocks::write_transpose;
   using typename Blocks::BlockMask, typename Blocks::Layout, typename Blocks::Tiles;
 
   explicit AttentionForward(const AttentionArgs& args) : Blocks(args.in), args_(args) {}
+
+  // One query, as of the next token: the heads of q that share a head of keys become queries of one head, and share its
+  // rows. Then all of them are a block.
+  static AttentionArgs with_heads_as_queries(const AttentionArgs& args) {
+    AttentionArgs merged = args;
+    const std::int64_t group = args.in.q.heads / args.in.k.heads;
+    if (args.in.q.rows != 1 || args.in.key_ranges != nullptr) return merged;
+    const auto merge = [group](auto& heads) {
+      heads.heads /= group;
+      heads.rows = group;
+      heads.row_stride = heads.head_stride;
+      heads.head_stride *= group;
+    };
+    merge(merged.in.q);
+    merge(merged.out);
+    return merged;
+  }
 
   // What a block of queries of one head needs, and what it has summed.
   struct Head {
@@ -73,10 +92,14 @@ class AttentionForward : AttentionBlocks<Dot> {
       pack_rows_of_transpose(block_of(in_.v, b, key_head, blocks.begin, blocks.count()), blocks.count(), v_columns, v);
       for (std::int64_t g = 0; g < group(); ++g) {
         const Head head = head_of(g);
-        scores(tiles, k, blocks.count() * kBlock, head.q, square);
+        const int vectors = mask.count <= kFewQueries ? kFewVectors : kVectors;
+        scores(tiles, k, blocks.count() * kBlock, head.q, square, vectors);
         apply_mask(mask, blocks, square);
-        pack_exponentials(square, blocks.count() * kBlock, head, packed);
-        add_transposed_product(tiles, v, packed, blocks.count(), head.out);
+        if (vectors == kFewVectors)
+          pack_exponentials<kFewVectors>(square, blocks.count() * kBlock, head, packed);
+        else
+          pack_exponentials<kVectors>(square, blocks.count() * kBlock, head, packed);
+        add_transposed_product(tiles, v, packed, blocks.count(), head.out, vectors);
       }
     });
     for (std::int64_t g = 0; g < group(); ++g) {
@@ -93,16 +116,17 @@ class AttentionForward : AttentionBlocks<Dot> {
   }
 
   // Packs e^(s S - m) of a round's scores as columns, where m becomes the largest scaled score of each query so far,
-  // and scales what was summed with the m before.
+  // and scales what was summed with the m before. A block of few queries has kCount vectors of them.
+  template <int kCount>
   void pack_exponentials(const float* square, std::int64_t rows, const Head& head, float* packed) const {
     const F32 scale = set1(in_.scale);
-    F32 largest[kVectors], shift[kVectors], sum[kVectors];
+    F32 largest[kCount], shift[kCount], sum[kCount];
     for (F32& each : largest) each = set1(-kInfinity);
     for (std::int64_t row = 0; row < rows; ++row)
-      for (int i = 0; i < kVectors; ++i) largest[i] = max(load(square + row * kChunk + i * kLanes), largest[i]);
+      for (int i = 0; i < kCount; ++i) largest[i] = max(load(square + row * kChunk + i * kLanes), largest[i]);
     F32 least_factor = set1(1.0f);
     float factors[kBlock];
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const F32 before = load(head.largest + i * kLanes);
       largest[i] = max(mul(largest[i], scale), before);
       store(head.largest + i * kLanes, largest[i]);
@@ -113,14 +137,14 @@ class AttentionForward : AttentionBlocks<Dot> {
       store(factors + i * kLanes, factor);
       sum[i] = zero();
     }
-    if (reduce_max(mul(least_factor, set1(-1.0f))) > -1.0f) scale_sums(factors, head);
+    if (reduce_max(mul(least_factor, set1(-1.0f))) > -1.0f) scale_sums<kCount>(factors, head);
     const typename Layout::Panel panel{{0, rows / kUnitRows}, {0, 1}, packed};
     for (std::int64_t unit = 0; unit < rows / kUnitRows; ++unit) {
       typename Dot::Chunk chunk[kUnitRows];
       for (int r = 0; r < kUnitRows; ++r) {
         const float* scores = square + (unit * kUnitRows + r) * kChunk;
-        F32 e[kVectors];
-        for (int i = 0; i < kVectors; ++i) {
+        F32 e[kVectors] = {};
+        for (int i = 0; i < kCount; ++i) {
           e[i] = exp_of_negative(fma(load(scores + i * kLanes), scale, shift[i]));
           sum[i] = add(sum[i], e[i]);
         }
@@ -128,10 +152,11 @@ class AttentionForward : AttentionBlocks<Dot> {
       }
       panel.template write<true>(chunk, packed + unit * kChunk);
     }
-    for (int i = 0; i < kVectors; ++i) store(head.sum + i * kLanes, add(load(head.sum + i * kLanes), sum[i]));
+    for (int i = 0; i < kCount; ++i) store(head.sum + i * kLanes, add(load(head.sum + i * kLanes), sum[i]));
   }
+  template <int kCount>
   void scale_sums(const float* factors, const Head& head) const {
-    for (int i = 0; i < kVectors; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const F32 factor = load(factors + i * kLanes);
       store(head.sum + i * kLanes, mul(load(head.sum + i * kLanes), factor));
       for (std::int64_t row = 0; row < in_.head_dim; ++row) {

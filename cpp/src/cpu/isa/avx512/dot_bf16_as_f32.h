@@ -44,9 +44,9 @@ struct DotBf16AsF32 : DotBf16 {
     Step step;
     for (int k = 0; k < kStepVectors; ++k) {
       const Chunk& from = chunk[k / 4];
-      step.v[k] = _mm512_castsi512_ps(_mm512_maskz_permutex2var_epi16(
-          0xAAAAAAAA, _mm512_castps_si512(from.v[0]), _mm512_load_si512(kWords[k % 4].word),
-          _mm512_castps_si512(from.v[1])));
+      step.v[k] = _mm512_castsi512_ps(_mm512_maskz_permutex2var_epi16(0xAAAAAAAA, _mm512_castps_si512(from.v[0]),
+                                                                      _mm512_load_si512(kWords[k % 4].word),
+                                                                      _mm512_castps_si512(from.v[1])));
     }
     return step;
   }
@@ -81,8 +81,8 @@ struct DotBf16AsF32 : DotBf16 {
       return rounded[k % 2];
     }
   };
-  // Levels as StepOfLevels takes them: lane i of vector j is the first element of a pair if i is even, and the second if
-  // it is odd. An element of the pair is in lane i / 2 + j % 2 * 8 of the step's vector.
+  // Levels as StepOfLevels takes them: lane i of vector j is the first element of a pair if i is even, and the second
+  // if it is odd. An element of the pair is in lane i / 2 + j % 2 * 8 of the step's vector.
   struct NibbleLevels {
     const std::uint8_t* codes;
     F32 code;
@@ -151,8 +151,8 @@ struct DotBf16AsF32 : DotBf16 {
     for (int half = 0; half < 2; ++half) {
       const I32 twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
       const F32 levels = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8 * half)), code.level);
-      pair[half] = Scales::kHasMinimum ? fma(levels, set2(scales.scale), set2(scales.minimum))
-                                       : mul(levels, set2(scales.scale));
+      pair[half] =
+          Scales::kHasMinimum ? fma(levels, set2(scales.scale), set2(scales.minimum)) : mul(levels, set2(scales.scale));
     }
     round_words_apart(pair, values);
   }
@@ -180,8 +180,7 @@ struct DotBf16AsF32 : DotBf16 {
       for (int i = 0; i < kLanes; ++i)
         for (int j = 0; j < 4; ++j) {
           const int lane = j % 2 * 8 + i / 2;  // of the step's vectors
-          order.byte[4 * i + j] =
-              static_cast<std::uint8_t>(j / 2 * 32 + element_of(lane / 4 + i % 2 * 4, lane % 4));
+          order.byte[4 * i + j] = static_cast<std::uint8_t>(j / 2 * 32 + element_of(lane / 4 + i % 2 * 4, lane % 4));
         }
       return order;
     }();
