@@ -1,6 +1,6 @@
-// Multiplies bfloat16 as fp32, for few rows of x. On processors with AMX vdpbf16ps takes as long as four multiply-adds
-// of fp32, which multiply twice as many elements, and a table of fp32 gives them with the lookup. (Measured on an Intel
-// Xeon, Emerald Rapids. An AMD EPYC, Zen 4, is faster with pairs.)
+// Multiplies bfloat16 as fp32, for few rows of x on processors with AMX. There vdpbf16ps takes as long as four
+// multiply-adds of fp32, which multiply twice as many elements (measured on an Intel Xeon, Emerald Rapids), and tables
+// of fp32 cost little more than those of bfloat16. dot_bf16.h is for processors where the instruction is faster.
 #pragma once
 
 #include <array>
