@@ -62,6 +62,7 @@ class AttentionForward : AttentionBlocks<Dot> {
   void compute_block(std::int64_t pair, std::int64_t block) const {
     const std::int64_t b = pair / in_.k.heads, key_head = pair % in_.k.heads;
     const BlockMask mask = mask_of(b, block);
+    const int vectors = mask.count <= kFewQueries ? kFewVectors : kVectors;
     const std::int64_t head_floats = transposed_floats() + accumulator_floats() + 2 * kBlock;
     BumpAllocator memory(scratch_floats(Slot::thread, rows_floats(kRoundBlocks) + transpose_floats() +
                                                           columns_floats(kRoundBlocks) + kSquareFloats +
@@ -92,7 +93,6 @@ class AttentionForward : AttentionBlocks<Dot> {
       pack_rows_of_transpose(block_of(in_.v, b, key_head, blocks.begin, blocks.count()), blocks.count(), v_columns, v);
       for (std::int64_t g = 0; g < group(); ++g) {
         const Head head = head_of(g);
-        const int vectors = mask.count <= kFewQueries ? kFewVectors : kVectors;
         scores(tiles, k, blocks.count() * kBlock, head.q, square, vectors);
         apply_mask(mask, blocks, square);
         if (vectors == kFewVectors)
