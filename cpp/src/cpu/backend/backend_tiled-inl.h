@@ -18,9 +18,9 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. kFewRows
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. kForwardFewRows
 // multiplies few rows, where config.h chooses small_m; if it is null, tiles multiply any number of rows.
-template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kFewRows>
+template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kForwardFewRows>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
     switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
@@ -29,7 +29,7 @@ struct TiledBackend {
       case cpu::ProductKernel::panels:
         return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
       case cpu::ProductKernel::small_m:
-        return kFewRows(args, part);
+        return kForwardFewRows(args, part);
       default:
         return kOthers().bf16->forward(args, part);
     }
@@ -55,7 +55,8 @@ struct TiledBackend {
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
     const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
     cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
-    if (kFewRows == nullptr && config.kernel != cpu::ProductKernel::panels) config.kernel = cpu::ProductKernel::tiles;
+    if (kForwardFewRows == nullptr && config.kernel != cpu::ProductKernel::panels)
+      config.kernel = cpu::ProductKernel::tiles;
     if (config.kernel != cpu::ProductKernel::vectors) cpu::log_product(shape, config);
     return config.kernel;
   }
