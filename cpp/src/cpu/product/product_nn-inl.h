@@ -91,7 +91,7 @@ struct ProductNn : LayoutNn<DotOf> {
             static_cast<int>(smaller<std::int64_t>(kMaxStripRows, count - row)), [&](auto strip) {
               multiply_strip<strip>(
                   {rows + row * stride, stride, columns, units, vectors, accumulators + row * kChunk, accumulate},
-                  none);
+                  NothingAhead(), none);
             });
     }
   }
@@ -192,20 +192,24 @@ struct ProductNn : LayoutNn<DotOf> {
       return multiply_panel_by_tiles<Rows>(tiles, cols, x, panel, part, accumulate);
     } else {
       NoDecoder none;
+      const auto rows_of = [&](std::int64_t s) {
+        return x.row(part.all_strips.first(s)) + panel.lines.begin - x.units.begin;
+      };
       for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
         for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
-          const StripAndChunk operands{.x = x.row(part.all_strips.first(s)) + panel.lines.begin - x.units.begin,
+          const StripAndChunk operands{.x = rows_of(s),
                                        .stride = x.stride(),
                                        .columns = panel.columns(c),
                                        .units = panel.units(),
                                        .vectors = vectors_of<Rows>(c, cols),
                                        .accumulators = part.accumulators_of(s, c),
                                        .accumulate = accumulate};
+          const std::int64_t next = s + 1 < part.strips.end ? s + 1 : part.strips.begin;
           with_constant<kMaxStripRows>(part.all_strips.size(s), [&](auto rows) {
             if (s == part.strips.begin)
-              multiply_strip<rows>(operands, decoding);
+              multiply_strip<rows>(operands, NothingAhead(), decoding);
             else
-              multiply_strip<rows>(operands, none);
+              multiply_strip<rows>(operands, RowsAhead<rows>{rows_of(next), x.stride()}, none);
           });
         }
     }
@@ -221,8 +225,8 @@ struct ProductNn : LayoutNn<DotOf> {
     float* accumulators;
     bool accumulate;
   };
-  template <int kRows, class Decoding>
-  static void multiply_strip(const StripAndChunk& operands, Decoding& decoding) {
+  template <int kRows, class Ahead, class Decoding>
+  static void multiply_strip(const StripAndChunk& operands, Ahead ahead, Decoding& decoding) {
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
     constexpr int kStep = std::is_same_v<Decoding, NoDecoder> ? kColumnStep : kDecodingColumnStep;
     for (int j = 0; j < operands.vectors; j += kStep)
@@ -236,7 +240,7 @@ struct ProductNn : LayoutNn<DotOf> {
               Strided{operands.columns + unit * kChunk + j * kLanes, FixedStride<kChunk>()},
               smaller(kChain, operands.units - unit),
               Strided{operands.accumulators + j * kLanes, FixedStride<kChunk>()}, operands.accumulate || unit != 0,
-              decoding);
+              ahead.after(unit), decoding);
         };
         if constexpr (!std::is_same_v<Decoding, NoDecoder>)  // W is quantized, and no chunk is cut
           multiply(std::integral_constant<int, kStep>());

@@ -130,11 +130,12 @@ struct ProductNt {
   };
 
   // Some vectors of rows of X, [unit][vector][lane]. From a unit to the next it is more than `width` vectors where they
-  // are a part of a wider strip.
+  // are a part of a wider strip. `next` is what is multiplied after it, if that is known.
   struct Strip {
     const float* data;
     int width;
     std::int64_t unit_stride;
+    const float* next = nullptr;
   };
   // Its accumulators, [row of W][vector][lane].
   struct Accumulators {
@@ -293,7 +294,10 @@ struct ProductNt {
       Accumulators into = x.accumulators(s, accumulators, panel.lines);
       if (blocks == 1) into.data = accumulators;
       if (last) before(panel.lines, s);
-      multiply_strip(tiles, x.strip(s, unit), panel, units, into, unit != 0, meanwhile);
+      Strip strip = x.strip(s, unit);
+      strip.next =
+          s + 1 < x.range.end ? x.strip(s + 1, unit).data : x.strip(x.range.begin, last ? 0 : unit + units).data;
+      multiply_strip(tiles, strip, panel, units, into, unit != 0, meanwhile);
       if (last) after(panel.lines, s, into);
     };
     NoDecoder none;
@@ -316,14 +320,22 @@ struct ProductNt {
     // pairs of chunks.
     constexpr std::int64_t kDecodingUnits = larger(2 * Dot::kUnits / kRows, 1);
     // A chain of units is multiplied by all rows of W, so that its part of the strip is in the first-level cache from
-    // the second rows on.
-    for (std::int64_t unit = 0; unit < units; unit += kChain)
+    // the second rows on. All rows together prefetch the part that follows.
+    constexpr std::int64_t kAheadFloats = kRows * kWidth * kLanes;  // for each unit, divided by kMaxPanelRows
+    for (std::int64_t unit = 0; unit < units; unit += kChain) {
+      const float* part = strip.data + unit * strip.unit_stride;
+      const float* ahead = unit + kChain < units ? part + kChain * strip.unit_stride : strip.next;
+      if (ahead == nullptr) ahead = part;
       for (std::int64_t row = 0; row < panel.rows(); row += kRows)
         multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
-            Strided{panel.row(row) + unit, FixedStride<kPanelStride>()},
-            Strided{strip.data + unit * strip.unit_stride, strip.unit_stride}, smaller(kChain, units - unit),
+            Strided{panel.row(row) + unit, FixedStride<kPanelStride>()}, Strided{part, strip.unit_stride},
+            smaller(kChain, units - unit),
             Strided{accumulators.data + row * accumulators.row_stride, accumulators.row_stride},
-            accumulate || unit != 0, decoding);
+            accumulate || unit != 0,
+            BytesAhead<kAheadFloats * 4 / kMaxPanelRows>{
+                reinterpret_cast<const char*>(ahead + row / kRows * kAheadFloats * kChain / kMaxPanelRows)},
+            decoding);
+    }
   }
 
   // Multiplies blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
