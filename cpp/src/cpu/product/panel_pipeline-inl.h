@@ -22,6 +22,7 @@
 
 #include <type_traits>
 
+#include "cpu/product/prefetch-inl.h"
 #include "cpu/quantize/quantized_rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
@@ -236,34 +237,6 @@ template <std::int64_t kFloats>
 using FixedStride = std::integral_constant<std::int64_t, kFloats>;
 template <class Stride>
 constexpr bool kIsFixed = !std::is_same_v<Stride, std::int64_t>;
-
-// What a register tile prefetches into the second-level cache, a step with each of its units: nothing, or packed X of
-// the tiles that follow. X of many rows lies in the last-level cache, and no processor expects its parts there, because
-// they are not adjacent. On an Intel Xeon (Emerald Rapids) Y in fp32 took 0.9 of the time with it from 256 rows on, and
-// dX 0.97.
-struct NothingAhead {
-  NothingAhead after(std::int64_t) const { return *this; }
-  static void prefetch(std::int64_t) {}
-};
-// So many bytes with each unit.
-template <std::int64_t kBytes>
-struct BytesAhead {
-  const char* data;
-  void prefetch(std::int64_t unit) const { __builtin_prefetch(data + unit * kBytes, 0, 2); }
-};
-// A line of each of kRows rows with every 16 units, which fill a line.
-template <int kRows>
-struct RowsAhead {
-  static constexpr std::int64_t kLineUnits = 16;
-  static_assert(kRows <= kLineUnits);
-  const float* data;
-  std::int64_t stride;
-  RowsAhead after(std::int64_t units) const { return {data + units, stride}; }
-  void prefetch(std::int64_t unit) const {
-    const std::int64_t row = unit % kLineUnits;
-    if (row < kRows) __builtin_prefetch(data + row * stride + unit - row, 0, 2);
-  }
-};
 
 // A register tile: the accumulators of kRows rows times kVectors vectors over some units, and its slice of another
 // panel's decoding.

@@ -77,7 +77,7 @@ struct ProductNn : LayoutNn<DotOf> {
             tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
             {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
             {accumulators + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate,
-            2 * kTileRows * kChunk);
+            2 * kTileRows * kChunk, NothingAhead());
       };
       for (int first = 0; first < vectors; first += 2)
         for (std::int64_t row = 0; row < count; row += 2 * kTileRows)
@@ -268,7 +268,7 @@ struct ProductNn : LayoutNn<DotOf> {
               multiply_tiles<row_tiles, column_tiles>(
                   tiles, Layout::tiles_of(x, part.all_strips, s, panel.lines.begin), panel.tiles_of(c, first / 2),
                   units, {accumulators, Part::kRowStride, kTileRows * Part::kRowStride, kLanes}, accumulate,
-                  part.accumulators_of(s + 1, c) - part.accumulators_of(s, c));
+                  part.accumulators_of(s + 1, c) - part.accumulators_of(s, c), NothingAhead());
             });
           });
   }

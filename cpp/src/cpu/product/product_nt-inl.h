@@ -136,6 +136,8 @@ struct ProductNt {
     int width;
     std::int64_t unit_stride;
     const float* next = nullptr;
+
+    const float* ahead() const { return next == nullptr ? data : next; }
   };
   // Its accumulators, [row of W][vector][lane].
   struct Accumulators {
@@ -251,6 +253,15 @@ struct ProductNt {
   }
 
  private:
+  // While a part of a strip, `units` units, is multiplied by kRows rows of W at a time, the rows together prefetch the
+  // part that begins at `next`.
+  template <int kRows, int kWidth>
+  static auto ahead(const float* next, std::int64_t units, std::int64_t row) {
+    constexpr std::int64_t kBytes = kWidth * kLanes * 4 * kRows / kMaxPanelRows;  // of a unit
+    return BytesAhead<kBytes, kTiled<Dot> ? kTileUnits : 1>{reinterpret_cast<const char*>(next) +
+                                                            row / kRows * units * kBytes};
+  }
+
   // Lanes of two adjacent elements of 16 bits, x before y.
   template <DType kType>
   static F32 pair_of(F32 x, F32 y) {
@@ -320,21 +331,16 @@ struct ProductNt {
     // pairs of chunks.
     constexpr std::int64_t kDecodingUnits = larger(2 * Dot::kUnits / kRows, 1);
     // A chain of units is multiplied by all rows of W, so that its part of the strip is in the first-level cache from
-    // the second rows on. All rows together prefetch the part that follows.
-    constexpr std::int64_t kAheadFloats = kRows * kWidth * kLanes;  // for each unit, divided by kMaxPanelRows
+    // the second rows on.
     for (std::int64_t unit = 0; unit < units; unit += kChain) {
       const float* part = strip.data + unit * strip.unit_stride;
-      const float* ahead = unit + kChain < units ? part + kChain * strip.unit_stride : strip.next;
-      if (ahead == nullptr) ahead = part;
+      const float* next = unit + kChain < units ? part + kChain * strip.unit_stride : strip.ahead();
       for (std::int64_t row = 0; row < panel.rows(); row += kRows)
         multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
             Strided{panel.row(row) + unit, FixedStride<kPanelStride>()}, Strided{part, strip.unit_stride},
             smaller(kChain, units - unit),
             Strided{accumulators.data + row * accumulators.row_stride, accumulators.row_stride},
-            accumulate || unit != 0,
-            BytesAhead<kAheadFloats * 4 / kMaxPanelRows>{
-                reinterpret_cast<const char*>(ahead + row / kRows * kAheadFloats * kChain / kMaxPanelRows)},
-            decoding);
+            accumulate || unit != 0, ahead<kRows, kWidth>(next, kChain, row), decoding);
     }
   }
 
@@ -342,13 +348,14 @@ struct ProductNt {
   template <int kWidth>
   static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
                                 const Accumulators& accumulators, bool accumulate) {
+    constexpr int kBlockRows = 4 / kWidth;
     const auto multiply = [&](auto tile_rows, std::int64_t row) {
       multiply_tiles<tile_rows, kWidth>(
           tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, tiles_of(strip), units,
           tiles_of(Accumulators{accumulators.data + row * accumulators.row_stride, accumulators.row_stride}),
-          accumulate, tile_rows * kTileRows * accumulators.row_stride);
+          accumulate, tile_rows * kTileRows * accumulators.row_stride,
+          ahead<kBlockRows * kTileRows, kWidth>(strip.ahead(), units, row));
     };
-    constexpr int kBlockRows = 4 / kWidth;
     std::int64_t row = 0;
     for (; row + kBlockRows * kTileRows <= panel.rows(); row += kBlockRows * kTileRows)
       multiply(std::integral_constant<int, kBlockRows>(), row);

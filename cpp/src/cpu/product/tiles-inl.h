@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "cpu/product/prefetch-inl.h"
+
 namespace qlora_native::QLN_ISA {
 namespace {
 
@@ -96,17 +98,18 @@ class TileBlock {
 };
 
 // A block over `units` units, a multiple of kTileUnits. The accumulators of the next block, `next_block` floats after
-// these, are prefetched.
-template <int kRows, int kCols, class Tiles>
+// these, are prefetched, and so is what `ahead` says.
+template <int kRows, int kCols, class Tiles, class Ahead>
 [[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
-                                      std::int64_t units, TileGrid<float*> c, bool accumulate,
-                                      std::int64_t next_block) {
+                                      std::int64_t units, TileGrid<float*> c, bool accumulate, std::int64_t next_block,
+                                      Ahead ahead) {
   using Block = TileBlock<kRows, kCols, Tiles>;
   Block::begin(tiles, c, accumulate);
   TileGrid<float*> next = c;
   next.data += next_block;
   for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
     Block::prefetch(next, unit / kTileUnits % kTileRows);
+    ahead.prefetch(unit);
     Block::multiply(tiles, a, b);
     a.data += a.step;
     b.data += b.step;
