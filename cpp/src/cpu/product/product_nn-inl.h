@@ -208,8 +208,10 @@ struct ProductNn : LayoutNn<DotOf> {
           with_constant<kMaxStripRows>(part.all_strips.size(s), [&](auto rows) {
             if (s == part.strips.begin)
               multiply_strip<rows>(operands, NothingAhead(), decoding);
-            else
+            else if constexpr (kColumnStep == Dot::kColumnVectors)
               multiply_strip<rows>(operands, RowsAhead<rows>{rows_of(next), x.stride()}, none);
+            else  // each row would be prefetched again for every kColumnStep vectors: AVX2 took 1.02 times as long
+              multiply_strip<rows>(operands, NothingAhead(), none);
           });
         }
     }
