@@ -206,7 +206,7 @@ struct ProductNn : LayoutNn<DotOf> {
                                        .accumulate = accumulate};
           const std::int64_t next = s + 1 < part.strips.end ? s + 1 : part.strips.begin;
           with_constant<kMaxStripRows>(part.all_strips.size(s), [&](auto rows) {
-            if (s == part.strips.begin)
+            if (s == part.strips.begin)  // beside decoding no register is left for it
               multiply_strip<rows>(operands, NothingAhead(), decoding);
             else if constexpr (kColumnStep == Dot::kColumnVectors)
               multiply_strip<rows>(operands, RowsAhead<rows>{rows_of(next), x.stride()}, none);

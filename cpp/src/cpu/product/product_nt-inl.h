@@ -256,7 +256,7 @@ struct ProductNt {
   // While a part of a strip, `units` units, is multiplied by kRows rows of W at a time, the rows together prefetch the
   // part that begins at `next`.
   template <int kRows, int kWidth>
-  static auto ahead(const float* next, std::int64_t units, std::int64_t row) {
+  static auto share_of_next(const float* next, std::int64_t units, std::int64_t row) {
     constexpr std::int64_t kBytes = kWidth * kLanes * 4 * kRows / kMaxPanelRows;  // of a unit
     return BytesAhead<kBytes, kTiled<Dot> ? kTileUnits : 1>{reinterpret_cast<const char*>(next) +
                                                             row / kRows * units * kBytes};
@@ -340,7 +340,7 @@ struct ProductNt {
             Strided{panel.row(row) + unit, FixedStride<kPanelStride>()}, Strided{part, strip.unit_stride},
             smaller(kChain, units - unit),
             Strided{accumulators.data + row * accumulators.row_stride, accumulators.row_stride},
-            accumulate || unit != 0, ahead<kRows, kWidth>(next, kChain, row), decoding);
+            accumulate || unit != 0, share_of_next<kRows, kWidth>(next, smaller(kChain, units), row), decoding);
     }
   }
 
@@ -354,7 +354,7 @@ struct ProductNt {
           tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, tiles_of(strip), units,
           tiles_of(Accumulators{accumulators.data + row * accumulators.row_stride, accumulators.row_stride}),
           accumulate, tile_rows * kTileRows * accumulators.row_stride,
-          ahead<kBlockRows * kTileRows, kWidth>(strip.ahead(), units, row));
+          share_of_next<kBlockRows * kTileRows, kWidth>(strip.ahead(), units, row));
     };
     std::int64_t row = 0;
     for (; row + kBlockRows * kTileRows <= panel.rows(); row += kBlockRows * kTileRows)
