@@ -207,8 +207,8 @@ struct SmallBlocks {
 constexpr SmallBlocks kSmallBlocks[] = {{"nf4", 32}, {"mxfp4", 32}, {"nvfp4", 16}};
 
 // Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
-// the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, and more rows of X than one
-// strip packs.
+// the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, 32 chunks of K, and more rows
+// of X than one strip packs.
 using Sizes = std::initializer_list<std::array<std::int64_t, 3>>;
 
 std::vector<Case> cases() {
@@ -227,7 +227,9 @@ std::vector<Case> cases() {
           }
     for (const auto& [M, N, K] : Sizes{{2, 64, 1024},
                                        {4, 66, 1025},
+                                       {6, 131, 2176},
                                        {8, 70, 1088},
+                                       {12, 192, 2112},
                                        {17, 70, 1088},
                                        {33, 66, 1100},
                                        {129, 136, 128},

@@ -38,6 +38,14 @@ TEST(vectors_multiply_more_than_eight_rows) {
     }
 }
 
+TEST(small_m_multiplies_up_to_24_rows_where_loads_are_slow) {
+  ProductShape p = shape_of(Product::forward, qn::DType::bf16, 0);
+  p.loads_are_slow = true;
+  EXPECT(first_rows(ProductKernel::small_m, p) == 1 && first_rows(ProductKernel::vectors, p) == 25);
+  p.product = Product::backward_input;
+  EXPECT(first_rows(ProductKernel::vectors, p) == 1 && first_rows(ProductKernel::small_m, p) == 0);
+}
+
 TEST(tiles_multiply_from_three_rows_on) {
   for (const Product product : kBoth) {
     ProductShape p = shape_of(product, qn::DType::bf16, 0);

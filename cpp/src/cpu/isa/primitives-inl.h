@@ -126,6 +126,7 @@ concept Primitives =
       { divide(x, y) } -> FloatOf<V>;
       { square_root(x) } -> FloatOf<V>;
       { with_sign_of(x, y) } -> FloatOf<V>;  // x >= 0, with the sign of y
+      { in_register(x) } -> FloatOf<V>;      // x, which the compiler does not load again for each of its uses
       { reduce_max(x) } -> std::same_as<float>;
       { reduce_add(x) } -> std::same_as<float>;  // in a fixed order
       store_sums(to, four);                      // the sum of the lanes of each of the four

@@ -31,11 +31,12 @@ struct ProductShape {
   bool has_dense_gemm = false;        // the application has a dense product
   bool dense_gemm_has_tiles = false;  // and it multiplies this dtype by tiles
   bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
+  bool loads_are_slow = false;        // so that vectors multiply few rows slowly
 };
 ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                            const WeightRows& rows, DType dtype, bool isa_has_tiles);
 
-constexpr std::int64_t kMaxSmallM = 8;
+constexpr std::int64_t kMaxSmallM = 8;  // rows that small_m multiplies at once
 
 // Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;

@@ -1,4 +1,4 @@
-// linear_forward of up to kMaxSmallM rows of x, which is a product of SmallM.
+// linear_forward of few rows of x, which is a product of SmallM.
 #pragma once
 
 #include "cpu/product/product_small_m-inl.h"
@@ -12,7 +12,8 @@ template <class Dot, class Rows>
 class ForwardSmallM final : public Job {
  public:
   ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
-    rows_ = part.end - part.begin;
+    const std::int64_t rows = part.end - part.begin;
+    rows_ = ceil_div(rows, ceil_div(rows, cpu::kMaxSmallM));  // the other rows are another job
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     adapters_ = job_adapters(args.lora, part, rows_, args.weight);

@@ -39,5 +39,22 @@ struct RowsAhead {
   }
 };
 
+// Pieces of rows, line by line, row after row: that is how memory is read fastest. It is called as it goes on.
+struct PiecesAhead {
+  const std::uint8_t* row;
+  std::int64_t row_bytes, lines;  // from a piece to the next, and of a piece
+  std::int64_t line = 0;
+  // Prefetches so many lines. They go into the second-level cache: in the first one rows that are a power of two apart
+  // would push each other out.
+  [[gnu::always_inline]] void prefetch(std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(row + line * 64, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      row += row_bytes;
+    }
+  }
+};
+
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

@@ -4,6 +4,7 @@
 
 #include <span>
 
+#include "cpu/product/few_rows_nn-inl.h"
 #include "cpu/product/panel_pipeline-inl.h"
 #include "cpu/product/product_nn_layout-inl.h"
 #include "cpu/product/strip_nn-inl.h"
@@ -49,6 +50,9 @@ struct ProductNn : LayoutNn<DotOf> {
     if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
+    if constexpr (!kByTiles && Rows::kQuantized && !Rows::kRare)
+      if (part.all_strips.rows <= FewRowsNn<Dot, Rows>::kMaxRows && w.aligned())
+        return FewRowsNn<Dot, Rows>::multiply(w, x, part, accumulate);
     const std::int64_t units = x.units.count();
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
     const std::int64_t panels = ceil_div(units, step);

@@ -26,6 +26,10 @@ struct LayoutNn {
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
   static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
+  // So few rows are multiplied without panels by vectors (few_rows_nn-inl.h), if W may be decoded `times` times: for
+  // each strip, or for each half of a chunk where the registers do not have accumulators of all columns.
+  static constexpr int kFewAccumulators = kRegisters * 3 / 4;  // beside what decodes W
+  static constexpr int max_few_rows(int times) { return kByTiles ? 0 : times * kFewAccumulators / Dot::kColumnVectors; }
   // The parts that the columns of a chunk are laid out in, in the panels and the accumulators of a product.
   static constexpr int kParts = kByTiles ? 2 : 1;
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
@@ -47,7 +51,7 @@ struct LayoutNn {
   };
   static Tiling tiling(std::int64_t rows, bool ragged) {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
-    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : 8))
+    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : larger(8, max_few_rows(2))))
       tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};

@@ -130,7 +130,7 @@ struct SmallM {
         for (int j = 0; j < kRows; ++j) w[j] = step[j].vector(k);
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
-          const F32 value = load(units + m * kStepUnits + k * kLanes);
+          const F32 value = in_register(load(units + m * kStepUnits + k * kLanes));
 #pragma GCC unroll 8
           for (int j = 0; j < kRows; ++j) part[j][m][k % kParts] = Dot::dot(part[j][m][k % kParts], value, w[j]);
         }

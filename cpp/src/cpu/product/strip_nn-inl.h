@@ -50,23 +50,7 @@ class StripNn {
               ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
   }
 
-  // Codes that are prefetched line by line, row after row.
-  struct Codes {
-    const std::uint8_t* row;
-    std::int64_t row_bytes, lines;  // of a row
-    std::int64_t line = 0;
-
-    // Prefetches as much as two chunks are. It goes into the second-level cache: in the first one rows that are a power
-    // of two apart would push each other out.
-    [[gnu::always_inline]] void prefetch() {
-      for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes / 64; ++i) {
-        __builtin_prefetch(row + line * 64, 0, 2);
-        if (++line < lines) continue;
-        line = 0;
-        row += row_bytes;
-      }
-    }
-  };
+  static constexpr std::int64_t kLinesOfUnit = 2 * Rows::kChunkBytes / 64;  // of a chunk
 
   // One chunk of the rows of a group, and how far it is decoded.
   struct Stage {
@@ -113,7 +97,7 @@ class StripNn {
     const std::int64_t row_bytes = w_.row_bytes(), scale_row = scale_row_;
     Scales scales = stage.scales;
     float* out = stage.out;
-    Codes ahead = ahead_;
+    PiecesAhead ahead = ahead_;
     if (stage.unit + stage.units == x_.units.end) ahead.row_bytes = 0;  // after the last group it stays where it is
     for (; count > 0; --count) {
       typename Dot::Chunk chunk[2];
@@ -122,7 +106,7 @@ class StripNn {
       codes += 2 * row_bytes;
       scales = scales + 2 * scale_row;
       out += kChunk;
-      ahead.prefetch();
+      ahead.prefetch(kLinesOfUnit);
     }
     ahead_ = ahead;
     stage.codes = codes;
@@ -145,7 +129,8 @@ class StripNn {
 
   void multiply_columns(bool accumulate) {
     const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * chunks_.count();
-    for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i) ahead_.prefetch();  // the first group
+    for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i)
+      ahead_.prefetch(kLinesOfUnit);  // the first group
     Stage stage = stage_of(0);
     decode_some(stage, stage.units);
     for (std::int64_t i = 0; i < stages; ++i) {
@@ -187,7 +172,7 @@ class StripNn {
   const Part& part_;
   Range chunks_;
   std::int64_t scale_row_;  // from a row's scales to the next row's
-  Codes ahead_;             // of the next group
+  PiecesAhead ahead_;       // codes of the next group
 };
 
 }  // namespace

@@ -22,6 +22,8 @@ class QuantizedRows {
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
   static constexpr std::int64_t kChunkScales = kScales;
+  // Whether values are looked up, in a table for each block. Others are computed, and rounded one by one.
+  static constexpr bool kByTable = kBits == 4 && kScales < 4;
   // Products have fewer kernels for a rare format: not each number of rows of x has its own, and no panel is decoded
   // while another one is multiplied. Each class is compiled for each product.
   static constexpr bool kRare = kScales == 4 && kMinimum;

@@ -27,6 +27,10 @@ constexpr int kDecodingColumnStep = 2;
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 set1(float x) { return _mm256_set1_ps(x); }
 inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline F32 in_register(F32 x) {
+  asm("" : "+x"(x));
+  return x;
+}
 inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
 inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }

@@ -26,6 +26,10 @@ constexpr int kDecodingColumnStep = 4;
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline F32 in_register(F32 x) {
+  asm("" : "+v"(x));
+  return x;
+}
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }

@@ -31,6 +31,10 @@ constexpr int kDecodingColumnStep = 2;
 inline F32 zero() { return vdupq_n_f32(0.0f); }
 inline F32 set1(float x) { return vdupq_n_f32(x); }
 inline F32 load(const float* p) { return vld1q_f32(p); }
+inline F32 in_register(F32 x) {
+  asm("" : "+w"(x));
+  return x;
+}
 inline void store(float* p, F32 x) { vst1q_f32(p, x); }
 inline F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
 inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }

@@ -21,6 +21,7 @@ struct I32 {
 };
 
 // No register tile of vectors is multiplied here, but the products, which have both, name them.
+constexpr int kRegisters = 32;
 constexpr int kMaxStripVectors = 3;
 constexpr int kRowsOfStrip[kMaxStripVectors + 1] = {0, 1, 1, 1};
 constexpr int kMaxStripRows = 6;
