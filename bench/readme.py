@@ -32,6 +32,7 @@ FINETUNE_FIELDS = ("arguments", "held_out_loss", "base_weight_bytes", "tokens_pe
 # {column: folder of its report}, in the order of the columns.
 COLUMNS = {
     "Intel Xeon (Emerald Rapids)": "intel-xeon-emerald-rapids-2-threads-amx_bf16",
+    "Intel Xeon (Ice Lake)": "intel-xeon-ice-lake-2-threads-avx512",
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-zen-4-2-threads-avx2",
     "AMD EPYC (Zen 4)": "amd-epyc-zen-4-2-threads-avx512_bf16",

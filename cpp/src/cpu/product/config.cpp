@@ -31,7 +31,7 @@ struct MinRows {
   std::int64_t vectors, tiles, panels;
 };
 constexpr std::int64_t kNever = INT64_MAX;
-// On one core of an Intel Xeon (Ice Lake), with a 4096 x 4096 weight, small_m takes 3.3 ms for each 8 rows of x, and
+// On one core of an Intel Xeon (Ice Lake), with a 4096 x 4096 weight, small_m takes 3.5 ms for each 8 rows of x, and
 // vectors 9.2 ms for 9 to 16 rows and 10.7 for 17 to 32.
 constexpr std::int64_t kMinVectorRowsBesideSlowLoads = 25;
 
@@ -48,8 +48,9 @@ constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
 // which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward
-// they take 1.8, 2.0 and 2.3 ms for 1, 2 and 3 rows, and tiles 1.9. For 256 to 2048 rows tiles took 0.53 to 1.04 times
-// as long as torch's product with all of W, which panels would decode first.
+// they took 1.8, 2.0 and 2.3 ms for 1, 2 and 3 rows by panels, and tiles 1.9; without panels (few_rows_nn-inl.h) no
+// such processor has timed them. For 256 to 2048 rows tiles took 0.53 to 1.04 times as long as torch's product with all
+// of W, which panels would decode first.
 constexpr MinRows kWithTiles{3, 3, kNever};
 
 std::int64_t columns_of_panel(const ProductShape& shape) {

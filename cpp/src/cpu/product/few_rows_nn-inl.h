@@ -29,9 +29,10 @@ class FewRowsNn {
   static_assert((Scales::kHasMinimum ? 2 : 1) * kScaleFloats <= Layout::kPanels * Layout::kPanelFloats);
 
  public:
-  // W may be decoded twice where that is a lookup. Against panels, on an Intel Xeon (Ice Lake), decoding NF4 once took
-  // 0.45 to 0.71 times as long, and twice 0.84 to 0.98 times; three times took 1.05, and int8 twice 1.2.
-  static constexpr int kMaxRows = Layout::max_few_rows(Rows::kByTable ? 2 : 1);
+  // W may be decoded twice where decoding is a lookup, and multiplying not much faster. Against panels, on an Intel
+  // Xeon (Ice Lake), decoding NF4 once for fp32 took 0.45 to 0.71 times as long, and twice 0.84 to 0.98 times; three
+  // times took 1.05, and int8 twice 1.2.
+  static constexpr int kMaxRows = Layout::max_few_rows(Rows::kByTable && kUnitRows == 1 ? 2 : 1);
 
   // Adds x . w to the accumulators of a part, or sets them to it. w is aligned.
   static void multiply(const Rows& w, const Packed& x, const Part& part, bool accumulate) {
@@ -99,9 +100,8 @@ class FewRowsNn {
 #pragma GCC unroll 16
         for (int j = 0; j < kVectors; ++j) f(accumulator[i][j], operands.accumulators + Part::place(i, kFirst + j));
     };
-    each([&](F32& here, const float* there) {
-      here = Layout::kOneChain && operands.accumulate ? load(there) : zero();
-    });
+    each(
+        [&](F32& here, const float* there) { here = Layout::kOneChain && operands.accumulate ? load(there) : zero(); });
     // Nothing in the loop writes memory, so that all of these are in registers.
     const typename Rows::ChunkDecoder decoder = w_.chunk_decoder();
     const std::uint8_t* codes = operands.codes;
