@@ -47,7 +47,7 @@ def peak(function):
     return status("VmHWM") - before - sum(result.nbytes for result in results)
 
 def call(M, N, K):
-    # the bytes that the call takes, and those that torch's product of its rows with a panel takes
+    # the bytes that the call takes, and those that torch's products of U, and of its rows with a panel, take
     weight = torch.zeros(N, K, dtype=dtype)
     q = qn.quantize(weight)
     x = torch.zeros(M, K, dtype=dtype)
@@ -78,11 +78,18 @@ def call(M, N, K):
         "experts": (x[: M // experts], N // experts),
         "dx of experts": (dy_of_experts[: M // experts], K),
     }.get(what, (x[:0], 0))
-    cols = min(cols, 8 * 2**20 // rows[:1].nbytes) if cols else 0
+    y, low_rank = torch.ones(len(rows), cols, dtype=dtype), torch.ones(16, cols, dtype=dtype)
+    of_panel = min(cols, 8 * 2**20 // rows[:1].nbytes) if cols else 0
     inner = rows.shape[1]
-    panel = torch.ones(inner, cols, dtype=dtype) if "dx" in what else torch.ones(cols, inner, dtype=dtype).t()
-    y = torch.ones(len(rows), cols, dtype=dtype)
-    by_torch = peak(lambda: torch.addmm(y, rows, panel, out=y) is None or ())
+    panel = torch.ones(inner, of_panel, dtype=dtype) if "dx" in what else torch.ones(of_panel, inner, dtype=dtype).t()
+
+    def products_of_torch():
+        # In 16 bits, on a processor that does not multiply them, torch has a copy of the result in fp32.
+        torch.mm(u[: len(rows)], low_rank, out=y)
+        torch.addmm(y[:, :of_panel], rows, panel, out=y[:, :of_panel])
+        return ()
+
+    by_torch = peak(products_of_torch)
     return peak(function), by_torch
 
 call(2, 2, 64)  # threads, code
