@@ -174,7 +174,11 @@ def test_choice_is_the_same_for_any_number_of_threads(threads):
             found.append(calibrated(6)[1].weights)
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1]
+    assert [(each.name, each.format) for each in found[0]] == [(each.name, each.format) for each in found[1]]
+    # torch's own products in the model, which is in bf16, may differ with the number of threads.
+    for one, other in zip(*found, strict=True):
+        errors = [(each.before, each.after, *each.sensitivity) for each in (one, other)]
+        assert errors[0] == pytest.approx(errors[1], rel=torch.finfo(torch.bfloat16).eps)
 
 
 def test_weights_that_stay_in_4_bits_are_those_without_a_budget():

@@ -209,8 +209,11 @@ step(weight, 1), step(quantized, 1)  # what is made once
 
 def test_logits_never_exist_as_a_whole():
     """The logits of 1024 rows by 49,152 words are 96 MB in bf16, and 192 MB in fp32; a chunk of them is 24 MB."""
-    taken = peaks(STEPS, "step(weight, T)", "step(quantized, T)")
-    assert all(16 << 20 <= each <= 40 << 20 for each in taken), megabytes(taken)
+    product = "(torch.nn.functional.linear(torch.zeros(256, K, dtype=torch.bfloat16), weight),)"
+    dense, quantized, by_torch = peaks(STEPS, "step(weight, T)", "step(quantized, T)", product)
+    # Where a processor does not multiply bf16, torch's product of a chunk has copies in fp32.
+    assert 16 << 20 <= dense <= (40 << 20) + by_torch, megabytes([dense, by_torch])
+    assert 16 << 20 <= quantized <= 40 << 20, megabytes([quantized])
 
 
 @pytest.mark.parametrize(

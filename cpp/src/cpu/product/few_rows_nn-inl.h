@@ -23,7 +23,7 @@ class FewRowsNn {
   using Scales = typename Rows::Scales;
   static constexpr int kUnitRows = Dot::kElementsPerUnit;  // rows of W in a unit
   static constexpr std::int64_t kUnits = 64;               // of a group
-  static_assert(Layout::kOneChain || kUnits <= Dot::kRestart);
+  static_assert(Layout::kOneChain);  // other sums would have to begin anew, as they do from panel to panel
   static constexpr std::int64_t kScaledChunks = 32;  // of a group, whose scales are decoded at once
   static constexpr std::int64_t kScaleFloats = kUnits * kUnitRows * (kScaledChunks * Rows::kChunkScales + kLanes);
   static_assert((Scales::kHasMinimum ? 2 : 1) * kScaleFloats <= Layout::kPanels * Layout::kPanelFloats);
@@ -100,8 +100,7 @@ class FewRowsNn {
 #pragma GCC unroll 16
         for (int j = 0; j < kVectors; ++j) f(accumulator[i][j], operands.accumulators + Part::place(i, kFirst + j));
     };
-    each(
-        [&](F32& here, const float* there) { here = Layout::kOneChain && operands.accumulate ? load(there) : zero(); });
+    each([&](F32& here, const float* there) { here = operands.accumulate ? load(there) : zero(); });
     // Nothing in the loop writes memory, so that all of these are in registers.
     const typename Rows::ChunkDecoder decoder = w_.chunk_decoder();
     const std::uint8_t* codes = operands.codes;
@@ -137,9 +136,7 @@ class FewRowsNn {
     }
     if (operands.rows % kUnitRows != 0) multiply({decode()});  // with zeros in the place of another row
     ahead_ = ahead;
-    each([&](const F32& here, float* there) {
-      store(there, operands.accumulate && !Layout::kOneChain ? add(load(there), here) : here);
-    });
+    each([&](const F32& here, float* there) { store(there, here); });
   }
   static typename Dot::Columns columns_of(const typename Dot::Chunk (&chunk)[kUnitRows]) {
     if constexpr (kUnitRows == 1)
