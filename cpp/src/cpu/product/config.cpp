@@ -23,7 +23,7 @@ namespace {
 //   tiles                            1 (Y)       1 (dX)    3       -
 //
 // Where loads are slow, vectors take Y from 25 rows on in the place of 9, and small_m takes up to 24 rows in parts.
-// "Loads are slow" is AVX-512 without BF16 (loads_are_slow). "The dense tiles" is fp16 on a processor with AMX-FP16,
+// "Loads are slow" is bf16 with AVX-512 without BF16. "The dense tiles" is fp16 on a processor with AMX-FP16,
 // whose tiles only the application's product uses here. "The dense is faster" is fp32 with AVX-512 without BF16
 // (dense_gemm_is_faster). Neither the weight's shape nor the number of threads decides: every kernel costs in
 // proportion to N * K, and results must be the same for any number of threads.
@@ -96,9 +96,9 @@ bool dense_gemm_is_faster(DType dtype) {
 // Whether a vector is loaded for each multiply-add of a narrow register tile, while two of these begin in a cycle: on
 // an Intel Xeon (Ice Lake) 1.1 loads of 512 bits begin in a cycle, those that broadcast an element too. Up to 16 rows
 // of x are one vector, so that each element of W is loaded for a single multiply-add.
-bool loads_are_slow() {
+bool loads_are_slow(DType dtype) {
   static const bool in_use = cpu_isa() == "avx512";
-  return in_use;
+  return in_use && dtype == DType::bf16;
 }
 
 }  // namespace
@@ -146,7 +146,7 @@ ProductShape product_shape(ProductShape::Product product, const QuantizedWeightV
           .has_dense_gemm = hooks().dense_gemm != nullptr,
           .dense_gemm_has_tiles = dense_gemm_has_tiles(dtype),
           .dense_gemm_is_faster = dense_gemm_is_faster(dtype),
-          .loads_are_slow = loads_are_slow()};
+          .loads_are_slow = loads_are_slow(dtype)};
 }
 
 std::string describe(const ProductShape& shape, const ProductConfig& config) {
