@@ -95,7 +95,8 @@ bool dense_gemm_is_faster(DType dtype) {
 
 // Whether a vector is loaded for each multiply-add of a narrow register tile, while two of these begin in a cycle: on
 // an Intel Xeon (Ice Lake) 1.1 loads of 512 bits begin in a cycle, those that broadcast an element too. Up to 16 rows
-// of x are one vector, so that each element of W is loaded for a single multiply-add.
+// of x are one vector, so that each element of W is loaded for a single multiply-add. A result in bf16 hides another
+// order of sums.
 bool loads_are_slow(DType dtype) {
   static const bool in_use = cpu_isa() == "avx512";
   return in_use && dtype == DType::bf16;

@@ -23,16 +23,12 @@ class FewRowsNn {
   using Scales = typename Rows::Scales;
   static constexpr int kUnitRows = Dot::kElementsPerUnit;  // rows of W in a unit
   static constexpr std::int64_t kUnits = 64;               // of a group
-  static_assert(Layout::kOneChain);  // other sums would have to begin anew, as they do from panel to panel
-  static constexpr std::int64_t kScaledChunks = 32;  // of a group, whose scales are decoded at once
+  static constexpr std::int64_t kScaledChunks = 32;        // of a group, whose scales are decoded at once
   static constexpr std::int64_t kScaleFloats = kUnits * kUnitRows * (kScaledChunks * Rows::kChunkScales + kLanes);
   static_assert((Scales::kHasMinimum ? 2 : 1) * kScaleFloats <= Layout::kPanels * Layout::kPanelFloats);
 
  public:
-  // W may be decoded twice where decoding is a lookup, and multiplying not much faster. Against panels, on an Intel
-  // Xeon (Ice Lake), decoding NF4 once for fp32 took 0.45 to 0.71 times as long, and twice 0.84 to 0.98 times; three
-  // times took 1.05, and int8 twice 1.2.
-  static constexpr int kMaxRows = Layout::max_few_rows(Rows::kByTable && kUnitRows == 1 ? 2 : 1);
+  static constexpr int kMaxRows = Layout::max_few_rows(Rows::kByTable);
 
   // Adds x . w to the accumulators of a part, or sets them to it. w is aligned.
   static void multiply(const Rows& w, const Packed& x, const Part& part, bool accumulate) {

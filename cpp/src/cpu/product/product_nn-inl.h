@@ -50,7 +50,7 @@ struct ProductNn : LayoutNn<DotOf> {
     if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
-    if constexpr (!kByTiles && kOneChain && Rows::kQuantized && !Rows::kRare)
+    if constexpr (Layout::max_few_rows(true) > 0 && Rows::kQuantized && !Rows::kRare)
       if (part.all_strips.rows <= FewRowsNn<Dot, Rows>::kMaxRows && w.aligned())
         return FewRowsNn<Dot, Rows>::multiply(w, x, part, accumulate);
     const std::int64_t units = x.units.count();

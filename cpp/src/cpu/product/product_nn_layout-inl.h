@@ -26,10 +26,19 @@ struct LayoutNn {
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
   static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
-  // So few rows are multiplied without panels by vectors (few_rows_nn-inl.h), if W may be decoded `times` times: for
-  // each strip, or for each half of a chunk where the registers do not have accumulators of all columns.
+  // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
+  // the error of one sum of N terms would be too large for a result in fp32.
+  static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
+  // So few rows are multiplied without panels by vectors (few_rows_nn-inl.h), or 0: sums that begin anew now and then
+  // are not, as they do so from panel to panel. W is decoded for each strip, or for each half of a chunk where the
+  // registers do not have accumulators of all columns: once, or twice if decoding is a lookup and multiplying not much
+  // faster. Against panels, on an Intel Xeon (Ice Lake), decoding NF4 once to multiply in fp32 took 0.45 to 0.71 times
+  // as long, and twice 0.84 to 0.98 times; three times took 1.05, and int8 twice 1.2.
   static constexpr int kFewAccumulators = kRegisters * 3 / 4;  // beside what decodes W
-  static constexpr int max_few_rows(int times) { return kByTiles ? 0 : times * kFewAccumulators / Dot::kColumnVectors; }
+  static constexpr int max_few_rows(bool by_table) {
+    const int times = by_table && Dot::kElementsPerUnit == 1 ? 2 : 1;
+    return kByTiles || !kOneChain ? 0 : times * kFewAccumulators / Dot::kColumnVectors;
+  }
   // The parts that the columns of a chunk are laid out in, in the panels and the accumulators of a product.
   static constexpr int kParts = kByTiles ? 2 : 1;
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
@@ -51,7 +60,7 @@ struct LayoutNn {
   };
   static Tiling tiling(std::int64_t rows, bool ragged) {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
-    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : larger(8, max_few_rows(2))))
+    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : larger(8, max_few_rows(true))))
       tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
@@ -59,9 +68,6 @@ struct LayoutNn {
       tuned = rows <= 32 ? Tiling{32, 1} : Tiling{16, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
-  // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
-  // the error of one sum of N terms would be too large for a result in fp32.
-  static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
   static constexpr int kPanels = kByTiles ? 1 : 2;  // that there is memory for
 
