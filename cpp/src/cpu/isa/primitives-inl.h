@@ -145,11 +145,9 @@ concept Primitives =
       { any_low_half_below(i, 1) } -> std::same_as<bool>;  // of the low 16 bits of the lanes, unsigned
       { add_where_above(i, x, y, 1) } -> IntOf<V>;         // i + 1 where x > y
 
-      // Tables of 16 by the low four bits of each lane, of 32 by the low five, and of any size in
-      // memory.
+      // Tables of 16 by the low four bits of each lane, and of 32 by the low five.
       { lookup(table, i) } -> FloatOf<V>;
       { lookup(table32(from), i) } -> FloatOf<V>;
-      { gather(from, i) } -> FloatOf<V>;
 
       // Lanes as consecutive bytes; pairs of nibbles (i << 4 | j); bytes of i and of j alternately.
       store_bytes(bytes, i);

@@ -282,7 +282,6 @@ inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   const I32 above = as_i32(_mm256_cmp_ps(t, limit, _CMP_GT_OQ));
   return _mm256_add_epi32(position, _mm256_and_si256(above, _mm256_set1_epi32(step)));
 }
-inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
 inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
 inline I32 truncate_to_i32(F32 a) { return _mm256_cvttps_epi32(a); }

@@ -271,7 +271,6 @@ inline I32 round_to_i32(F32 a) { return _mm512_cvtps_epi32(a); }
 inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   return _mm512_mask_add_epi32(position, _mm512_cmp_ps_mask(t, limit, _CMP_GT_OQ), position, _mm512_set1_epi32(step));
 }
-inline F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(index, table, 4); }
 inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
 inline I32 truncate_to_i32(F32 a) { return _mm512_cvttps_epi32(a); }

@@ -320,10 +320,6 @@ inline I32 round_to_i32(F32 a) { return vcvtnq_s32_f32(a); }
 inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   return vaddq_s32(position, vandq_s32(vreinterpretq_s32_u32(vcgtq_f32(t, limit)), vdupq_n_s32(step)));
 }
-inline F32 gather(const float* table, I32 index) {
-  return F32{table[vgetq_lane_s32(index, 0)], table[vgetq_lane_s32(index, 1)], table[vgetq_lane_s32(index, 2)],
-             table[vgetq_lane_s32(index, 3)]};
-}
 inline F32 divide(F32 a, F32 b) { return vdivq_f32(a, b); }
 inline F32 square_root(F32 a) { return vsqrtq_f32(a); }
 inline I32 truncate_to_i32(F32 a) { return vcvtq_s32_f32(a); }
@@ -380,7 +376,11 @@ struct Codes {
 };
 inline Codes pack(const I32 (&code)[kTableVectors]) { return {{code[0], code[1], code[2], code[3]}}; }
 inline void lookup(const Table256& table, const Codes& codes, F32 (&values)[kTableVectors]) {
-  for (int k = 0; k < kTableVectors; ++k) values[k] = gather(table.values, codes.code[k]);
+  for (int k = 0; k < kTableVectors; ++k) {
+    const I32 code = codes.code[k];
+    values[k] = F32{table.values[vgetq_lane_s32(code, 0)], table.values[vgetq_lane_s32(code, 1)],
+                    table.values[vgetq_lane_s32(code, 2)], table.values[vgetq_lane_s32(code, 3)]};
+  }
 }
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   const I32 numbers[kTableVectors] = {shift_right<16>(x[0]), shift_right<16>(x[1]), shift_right<16>(x[2]),
