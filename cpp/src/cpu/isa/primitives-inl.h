@@ -57,7 +57,7 @@ concept ProductPrimitives =
       { fma(x, y, z) } -> FloatOf<V>;  // x * y + z, rounded once
 
       // Elements of a dtype, as many as lanes or `count`: the lanes after them are zero, or are not stored. Rounding is
-      // to nearest even.
+      // to nearest even, and a NaN stays one if it is quiet, as each operation leaves it.
       { round_to<DType::bf16>(x) } -> FloatOf<V>;
       { load_as_f32<DType::bf16>(elements) } -> FloatOf<V>;
       { load_as_f32<DType::bf16>(elements, 1) } -> FloatOf<V>;

@@ -62,14 +62,13 @@ inline __m128i low_halves(I32 x) {
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(in_order, 0b1000));
 }
 
-// x as bfloat16 in the upper half of each lane, rounded to nearest even; NaN stays NaN.
+// x as bfloat16 in the upper half of each lane, rounded to nearest even. A quiet NaN stays one without its lower half.
 inline I32 bf16_bits_high(F32 x) {
   const I32 bits = _mm256_castps_si256(x);
   const I32 odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const I32 rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const I32 quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-  const F32 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));
+  const I32 number = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_ORD_Q));
+  const I32 added = _mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)), number);
+  return _mm256_add_epi32(bits, added);
 }
 
 template <DType kType>

@@ -52,13 +52,13 @@ inline void store_sums(float* p, const F32 (&a)[4]) {
 
 inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// x as bfloat16 in the upper half of each lane, rounded to nearest even; NaN stays NaN.
+// x as bfloat16 in the upper half of each lane, rounded to nearest even. A quiet NaN stays one without its lower half.
 inline I32 bf16_bits_high(F32 x) {
   const I32 bits = _mm512_castps_si512(x);
-  const I32 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const I32 rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+  const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x00010000));
+  const I32 rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+  return _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
 }
 
 template <DType kType>
