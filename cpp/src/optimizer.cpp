@@ -72,7 +72,8 @@ void optimizer_8bit_step(const Optimizer8bitArgs& args, const Stream& stream) {
         static_cast<int>(args.algorithm));
   check(args.count >= 0, "count", ">= 0", args.count);
   check_pointer(args.tensors, args.count > 0, "tensors");
-  check_pointer(args.groups, args.count > 0, "groups");
+  check(args.group_count >= 0, "group_count", ">= 0", args.group_count);
+  check_pointer(args.groups, args.group_count > 0, "groups");
   check_pointer(args.skipped, true, "skipped");
   for (int i = 0; i < args.group_count; ++i) check_group(args.groups[i], args.algorithm, stream, i);
   for (std::int64_t i = 0; i < args.count; ++i) {

@@ -6,6 +6,7 @@
 
 #include "emulator/fibers.h"
 #include "emulator/memory.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -127,6 +128,8 @@ void EmulatedDriver::copy(void* to, const void* from, std::size_t bytes, void* s
 // ---- events ----
 
 void* EmulatedDriver::create_event(bool timed) {
+  if (options_->events_left == 0) throw Unavailable("the emulated device has no more events");
+  --options_->events_left;
   ++live_;
   auto* const event = new Event;
   event->name = "event " + std::to_string(events_++);

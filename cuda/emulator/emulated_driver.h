@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -19,7 +20,8 @@ class EmulatedDriver final : public Driver {
   struct Options {
     bool concurrent = true;
     bool capturing = false;
-    bool eager = false;  // work in streams runs at once
+    bool eager = false;                                 // work in streams runs at once
+    int events_left = std::numeric_limits<int>::max();  // that can be created
     std::size_t free_bytes = std::size_t{1} << 40;
     std::function<void(const std::string& call)> trace = [](const std::string&) {};
   };

@@ -164,7 +164,8 @@ TEST(optimizer_names_a_bad_argument) {
   };
   expect_each_refused({BAD_FOR("algorithm", call.algorithm, static_cast<qn::Algorithm>(3)),
                        BAD_FOR("count", call.count, -1), BAD_FOR("tensors", call.tensors, nullptr),
-                       BAD_FOR("groups", call.groups, nullptr), BAD_FOR("skipped", call.skipped, nullptr)});
+                       BAD_FOR("groups", call.groups, nullptr), BAD_FOR("group_count", call.group_count, -1),
+                       BAD_FOR("skipped", call.skipped, nullptr)});
   expect_each_refused({BAD(groups[0].lr, -1e-3), BAD(groups[0].lr, NAN),
                        BAD_FOR("groups[0].lr", groups[0].device_lr, &negative_lr), BAD(groups[0].beta1, 1.0),
                        BAD(groups[0].beta2, -0.1), BAD(groups[0].beta3, 1.0), BAD(groups[0].eps, INFINITY),

@@ -303,6 +303,28 @@ TEST(products_read_the_copies_alone) {
   EXPECT(model.results() == plain.results());
 }
 
+TEST(weight_is_as_before_if_its_memory_cannot_be_completed) {
+  for (const int events : {1, 2, 3}) {  // the first one is for written memory, and a weight has three
+    EmulatedDriver::Options driver{.events_left = events};
+    Model model(equal_layers(2)), plain(equal_layers(2));
+    const auto weights =
+        qn::PagedWeights::Impl::make_weights(std::make_unique<EmulatedDriver>(&driver), model.sizes(), 2 * kLayerBytes);
+    bool refused = false;
+    try {
+      weights->data(0, 0);
+    } catch (const qn::Unavailable&) {
+      refused = true;
+    }
+    EXPECT(refused && weights->stats().bytes_managed == 0);
+    weights->release(0);
+    driver.events_left = 100;
+    model.page(*weights);
+    EXPECT(weights->stats().bytes_managed == 2 * kLayerBytes);
+    for (Model* each : {&model, &plain}) each->step();
+    EXPECT(model.results() == plain.results() && weights->stats().bytes_fetched > 0);
+  }
+}
+
 // ---- the order of the calls ----
 
 // Three layers in room for two. There is one event for written memory, and three for each layer.

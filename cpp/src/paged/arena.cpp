@@ -10,8 +10,6 @@
 namespace qlora_native {
 namespace {
 
-// Arrays begin at multiples of this. It is the alignment of cudaMalloc; vector loads need aligned arrays.
-constexpr std::size_t kAlignment = 256;
 // Segments begin at multiples of this. The driver moves managed memory in blocks of this size, so no block belongs to
 // two segments.
 constexpr std::size_t kPage = std::size_t{2} << 20;
@@ -53,14 +51,15 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
     const std::size_t state_bytes = entry.state_bytes(entry.elements),
                       absmax_bytes = entry.absmax_bytes(entry.elements);
     const bool is_whole = entry.piece == entry.elements;
-    const std::size_t bytes = moments * (round_up(state_bytes, kAlignment) + round_up(absmax_bytes, kAlignment));
+    const std::size_t bytes =
+        moments * (round_up(state_bytes, kPagedAlignment) + round_up(absmax_bytes, kPagedAlignment));
     if (is_whole && is_open && bytes_ + bytes - segments_.back().ranges[0].begin > segment_bytes) is_open = false;
     if (!is_whole) is_open = false;
-    const std::size_t between = is_whole ? kAlignment : kPage;
+    const std::size_t between = is_whole ? kPagedAlignment : kPage;
     // The third moment follows the first in the same array. (If the array is cut into segments, these share blocks of
     // managed memory where one moment ends and the other begins.)
     const std::size_t arrays_in_first = moments == 3 ? 2 : 1;
-    entry.state[0] = array(arrays_in_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
+    entry.state[0] = array(arrays_in_first * state_bytes, is_whole && is_open ? kPagedAlignment : kPage);
     entry.state[2] = entry.state[0] + state_bytes;
     if (moments > 1) entry.state[1] = array(state_bytes, between);
     if (entry.in_8_bits()) {
@@ -95,7 +94,7 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
 
 std::size_t PagedArena::Impl::size_of(std::size_t segment) const {
   std::size_t bytes = 0;
-  for (const Range& range : segments_[segment].ranges) bytes += round_up(range.end - range.begin, kAlignment);
+  for (const Range& range : segments_[segment].ranges) bytes += round_up(range.end - range.begin, kPagedAlignment);
   return bytes;
 }
 
@@ -103,7 +102,7 @@ std::size_t PagedArena::Impl::size_of(std::size_t segment) const {
 
 void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOptions& options) {
   lay_out(states, options.segment_bytes);
-  bytes_ = std::max(bytes_, kAlignment);  // even an empty arena gets an address of its own
+  bytes_ = std::max(bytes_, kPagedAlignment);  // even an empty arena gets an address of its own
   pinned_ = options.pinned || !driver_->is_concurrent();
   data_ =
       static_cast<std::byte*>(driver_->allocate(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, bytes_));
@@ -195,7 +194,7 @@ void PagedArena::Impl::each_in_slot(const Segment& segment, const F& f) const {
   std::byte* at = ring_ + segment.slot * slot_bytes_;
   for (const Range& range : segment.ranges) {
     f(data_ + range.begin, at, range.end - range.begin);
-    at += round_up(range.end - range.begin, kAlignment);
+    at += round_up(range.end - range.begin, kPagedAlignment);
   }
 }
 

@@ -7,6 +7,10 @@
 
 namespace qlora_native {
 
+// Paged arrays begin at multiples of this, in both memories: it is the alignment of cudaMalloc, and vector loads need
+// it.
+constexpr std::size_t kPagedAlignment = 256;
+
 // The driver of one device, which it makes current for calls that need that. Pointers to streams and events come from
 // the driver; a stream may also be a caller's. Work in a stream happens in order, and later: only synchronize() waits.
 // Failures are exceptions, except when something is given back.

@@ -12,11 +12,8 @@
 namespace qlora_native {
 namespace {
 
-// Arrays begin at multiples of this, in both memories: it is the alignment of cudaMalloc, and vector loads need it.
-constexpr std::size_t kAlignment = 256;
-
 std::size_t aligned(std::size_t bytes) {
-  return std::max<std::size_t>((bytes + kAlignment - 1) / kAlignment, 1) * kAlignment;
+  return std::max<std::size_t>((bytes + kPagedAlignment - 1) / kPagedAlignment, 1) * kPagedAlignment;
 }
 
 std::vector<std::size_t> sizes_of(const PagedWeights::Impl::Arrays& weights) {
@@ -24,7 +21,7 @@ std::vector<std::size_t> sizes_of(const PagedWeights::Impl::Arrays& weights) {
   for (const std::vector<std::size_t>& arrays : weights) {
     std::size_t bytes = 0;
     for (const std::size_t array : arrays) bytes += aligned(array);
-    sizes.push_back(std::max(bytes, kAlignment));
+    sizes.push_back(std::max(bytes, kPagedAlignment));
   }
   return sizes;
 }
@@ -99,14 +96,26 @@ std::byte* PagedWeights::Impl::data(std::size_t index, std::size_t array) {
   const std::unique_lock held = lock();
   Weight& weight = weights_.at(index);
   const std::size_t offset = weight.arrays.at(array);
-  if (weight.home == nullptr) {
-    weight.home = static_cast<std::byte*>(driver_->allocate(Driver::Memory::pinned, weight.bytes));
-    for (void** event : {&weight.fetched, &weight.ready}) *event = driver_->create_event(/*timed=*/true);
-    weight.used = driver_->create_event();
-    stats_.bytes_managed += static_cast<std::int64_t>(weight.bytes);
-    all_.insert(weight.home, weight.bytes, {this, index});
-  }
+  if (weight.home == nullptr) allocate(weight, index);
   return weight.home + offset;
+}
+
+// If this throws, the weight is as it was.
+void PagedWeights::Impl::allocate(Weight& weight, std::size_t index) {
+  Weight made{.arrays = weight.arrays, .bytes = weight.bytes};
+  made.home = static_cast<std::byte*>(driver_->allocate(Driver::Memory::pinned, weight.bytes));
+  try {
+    for (void** event : {&made.fetched, &made.ready}) *event = driver_->create_event(/*timed=*/true);
+    made.used = driver_->create_event();
+    all_.insert(made.home, made.bytes, {this, index});
+  } catch (...) {
+    for (void* event : {made.fetched, made.ready, made.used})
+      if (event != nullptr) driver_->destroy_event(event);
+    driver_->release(Driver::Memory::pinned, made.home);
+    throw;
+  }
+  weight = std::move(made);
+  stats_.bytes_managed += static_cast<std::int64_t>(weight.bytes);
 }
 
 // Products read the copy on the device, so only copies read the host's memory.

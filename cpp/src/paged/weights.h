@@ -67,6 +67,7 @@ class PagedWeights::Impl {
     bool is_uncounted = false;  // it is not known yet whether that product had to wait
   };
 
+  void allocate(Weight& weight, std::size_t index);
   void fetch(std::size_t weight, std::size_t kept);
   void free_copy(Weight& weight);
   void drop(std::size_t weight);
