@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/checks.h"
+#include "common/float16.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native {
@@ -39,12 +40,12 @@ void check_dtype(DType dtype, const Argument& argument) {
 // compiler can vectorize it.
 inline std::int64_t first_non_finite(const float* values, std::int64_t count) {
   constexpr std::int64_t kChunk = 4096;
-  constexpr std::uint32_t kExponent = 0x7F800000, kLowestOfExponent = 0x00800000;
+  constexpr std::uint32_t kLowestOfExponent = 0x00800000;
   for (std::int64_t begin = 0; begin < count; begin += kChunk) {
     const std::int64_t end = std::min(begin + kChunk, count);
     std::uint32_t carries = 0;
     for (std::int64_t i = begin; i < end; ++i) {
-      carries |= (std::bit_cast<std::uint32_t>(values[i]) & kExponent) + kLowestOfExponent;
+      carries |= (std::bit_cast<std::uint32_t>(values[i]) & kInfinityBits) + kLowestOfExponent;
     }
     if (carries >> 31 == 0) continue;
     return std::find_if_not(values + begin, values + end, [](float value) { return std::isfinite(value); }) - values;

@@ -21,7 +21,7 @@
 #include <limits>
 
 #include "cpu/isa/exp-inl.h"
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/product/product_nn-inl.h"
 #include "cpu/product/product_nt-inl.h"
 #include "qlora_native/attention.h"

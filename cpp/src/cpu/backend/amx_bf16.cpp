@@ -16,8 +16,8 @@ namespace qlora_native {
 namespace amx_bf16 {
 namespace {
 
-std::unique_ptr<Job> forward_few_rows(const LinearForwardArgs& args, const WeightRows& part) {
-  return make_job<DotBf16AsF32, ForwardSmallM, DotBf16AsF32>(args, part);
+std::unique_ptr<Job> forward_small_m(const LinearForwardArgs& args, const WeightRows& part) {
+  return make_job<ForwardSmallM, DotBf16AsF32>(args, part);
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ std::unique_ptr<Job> forward_few_rows(const LinearForwardArgs& args, const Weigh
 
 const CpuBackend& amx_bf16_backend() {
   using namespace amx_bf16;
-  static const CpuBackend backend = TiledBackend<avx512_bf16_backend, forward_few_rows>::backend();
+  static const CpuBackend backend = TiledBackend<avx512_bf16_backend, forward_small_m>::backend();
   return backend;
 }
 

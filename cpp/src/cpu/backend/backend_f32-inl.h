@@ -20,11 +20,9 @@ constexpr Products kProductsF32{
     [](const LinearBackwardInputArgs& args, const WeightRows& part) {
       return with_dtype(args.dy.dtype, [&](auto dtype) { return Linear<DotF32<dtype()>>::backward_input(args, part); });
     },
-    [](const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-      return with_dtype(args.x.dtype, [&](auto dtype) { return lora_gradient_a<DotF32<dtype()>>(args, part, first); });
-    },
-    [](const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-      return with_dtype(args.x.dtype, [&](auto dtype) { return lora_gradient_b<DotF32<dtype()>>(args, part, first); });
+    [](Gradient gradient, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+      return with_dtype(args.x.dtype,
+                        [&](auto dtype) { return lora_gradient<DotF32<dtype()>>(gradient, args, part, first); });
     }};
 
 inline void attention_in_f32(const AttentionArgs& args, const Stream&) {

@@ -18,18 +18,18 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. kForwardFewRows
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. kForwardSmallM
 // multiplies few rows, where config.h chooses small_m; if it is null, tiles multiply any number of rows.
-template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kForwardFewRows>
+template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kForwardSmallM>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
     switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
       case cpu::ProductKernel::tiles:
-        return make_job<DotTiles, Forward, DotTiles>(args, part);
+        return make_job<Forward, DotTiles>(args, part);
       case cpu::ProductKernel::panels:
-        return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
+        return make_job<ForwardPanels, DotF32<DType::bf16>>(args, part);
       case cpu::ProductKernel::small_m:
-        return kForwardFewRows(args, part);
+        return kForwardSmallM(args, part);
       default:
         return kOthers().bf16->forward(args, part);
     }
@@ -37,15 +37,15 @@ struct TiledBackend {
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
     switch (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
       case cpu::ProductKernel::tiles:
-        return make_job<DotTiles, BackwardInput, DotTiles>(args, part);
+        return make_job<BackwardInput, DotTiles>(args, part);
       case cpu::ProductKernel::panels:
-        return make_job<DotF32<DType::bf16>, BackwardInputPanels, DotTiles>(args, part);
+        return make_job<BackwardInputPanels, DotF32<DType::bf16>>(args, part);
       default:
         return kOthers().bf16->backward_input(args, part);
     }
   }
 
-  static constexpr Products kProducts{forward, backward_input, lora_gradient_a<DotTiles>, lora_gradient_b<DotTiles>};
+  static constexpr Products kProducts{forward, backward_input, lora_gradient<DotTiles>};
 
   static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
 
@@ -55,7 +55,7 @@ struct TiledBackend {
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
     const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
     cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
-    if (kForwardFewRows == nullptr && config.kernel != cpu::ProductKernel::panels)
+    if (kForwardSmallM == nullptr && config.kernel != cpu::ProductKernel::panels)
       config.kernel = cpu::ProductKernel::tiles;
     if (config.kernel != cpu::ProductKernel::vectors) cpu::log_product(shape, config);
     return config.kernel;

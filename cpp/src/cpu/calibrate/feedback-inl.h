@@ -202,8 +202,7 @@ class Feedback {
           store(strip.at(k) + r, fma(error, set1(factor[k - columns.begin]), load(strip.at(k) + r)));
       }
     }
-    constexpr int kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
-    if (reduce_max_i32(largest) >= kInfinity) fail_of_overflow(strip.rows.begin);
+    if (reduce_max_i32(largest) >= static_cast<int>(kInfinityBits)) fail_of_overflow(strip.rows.begin);
   }
 
   // The scales of a column, and what its elements are divided by: infinity where the scale is 0.

@@ -7,7 +7,7 @@
 // A unit is two rows of bfloat16 or one of fp32.
 #pragma once
 
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/product/product_nn-inl.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"

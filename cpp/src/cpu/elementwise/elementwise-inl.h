@@ -113,7 +113,7 @@ inline void gated_activation_backward_rows(const GatedActivationBackwardArgs& ar
 
 // ---- RMS norms ----
 
-// Returns the sum of value(offset, lanes) over a row. There are four partial partial_sums, so that their additions need
+// Returns the sum of value(offset, lanes) over a row. There are four partial sums, so that their additions need
 // not wait for each other.
 template <DType kType, class Value>
 float sum_of_row(std::int64_t cols, const Value& value) {

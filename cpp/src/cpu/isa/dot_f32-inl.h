@@ -8,6 +8,18 @@
 //   vector 2g+1   has the odd ones
 //
 // Activations are put in the same order when they are packed.
+//
+// Every Dot says kActivation, kElementsPerUnit, kUnits, kVectors, kRestart, kBlock, Chunk and Table, and has for
+//
+//   decoding W         table, decode4, decode4_blocks, decode8
+//   dense rows         dense, dense_natural, natural
+//   ragged rows        blend, mask
+//   dX                 kColumnVectors, Columns, columns, columns_natural, to_natural, mask_columns
+//   vectors            dot, broadcast, dot_broadcast
+//   small_m            kStepChunks ... kFewRows, Step, join, Step4, step4, Step8, step8; and kHalfStepVectors, if a
+//   step
+//                      is two chunks
+//   pairs of bf16      decode4_two; columns and columns_natural take the two rows of a unit
 #pragma once
 
 #include <type_traits>
@@ -109,7 +121,8 @@ struct DotF32 {
   // elements and of odd ones alternate, kNibbleVectors each, because so many are looked up at once.
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
-  static constexpr int kStepRows = kVectors <= 4 ? 4 : 2;  // of W that are multiplied together, as registers allow
+  // Rows of W that are multiplied together, by up to 4 rows of x and by more of them, as registers allow.
+  static constexpr int kStepRows = kVectors <= 4 ? 4 : 2, kStepRowsOfMany = kVectors <= 4 ? 3 : 2;
   static constexpr bool kFewRows = false;  // whether products of more than two rows of x have another Dot
   struct Step {
     Chunk chunk;
@@ -258,23 +271,10 @@ struct DotF32 {
   }
 };
 
-template <DType kType, bool kStream>
-[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
-  using Dot = DotF32<kType>;
-  for (int g = 0; g < Dot::kVectors / 2; ++g)
-    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
-                                chunk.v[2 * g + 1]);
-}
-// Stores `count` elements of a chunk side by side. With kStream by non-temporal stores if the chunk is whole.
-template <DType kType, bool kStream = false>
-[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
-                                               std::int64_t count) {
-  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
-  char copy[kChunk * kSize];
-  store_whole_chunk<kType, false>(chunk, copy);
-  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
-}
+// Whether one sum of all terms is accurate enough: what it loses is far less than the rounding of a result to bf16, but
+// too much for a result in fp32. Others are sums of shorter chains (kRestart).
+template <class Dot>
+constexpr bool kOneChain = Dot::kActivation == DType::bf16;
 
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

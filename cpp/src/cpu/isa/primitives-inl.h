@@ -41,7 +41,8 @@ concept IntOf = std::same_as<T, typename V::Int>;
 template <class T, class V>
 concept LongOf = std::same_as<T, typename V::Long>;
 
-// What the products of many rows need. The tiles in plain C++ (portable/) have no more than this.
+// What the products of many rows need. The tiles in plain C++ (portable/) have this, and what attention needs beside
+// it.
 template <class V>
 concept ProductPrimitives =
     requires(typename V::Float x, typename V::Float y, typename V::Float z, typename V::Long n, const float* from,

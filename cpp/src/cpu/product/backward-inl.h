@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/product/product_nn-inl.h"
 #include "cpu/runtime/job.h"
 #include "cpu/runtime/parallel.h"
@@ -42,7 +42,7 @@ void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&ac
 template <class Dot>
 class BackwardInputOf : public Job {
  public:
-  BackwardInputOf(const LinearBackwardInputArgs& args, const WeightRows& part, bool ragged) : ragged_(ragged) {
+  BackwardInputOf(const LinearBackwardInputArgs& args, const WeightRows& part) : args_(args) {
     const LoraView& lora = args.lora;
     v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
     rows_ = part.end - part.begin;
@@ -70,12 +70,12 @@ class BackwardInputOf : public Job {
   void cut(std::int64_t threads) override {
     tasks_[0] = strips_.count;
     for (std::size_t i = 0; i < adapters_.size(); ++i) {
-      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, args_.lora.rank, false, threads));
+      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, args_.lora.rank, Decoded::in_panels, threads));
       tasks_[1] += v_cuts_.back().tasks();
     }
     if (args_.dx.data == nullptr) return;
     for (const LowRank& low_rank : low_ranks_) tasks_[2] += low_rank.strips.count();
-    cut_ = Product::cut(strips_, {0, strips_.count}, args_.weight.K, ragged_, threads);
+    cut_ = Product::cut(strips_, {0, strips_.count}, args_.weight.K, decoded(), threads);
     tasks_[3] = cut_.tasks();
   }
   void prepare(std::byte* memory) override {
@@ -106,6 +106,10 @@ class BackwardInputOf : public Job {
   }
 
  protected:
+  using Product = ProductNn<Dot>;
+  using Decoded = typename Product::Decoded;
+
+  virtual Decoded decoded() const = 0;  // how W is
   virtual void multiply(std::int64_t task) = 0;
 
   template <class Rows>
@@ -118,7 +122,6 @@ class BackwardInputOf : public Job {
   }
 
  private:
-  using Product = ProductNn<Dot>;
   using Strips = typename Product::Strips;
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
@@ -139,7 +142,7 @@ class BackwardInputOf : public Job {
     rows_ = smaller(rows, rows_per_block(rows, row_bytes(all_units_, 0), Product::kStripRows));
     const bool fits = rows_ * row_bytes(all_units_, 0) <= kPackedBytes;
     if (fits && (rows_ == rows || rows_ >= kManyRows)) return;
-    if (!Product::kOneChain) return;  // sums that begin anew now and then are not kept
+    if (!kOneChain<Dot>) return;  // sums that begin anew now and then are not kept
     const std::int64_t kept_floats = ceil_div(larger(weight.K, rank), kChunk) * kChunk;
     const std::int64_t rows_of_part =
         smaller(rows, rows_per_block(rows, row_bytes(kMinPartUnits, kept_floats), Product::kStripRows));
@@ -205,7 +208,6 @@ class BackwardInputOf : public Job {
                         low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
   }
 
-  bool ragged_;                   // whether a chunk of W may begin in a low nibble, or cross blocks
   LinearBackwardInputArgs args_;  // of this job's rows
   std::int64_t first_row_;        // of the call's, as dropout counts them
   Strips strips_{0};
@@ -225,9 +227,10 @@ template <class Dot, class Rows>
 class BackwardInput final : public BackwardInputOf<Dot> {
  public:
   BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part)
-      : BackwardInputOf<Dot>(args, part, !w.aligned()), w_(w) {}
+      : BackwardInputOf<Dot>(args, part), w_(w) {}
 
  private:
+  typename ProductNn<Dot>::Decoded decoded() const override { return ProductNn<Dot>::decoded(w_, this->rows_); }
   void multiply(std::int64_t task) override { this->multiply_with(w_, task); }
 
   Rows w_;
@@ -238,8 +241,6 @@ class BackwardInput final : public BackwardInputOf<Dot> {
 template <class Dot>
 class LoraGradient final : public Job {
  public:
-  enum class Gradient { a, b };
-
   LoraGradient(Gradient gradient, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first)
       : gradient_(gradient), first_(first), dtype_(args.lora.dtype) {
     const LoraView& lora = args.lora;
@@ -261,7 +262,8 @@ class LoraGradient final : public Job {
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), false, threads, kMinTasksOfThread);
+    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), Product::Decoded::in_panels, threads,
+                        kMinTasksOfThread);
     tasks_[0] = ceil_div(inner_, kTransposedRows);
     tasks_[1] = strips_.count;
     tasks_[2] = cut_.tasks();
@@ -324,12 +326,9 @@ class LoraGradient final : public Job {
 };
 
 template <class Dot>
-std::unique_ptr<Job> lora_gradient_a(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Gradient::a, args, part, first);
-}
-template <class Dot>
-std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
-  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Gradient::b, args, part, first);
+std::unique_ptr<Job> lora_gradient(Gradient gradient, const LoraGradientsArgs& args, const AdapterRows& part,
+                                   std::int64_t first) {
+  return std::make_unique<LoraGradient<Dot>>(gradient, args, part, first);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
 // which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward
-// they took 1.8, 2.0 and 2.3 ms for 1, 2 and 3 rows by panels, and tiles 1.9; without panels (few_rows_nn-inl.h) no
+// they took 1.8, 2.0 and 2.3 ms for 1, 2 and 3 rows by panels, and tiles 1.9; without panels (stage_nn-inl.h) no
 // such processor has timed them. For 256 to 2048 rows tiles took 0.53 to 1.04 times as long as torch's product with all
 // of W, which panels would decode first.
 constexpr MinRows kWithTiles{3, 3, kNever};
@@ -56,6 +56,14 @@ constexpr MinRows kWithTiles{3, 3, kNever};
 std::int64_t columns_of_panel(const ProductShape& shape) {
   const std::int64_t inner = shape.product == ProductShape::Product::forward ? shape.K : shape.N;
   return panel_columns(std::max(inner, shape.rank), shape.dtype);
+}
+
+bool supports_small_m(const ProductShape& shape) {
+  return shape.product == ProductShape::Product::forward && shape.M < kMinVectorRowsBesideSlowLoads;
+}
+bool supports_tiles(const ProductShape& shape) { return shape.isa_has_tiles; }
+bool supports_panels(const ProductShape& shape) {
+  return shape.has_dense_gemm && !shape.dropout && shape.one_adapter && columns_of_panel(shape) > 0;
 }
 
 struct Kernel {
@@ -78,11 +86,11 @@ std::optional<ProductKernel> read_forced_kernel() {
   throw Unavailable("QLN_FORCE_KERNEL: expected small_m, vectors, tiles or panels, got \"" + std::string(name) + "\"");
 }
 
-// Whether the application's dense product has tile products of this dtype. An instruction set that QLN_FORCE_ISA names
-// stands for a machine that has no better one.
+// Whether the application's dense product has tile products of a dtype that this instruction set multiplies by vectors.
+// One that QLN_FORCE_ISA names stands for a machine that has no better one.
 bool dense_gemm_has_tiles(DType dtype) {
-  static const bool in_use = cpu_isa() == "amx_bf16", fp16 = has_amx_fp16();
-  return in_use && (dtype == DType::bf16 || (dtype == DType::f16 && fp16));
+  static const bool in_use = cpu_isa() == "amx_bf16" && has_amx_fp16();
+  return in_use && dtype == DType::f16;
 }
 // Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
 // to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20
@@ -103,14 +111,6 @@ bool loads_are_slow(DType dtype) {
 }
 
 }  // namespace
-
-bool supports_small_m(const ProductShape& shape) {
-  return shape.product == ProductShape::Product::forward && shape.M < kMinVectorRowsBesideSlowLoads;
-}
-bool supports_tiles(const ProductShape& shape) { return shape.isa_has_tiles; }
-bool supports_panels(const ProductShape& shape) {
-  return shape.has_dense_gemm && !shape.dropout && shape.one_adapter && columns_of_panel(shape) > 0;
-}
 
 std::optional<ProductKernel> forced_kernel() {
   static const std::optional<ProductKernel> forced = read_forced_kernel();  // if it throws, the next call tries again

@@ -14,9 +14,9 @@ namespace qlora_native::cpu {
 
 enum class ProductKernel {
   small_m,  // product_small_m-inl.h: lanes along K, each weight decoded where it is used
-  vectors,  // product_nt-inl.h and product_nn-inl.h
-  tiles,    // the same two, by tile products (tiles-inl.h)
-  panels,   // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
+  vectors,  // product_nt-inl.h and product_nn-inl.h, by panels of decoded W; dX in fp32 without them, by stage_nn-inl.h
+  tiles,   // the same two by tile products (tiles-inl.h); few rows without panels, by strip_nt-inl.h and strip_nn-inl.h
+  panels,  // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
 };
 
 // The rows that one weight multiplies, on this machine.
@@ -45,10 +45,6 @@ constexpr std::int64_t panel_columns(std::int64_t inner, DType dtype) {
 }
 // Bytes of rows of U or V that are computed at once where the caller does not want them.
 constexpr std::int64_t kLowRankBytes = std::int64_t{1} << 20;
-
-bool supports_small_m(const ProductShape& shape);
-bool supports_tiles(const ProductShape& shape);
-bool supports_panels(const ProductShape& shape);
 
 struct ProductConfig {
   ProductKernel kernel = ProductKernel::vectors;

@@ -1,7 +1,7 @@
 // linear_forward by vectors or tiles, which is a product of ProductNt.
 #pragma once
 
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/product/product_nt-inl.h"
 #include "cpu/runtime/blocking.h"
 #include "cpu/runtime/job.h"
@@ -15,7 +15,7 @@ namespace {
 template <class Dot>
 class ForwardOf : public Job {
  public:
-  ForwardOf(const LinearForwardArgs& args, const WeightRows& part) {
+  ForwardOf(const LinearForwardArgs& args, const WeightRows& part) : args_(args) {
     const LoraView& lora = args.lora;
     units_ = Product::padded_units(DenseRows<Dot, false>(args.x));
     u_units_ = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
@@ -211,13 +211,6 @@ class ForwardOf : public Job {
       const char* line = static_cast<const char*>(args_.y.data) + (row * args_.y.stride + columns.begin) * kSize;
       for (std::int64_t i = 0; i < columns.count() * kSize; i += 64) __builtin_prefetch(line + i, 1);
     }
-  }
-
-  // Prefetches a contiguous matrix.
-  static void prefetch(const ConstMatrix& m) {
-    const auto* bytes = static_cast<const char*>(m.data);
-    const std::int64_t count = m.rows * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
-    for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 3);
   }
 
   LinearForwardArgs args_;  // of this job's rows

@@ -11,7 +11,7 @@ namespace {
 template <class Dot, class Rows>
 class ForwardSmallM final : public Job {
  public:
-  ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+  ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
     const std::int64_t rows = part.end - part.begin;
     rows_ = ceil_div(rows, ceil_div(rows, cpu::kMaxSmallM));  // the other rows are another job
     first_row_ = part.begin;

@@ -18,22 +18,22 @@ struct Linear {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
     switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
       case cpu::ProductKernel::small_m:
-        return make_job<Dot, ForwardSmallM, Dot>(args, part);
+        return make_job<ForwardSmallM, Dot>(args, part);
       case cpu::ProductKernel::panels:
-        return make_job<Element, ForwardPanels, Dot>(args, part);
+        return make_job<ForwardPanels, InOrder>(args, part);
       default:
-        return make_job<Dot, Forward, Dot>(args, part);
+        return make_job<Forward, Dot>(args, part);
     }
   }
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
     if (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype) ==
         cpu::ProductKernel::panels)
-      return make_job<Element, BackwardInputPanels, Dot>(args, part);
-    return make_job<Dot, BackwardInput, Dot>(args, part);
+      return make_job<BackwardInputPanels, InOrder>(args, part);
+    return make_job<BackwardInput, Dot>(args, part);
   }
 
  private:
-  using Element = DotF32<Dot::kActivation>;  // panels hold elements in their order, rounded
+  using InOrder = DotF32<Dot::kActivation>;  // a dense product takes elements in their order
 
   static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
                                    const LoraView& lora, const WeightRows& part, DType dtype) {
@@ -45,8 +45,7 @@ struct Linear {
 };
 
 template <class Dot>
-constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input, lora_gradient_a<Dot>,
-                               lora_gradient_b<Dot>};
+constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input, lora_gradient<Dot>};
 
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

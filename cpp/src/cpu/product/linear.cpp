@@ -71,17 +71,17 @@ void lora_gradients(const LoraGradientsArgs& args, const Products& products) {
   };
   Jobs jobs;
   for (const AdapterRows& adapter : adapter_rows(args.lora, args.groups, args.x.rows)) {
-    const auto run = [&](void* gradients, std::int64_t cols, auto make) {
+    const auto run = [&](Gradient gradient, void* gradients, std::int64_t cols) {
       if (gradients == nullptr) return;
       if (adapter.begin == adapter.end) return clear(gradients, adapter.adapter, rank * cols);  // a sum of nothing
       for (std::int64_t first = 0; first < rank;) {
-        std::unique_ptr<Job> job = make(args, adapter, first);
+        std::unique_ptr<Job> job = products.gradient(gradient, args, adapter, first);
         first += job->rows();
         jobs.add(std::move(job));
       }
     };
-    run(args.da, args.x.cols, products.gradient_a);
-    run(args.db, args.dy.cols, products.gradient_b);
+    run(Gradient::a, args.da, args.x.cols);
+    run(Gradient::b, args.db, args.dy.cols);
   }
   jobs.run();
 }

@@ -25,14 +25,15 @@ struct WeightRows {
   std::span<const AdapterRows> adapters;  // ascending; rows that are in none have no adapter
 };
 
+enum class Gradient { a, b };  // dA or dB
+
 // What an instruction set provides. Each function makes a Job for as many of the rows as its memory allows, from the
 // first on.
 struct Products {
   std::unique_ptr<Job> (*forward)(const LinearForwardArgs&, const WeightRows&);
   std::unique_ptr<Job> (*backward_input)(const LinearBackwardInputArgs&, const WeightRows&);
-  // The rows of these jobs are rows of dA, or columns of dB, from `first` on.
-  std::unique_ptr<Job> (*gradient_a)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
-  std::unique_ptr<Job> (*gradient_b)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
+  // The rows of this job are rows of dA, or columns of dB, from `first` on.
+  std::unique_ptr<Job> (*gradient)(Gradient, const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
 };
 
 void linear_forward(const LinearForwardArgs& args, const Products& products);

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cpu/product/config.h"
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/quantize/decode_elements-inl.h"
 #include "cpu/runtime/job.h"
 #include "cpu/runtime/parallel.h"
@@ -139,9 +139,9 @@ struct Panels {
 template <class Dot, class Rows, class Args>
 class PanelsJob final : public Job {
  public:
-  PanelsJob(const Rows& w, const Args& args, const WeightRows& part) : w_(w) {
+  PanelsJob(const Rows& w, const Args& args, const WeightRows& part)
+      : w_(w), args_(args_of(args, part, part.end - part.begin)) {
     rows_ = part.end - part.begin;
-    args_ = args_of(args, part, rows_);
     const std::vector<JobAdapter> adapters = job_adapters(args.lora, part, rows_, args.weight);
     if (adapters.empty())
       args_.lora.rank = 0;

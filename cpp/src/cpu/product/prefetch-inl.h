@@ -1,9 +1,10 @@
-// What a register tile or a block of tiles prefetches while it is multiplied: packed X of those that follow. X of many
-// rows lies in the last-level cache, and no processor expects its parts there, because they are not adjacent. On an
-// Intel Xeon (Emerald Rapids), from 256 rows on, Y took 0.90 to 0.95 of the time with it, by tiles and in fp32, and dX
-// in fp32 0.97.
+// What is prefetched while something else is multiplied: packed X of the next register tile or block of tiles, and the
+// codes that few rows are multiplied by next. X of many rows lies in the last-level cache, and no processor expects its
+// parts there, because they are not adjacent. On an Intel Xeon (Emerald Rapids), from 256 rows on, Y took 0.90 to 0.95
+// of the time with it, by tiles and in fp32, and dX in fp32 0.97.
 //
-// An object prefetches a little with each unit, into the second-level cache, so that no load waits for a burst.
+// An object prefetches a little with each unit, so that no load waits for a burst. All goes into the second-level
+// cache: in the first one rows that are a power of two apart would push each other out.
 #pragma once
 
 #include <cstdint>
@@ -39,21 +40,30 @@ struct RowsAhead {
   }
 };
 
-// Pieces of rows, line by line, row after row: that is how memory is read fastest. It is called as it goes on.
-struct PiecesAhead {
-  const std::uint8_t* row;
-  std::int64_t row_bytes, lines;  // from a piece to the next, and of a piece
-  std::int64_t line = 0;
-  // Prefetches so many lines. They go into the second-level cache: in the first one rows that are a power of two apart
-  // would push each other out.
-  [[gnu::always_inline]] void prefetch(std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      __builtin_prefetch(row + line * 64, 0, 2);
-      if (++line < lines) continue;
-      line = 0;
-      row += row_bytes;
+// The codes of a piece of each row of W, line by line, row after row: that is how memory is read fastest.
+class CodesAhead {
+ public:
+  // Pieces of so many bytes, a multiple of 32, which begin row_bytes apart.
+  CodesAhead(const std::uint8_t* codes, std::int64_t row_bytes, std::int64_t bytes)
+      : row_(codes), row_bytes_(row_bytes), lines_((bytes + 63) / 64), ends_in_half_(bytes % 64 != 0) {}
+
+  // Prefetches the lines of the next `count` * 64 bytes.
+  [[gnu::always_inline]] void prefetch_lines(std::int64_t count) {
+    for (; count > 0; --count) {
+      __builtin_prefetch(row_ + line_ * 64, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      row_ += row_bytes_;
+      if (ends_in_half_) count += half_ = !half_;  // two half lines are one
     }
   }
+  // From now on the same piece is prefetched again and again.
+  void stay() { row_bytes_ = 0; }
+
+ private:
+  const std::uint8_t* row_;
+  std::int64_t row_bytes_, lines_, line_ = 0;
+  bool ends_in_half_, half_ = false;
 };
 
 }  // namespace

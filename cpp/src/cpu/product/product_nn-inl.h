@@ -4,9 +4,11 @@
 
 #include <span>
 
-#include "cpu/product/few_rows_nn-inl.h"
 #include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/prefetch-inl.h"
 #include "cpu/product/product_nn_layout-inl.h"
+#include "cpu/product/register_tile-inl.h"
+#include "cpu/product/stage_nn-inl.h"
 #include "cpu/product/strip_nn-inl.h"
 #include "cpu/product/tiles-inl.h"
 #include "cpu/runtime/scratch.h"
@@ -14,19 +16,18 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-template <class DotOf>
-struct ProductNn : LayoutNn<DotOf> {
-  using Dot = DotOf;
+template <class Dot>
+struct ProductNn : LayoutNn<Dot> {
   using Layout = LayoutNn<Dot>;
-  using Layout::kByTiles, Layout::kOneChain, Layout::kPanelFloats, Layout::kPanels, Layout::kStripRows,
+  using Layout::kByTiles, Layout::kMaxAccumulators, Layout::kPanelFloats, Layout::kPanels, Layout::kStripRows,
       Layout::packed_stride, Layout::tiling, Layout::units_of, Layout::whole_steps;
   using Panel = typename Layout::template PanelOf<Layout::kParts>;
-  using typename Layout::Packed, typename Layout::Part, typename Layout::Strips, typename Layout::Tiling;
+  using typename Layout::Decoded, typename Layout::Packed, typename Layout::Part, typename Layout::Strips,
+      typename Layout::Tiling;
   using Tiles = typename TilesOf<Dot>::type;
   // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
   // number. Therefore the accumulators of so many panels are added to a total.
   static constexpr std::int64_t kPanelsOfTotal = 16;
-  static constexpr std::int64_t kMaxAccumulators = kByTiles ? 704 * 4 * kChunk : 128 << 10;  // of 704 rows of a task
 
   // With so few strips W is decoded stage by stage (strip_nn-inl.h), without panels.
   static constexpr std::int64_t kMaxDecodingStrips = 2;
@@ -50,9 +51,9 @@ struct ProductNn : LayoutNn<DotOf> {
     if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
-    if constexpr (Layout::max_few_rows(true) > 0 && Rows::kQuantized && !Rows::kRare)
-      if (part.all_strips.rows <= FewRowsNn<Dot, Rows>::kMaxRows && w.aligned())
-        return FewRowsNn<Dot, Rows>::multiply(w, x, part, accumulate);
+    if constexpr (!kByTiles && Rows::kQuantized && !Rows::kRare)
+      if (Layout::decoded(w, part.all_strips.rows) == Decoded::in_stages)
+        return StageNn<Dot, Rows>::multiply(w, x, part, accumulate);
     const std::int64_t units = x.units.count();
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
     const std::int64_t panels = ceil_div(units, step);
@@ -107,9 +108,9 @@ struct ProductNn : LayoutNn<DotOf> {
     Range strips{};
     std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
   };
-  static Cut cut(const Strips& strips, Range range, std::int64_t cols, bool ragged, std::int64_t threads,
+  static Cut cut(const Strips& strips, Range range, std::int64_t cols, Decoded decoded, std::int64_t threads,
                  std::int64_t min_tasks_per_thread = 1) {
-    const Tiling cut = tiling(strips.rows, ragged);
+    const Tiling cut = tiling(strips.rows, decoded);
     const std::int64_t max_strips =
         larger<std::int64_t>(scaled_to_l2(kMaxAccumulators, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
     const std::int64_t min_strips = 128 / kStripRows;
@@ -140,7 +141,8 @@ struct ProductNn : LayoutNn<DotOf> {
               .strips = {s0, smaller(s0 + grid.row_part, cut.strips.end)},
               .chunks = {c0, smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk))},
               .panel_units = cut.tiling.panel_units()};
-    const bool has_totals = !kOneChain && part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
+    const bool has_totals = !kOneChain<Dot> && Layout::decoded(w, strips.rows) != Decoded::in_stages &&
+                            part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
     const bool keeps = kept.accumulators != nullptr;
     const std::int64_t own_floats = keeps ? 0 : (has_totals ? 2 : 1) * part.floats();
     part.panels = scratch_floats(Slot::thread, kPanels * kPanelFloats + own_floats);
@@ -241,7 +243,7 @@ struct ProductNn : LayoutNn<DotOf> {
           // A strip has a tile for every kDecodingColumnStep vectors of a chunk, and a step decodes two chunks of a
           // unit.
           constexpr std::int64_t kDecodingUnits = 2 * Dot::kColumnVectors / kDecodingColumnStep;
-          multiply_register_tile<ProductNn, kRows, vectors, kOneChain, kDecodingUnits>(
+          multiply_register_tile<Dot, kRows, vectors, kOneChain<Dot>, kDecodingUnits>(
               Strided{operands.x + unit, operands.stride},
               Strided{operands.columns + unit * kChunk + j * kLanes, FixedStride<kChunk>()},
               smaller(kChain, operands.units - unit),

@@ -1,8 +1,8 @@
 // How the operands and the accumulators of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
 //
 //   packed X       [row][unit], packed_stride(units) apart; with tiles a strip is [step of 16 units][row][unit], so
-//   that
-//                  a tile is 1 KB in one piece: 16 rows that lie apart would be as many pages, for each of its steps
+//                  that a tile is 1 KB in one piece: 16 rows that lie apart would be as many pages, for each of its
+//                  steps
 //   panel          the decoded columns of W, [chunk][unit][64 columns]; with tiles [chunk][half][unit][32 columns], so
 //                  that the two tiles of a block lie in one piece and spread over all sets of the first-level cache
 //   accumulators   fp32, [strip][chunk][row of the strip][64 columns] in decoded order (Dot::to_natural); with tiles
@@ -19,34 +19,37 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-template <class DotOf>
+template <class Dot>
 struct LayoutNn {
-  using Dot = DotOf;
   using Chunk = typename Dot::Chunk;
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
   static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
-  // Whether a sum goes on from panel to panel. Else the accumulators of each panel are added to those before, because
-  // the error of one sum of N terms would be too large for a result in fp32.
-  static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
-  // So few rows are multiplied without panels by vectors (few_rows_nn-inl.h), or 0: sums that begin anew now and then
-  // are not, as they do so from panel to panel. W is decoded for each strip, or for each half of a chunk where the
-  // registers do not have accumulators of all columns: once, or twice if decoding is a lookup and multiplying not much
-  // faster. Against panels, on an Intel Xeon (Ice Lake), decoding NF4 once to multiply in fp32 took 0.45 to 0.71 times
-  // as long, and twice 0.84 to 0.98 times; three times took 1.05, and int8 twice 1.2.
-  static constexpr int kFewAccumulators = kRegisters * 3 / 4;  // beside what decodes W
-  static constexpr int max_few_rows(bool by_table) {
-    const int times = by_table && Dot::kElementsPerUnit == 1 ? 2 : 1;
-    return kByTiles || !kOneChain ? 0 : times * kFewAccumulators / Dot::kColumnVectors;
+  // How W comes to a product by vectors: in stages (stage_nn-inl.h), or in panels. Rows that lie ragged in their blocks
+  // or codes are not prefetched.
+  enum class Decoded { in_stages, in_panels, in_ragged_panels };
+  template <class Rows>
+  static Decoded decoded(const Rows& w, std::int64_t rows) {
+    if constexpr (Rows::kQuantized) {
+      if (!w.aligned()) return Decoded::in_ragged_panels;
+      // Pairs of rows are decoded for their products in registers alone: no processor with BF16 has timed their stages.
+      constexpr bool kPairs = Dot::kElementsPerUnit == 2;
+      if (!kByTiles && !Rows::kRare && (!kPairs || rows <= kMaxDirectRows)) return Decoded::in_stages;
+    }
+    return Decoded::in_panels;
   }
+  // So few rows are multiplied where a weight is decoded: their accumulators leave registers for decoding, and one
+  // chain is accurate enough.
+  static constexpr int kMaxDirectRows = kByTiles || !kOneChain<Dot> ? 0 : kRegisters * 3 / 4 / Dot::kColumnVectors;
   // The parts that the columns of a chunk are laid out in, in the panels and the accumulators of a product.
   static constexpr int kParts = kByTiles ? 2 : 1;
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
   static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
-  // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long ranges.
-  // The same holds for ragged W, which is not prefetched. With many rows panels are long, so that the accumulators
-  // are added to rarely. Two panels and the accumulators stay below 1 MB.
+  // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long ranges. The
+  // same holds for ragged W. With stages they are as wide as the second-level cache has room for the accumulators. With
+  // many rows panels are long, so that the accumulators are added to rarely. Two panels and the accumulators stay below
+  // 1 MB.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
@@ -58,9 +61,13 @@ struct LayoutNn {
       return smaller<std::int64_t>(kPanelFloats / kChunk / tuned_chunks, Dot::kBlock / Dot::kElementsPerUnit);
     }
   };
-  static Tiling tiling(std::int64_t rows, bool ragged) {
+  static Tiling tiling(std::int64_t rows, Decoded decoded) {
+    const bool ragged = decoded == Decoded::in_ragged_panels;
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
-    if (rows <= (ragged && kOneChain ? 32 : kByTiles ? 0 : larger(8, max_few_rows(true))))
+    const std::int64_t fitting = kMaxAccumulators / (round_up(rows, kStripRows) * kChunk);
+    if (decoded == Decoded::in_stages)
+      tuned = {smaller<std::int64_t>(larger<std::int64_t>(fitting, 4), 32), rows <= kStripRows ? 1 : 2};
+    else if (rows <= (ragged && kOneChain<Dot> ? 32 : kByTiles ? 0 : 8))
       tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
@@ -68,6 +75,8 @@ struct LayoutNn {
       tuned = rows <= 32 ? Tiling{32, 1} : Tiling{16, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
+  // Floats of the accumulators of a task, which stay in the second-level cache.
+  static constexpr std::int64_t kMaxAccumulators = kByTiles ? 704 * 4 * kChunk : 128 << 10;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
   static constexpr int kPanels = kByTiles ? 1 : 2;  // that there is memory for
 
@@ -197,7 +206,7 @@ struct LayoutNn {
     const Strips& all_strips;
     Range strips, chunks;
     std::int64_t panel_units;
-    float* panels;  // two
+    float* panels;  // memory for kPanels of them
     float* accumulators;
     float* totals;  // laid out as accumulators, or null where accumulators go on to the end
 

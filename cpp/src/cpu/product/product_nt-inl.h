@@ -9,8 +9,11 @@
 #pragma once
 
 #include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/prefetch-inl.h"
+#include "cpu/product/register_tile-inl.h"
 #include "cpu/product/strip_nt-inl.h"
 #include "cpu/product/tiles-inl.h"
+#include "cpu/runtime/blocking.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -34,9 +37,8 @@ class Strips {
   std::int64_t vectors_, width_, count_;
 };
 
-template <class DotOf>
+template <class Dot>
 struct ProductNt {
-  using Dot = DotOf;
   using Chunk = typename Dot::Chunk;
   using Tiles = typename TilesOf<Dot>::type;
   static_assert(!kTiled<Dot> || kLanes == kTileUnits);
@@ -336,7 +338,7 @@ struct ProductNt {
       const float* part = strip.data + unit * strip.unit_stride;
       const float* next = unit + kChain < units ? part + kChain * strip.unit_stride : strip.ahead();
       for (std::int64_t row = 0; row < panel.rows(); row += kRows)
-        multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
+        multiply_register_tile<Dot, kRows, kWidth, false, kDecodingUnits>(
             Strided{panel.row(row) + unit, FixedStride<kPanelStride>()}, Strided{part, strip.unit_stride},
             smaller(kChain, units - unit),
             Strided{accumulators.data + row * accumulators.row_stride, accumulators.row_stride},

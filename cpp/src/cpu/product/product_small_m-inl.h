@@ -5,7 +5,7 @@
 #include <span>
 
 #include "cpu/product/config.h"
-#include "cpu/product/lora-inl.h"
+#include "cpu/product/job_operands-inl.h"
 #include "cpu/runtime/scratch.h"
 
 namespace qlora_native::QLN_ISA {
@@ -55,12 +55,6 @@ struct SmallM {
     float* u = nullptr;
     std::int64_t padded_rank = 0;
 
-    // Prefetches rows n ... n+count-1 of B.
-    void prefetch(std::int64_t n, std::int64_t count) const {
-      const std::int64_t row_bytes = b.stride * static_cast<std::int64_t>(size_of(b.dtype));
-      const char* rows = static_cast<const char*>(b.data) + n * row_bytes;
-      for (std::int64_t i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(rows + i, 0, 3);
-    }
     F32 row(std::int64_t n, std::int64_t r) const {
       return with_dtype(b.dtype, [&](auto dtype) {
         constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
@@ -74,15 +68,16 @@ struct SmallM {
   // Rows of W that are multiplied together, so that they share what is loaded of x. Their accumulators, and what
   // decodes them, should fit the registers.
   template <int kM>
-  static constexpr int kRowsOf = kM * 4 <= kRegisters / 2 ? Dot::kStepRows : 2;
+  static constexpr int kRowsOf = kM * 4 <= kRegisters / 2                          ? Dot::kStepRows
+                                 : kM * Dot::kStepRowsOfMany <= kRegisters * 2 / 3 ? Dot::kStepRowsOfMany
+                                                                                   : 2;
   // Accumulators for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight
   // accumulators keep the processor busy.
   template <int kM>
   static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kStepVectors);
 
-  // After so many steps the accumulators are added to a total and start from zero. 0 means that one chain is accurate
-  // enough.
-  static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
+  // After so many steps the accumulators are added to a total and start from zero; never, if this is 0.
+  static constexpr std::int64_t kChainSteps = kOneChain<Dot> ? 0 : 256 / kStepElements<Dot>;
 
   template <int kM>
   struct Totals {
@@ -184,7 +179,7 @@ struct SmallM {
     // The rows after these are next in memory, and next to be read. They are prefetched into the second-level cache:
     // into the first, they cost a third more time.
     const std::int64_t ahead = kRows * w.row_bytes();
-    for (const LowRank& lora : loras) lora.prefetch(n + kRows, kRows);
+    for (const LowRank& lora : loras) prefetch(rows_of(lora.b, n + kRows, kRows));
     const std::int64_t whole = w.cols() / kStepElements<Dot>;
     for (std::int64_t s = 0; s < whole; ++s) {
       typename Rows::QuantizedStep step[kRows];
@@ -299,8 +294,9 @@ struct SmallM {
         scales = scratch_floats(Slot::thread, (kMinimum ? 2 : 1) * kRowsAtOnce * row_scales + Rows::kChunkScales);
         if (kMinimum) minima = scales + kRowsAtOnce * row_scales;
       }
-    for (std::int64_t first = rows.begin; first < rows.end; first += kRowsAtOnce) {
-      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, rows.end - first));
+    const std::int64_t at_once = kRowsAtOnce / rows_of_w * rows_of_w;  // so that the last of them are whole tiles too
+    for (std::int64_t first = rows.begin; first < rows.end; first += at_once) {
+      const int count = static_cast<int>(smaller(at_once, rows.end - first));
       int whole = 0;
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
@@ -309,7 +305,7 @@ struct SmallM {
           whole = count / rows_of_w * rows_of_w;
           for (int j = 0; j < whole; j += rows_of_w) {
             // Scales of the next rows, in parts: so many lines at once would keep the codes waiting.
-            w.chunk_scales().prefetch({first + kRowsAtOnce + j, first + kRowsAtOnce + j + rows_of_w}, chunks);
+            w.chunk_scales().prefetch({first + at_once + j, first + at_once + j + rows_of_w}, chunks);
             kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
                               results + j * rows_of_x);
           }

@@ -14,6 +14,7 @@
 // 0.5 us need 0.25 us to begin again (Intel Xeon, Emerald Rapids).
 #pragma once
 
+#include "cpu/product/prefetch-inl.h"
 #include "cpu/product/product_nn_layout-inl.h"
 #include "cpu/quantize/quantized_rows-inl.h"
 
@@ -44,11 +45,13 @@ class StripNn {
 
  private:
   StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
-      : tiles_(tiles), w_(w), x_(x), part_(part), chunks_(chunks) {
-    scale_row_ = ChunkScales::stride_of(chunks.count() * Rows::kChunkScales);
-    ahead_ = {w.codes_at(2 * x.units.begin, chunks.begin), w.row_bytes(),
-              ceil_div(chunks.count() * Rows::kChunkBytes, 64)};
-  }
+      : tiles_(tiles),
+        w_(w),
+        x_(x),
+        part_(part),
+        chunks_(chunks),
+        scale_row_(ChunkScales::stride_of(chunks.count() * Rows::kChunkScales)),
+        ahead_(w.codes_at(2 * x.units.begin, chunks.begin), w.row_bytes(), chunks.count() * Rows::kChunkBytes) {}
 
   static constexpr std::int64_t kLinesOfUnit = 2 * Rows::kChunkBytes / 64;  // of a chunk
 
@@ -97,8 +100,8 @@ class StripNn {
     const std::int64_t row_bytes = w_.row_bytes(), scale_row = scale_row_;
     Scales scales = stage.scales;
     float* out = stage.out;
-    PiecesAhead ahead = ahead_;
-    if (stage.unit + stage.units == x_.units.end) ahead.row_bytes = 0;  // after the last group it stays where it is
+    CodesAhead ahead = ahead_;
+    if (stage.unit + stage.units == x_.units.end) ahead.stay();  // this is the last group
     for (; count > 0; --count) {
       typename Dot::Chunk chunk[2];
       decoder.two({codes, codes + row_bytes}, {scales, scales + scale_row}, chunk);
@@ -106,7 +109,7 @@ class StripNn {
       codes += 2 * row_bytes;
       scales = scales + 2 * scale_row;
       out += kChunk;
-      ahead.prefetch(kLinesOfUnit);
+      ahead.prefetch_lines(kLinesOfUnit);
     }
     ahead_ = ahead;
     stage.codes = codes;
@@ -130,7 +133,7 @@ class StripNn {
   void multiply_columns(bool accumulate) {
     const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * chunks_.count();
     for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i)
-      ahead_.prefetch(kLinesOfUnit);  // the first group
+      ahead_.prefetch_lines(kLinesOfUnit);  // the first group
     Stage stage = stage_of(0);
     decode_some(stage, stage.units);
     for (std::int64_t i = 0; i < stages; ++i) {
@@ -172,7 +175,7 @@ class StripNn {
   const Part& part_;
   Range chunks_;
   std::int64_t scale_row_;  // from a row's scales to the next row's
-  PiecesAhead ahead_;       // codes of the next group
+  CodesAhead ahead_;        // codes of the next group
 };
 
 }  // namespace

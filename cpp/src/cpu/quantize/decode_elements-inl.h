@@ -6,6 +6,24 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
+template <DType kType, bool kStream>
+[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
+  using Dot = DotF32<kType>;
+  for (int g = 0; g < Dot::kVectors / 2; ++g)
+    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
+                                chunk.v[2 * g + 1]);
+}
+// Stores `count` elements of a chunk side by side. With kStream by non-temporal stores if the chunk is whole.
+template <DType kType, bool kStream = false>
+[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
+                                               std::int64_t count) {
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
+  char copy[kChunk * kSize];
+  store_whole_chunk<kType, false>(chunk, copy);
+  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+}
+
 // Rows of a weight, quantized or dense, and the function that decodes some chunks of row n to `out`, by non-temporal
 // stores with `stream`. It is a pointer so that what calls it is compiled once for all kinds of rows.
 struct ElementRows {

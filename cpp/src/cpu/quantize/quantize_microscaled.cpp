@@ -14,7 +14,6 @@ namespace qlora_native {
 namespace {
 
 constexpr std::int64_t kTaskElements = 64 << 10;
-constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
 
 float to_f32(float value, DType) { return value; }
 float to_f32(std::uint16_t bits, DType dtype) {
@@ -55,9 +54,9 @@ void quantize_blocks(const QuantizeMicroscaledArgs& args, float global_scale) {
         w[i] = to_f32(weight[begin + i], args.dtype);
         max_bits = std::max(max_bits, magnitude_bits(w[i]));
       }
-      if (max_bits >= kInfinity) {
+      if (max_bits >= kInfinityBits) {
         for (std::int64_t i = 0; i < count; ++i) {
-          if (magnitude_bits(w[i]) >= kInfinity && found.count++ == 0) found.first = begin + i;
+          if (magnitude_bits(w[i]) >= kInfinityBits && found.count++ == 0) found.first = begin + i;
         }
         continue;
       }

@@ -22,8 +22,6 @@ class QuantizedRows {
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
   static constexpr std::int64_t kChunkScales = kScales;
-  // Whether values are looked up, in a table for each block. Others are computed, and rounded one by one.
-  static constexpr bool kByTable = kBits == 4 && kScales < 4;
   // Products have fewer kernels for a rare format: not each number of rows of x has its own, and no panel is decoded
   // while another one is multiplied. Each class is compiled for each product.
   static constexpr bool kRare = kScales == 4 && kMinimum;
@@ -120,9 +118,6 @@ class QuantizedRows {
     }
   };
   ChunkDecoder chunk_decoder() const { return {code_}; }
-  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, const Scales& scales) const {
-    return chunk_decoder().one(codes, scales);
-  }
   // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
@@ -138,6 +133,7 @@ class QuantizedRows {
   [[gnu::always_inline]] void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count,
                                            float (&scales)[kRows][kMaxScales], float* minima, std::int64_t ahead,
                                            Sink&& sink) const {
+    const ChunkDecoder decoder = chunk_decoder();
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
     scales_.decode({n, n + kRows}, {begin, begin + count}, scales[0], minima, kMaxScales);
@@ -148,7 +144,7 @@ class QuantizedRows {
       for (int i = 0; i < kRows; ++i) {
         const std::uint8_t* p = codes[i] + j * kChunkBytes;
         if (ahead != 0) __builtin_prefetch(p + ahead, 0, 2);
-        chunks[i] = chunk(p, Scales{scales[i], kMinimum ? minima + i * kMaxScales : nullptr} + j * kScales);
+        chunks[i] = decoder.one(p, Scales{scales[i], kMinimum ? minima + i * kMaxScales : nullptr} + j * kScales);
       }
       sink(begin + j, chunks);
     }

@@ -34,6 +34,10 @@ struct SharedStage {
 
 }  // namespace
 
+// Not in the header: each instruction set would compile its own, and the linker keep any one of them.
+Job::~Job() = default;
+bool Job::runs_alone() const { return false; }
+
 void Jobs::add(std::unique_ptr<Job> job) {
   if (job->runs_alone()) {
     run();

@@ -16,7 +16,7 @@ class Job {
   Job() = default;
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
-  virtual ~Job() = default;
+  virtual ~Job();
 
   // How many of the requested rows this job computes, from the first on.
   std::int64_t rows() const { return rows_; }
@@ -31,7 +31,7 @@ class Job {
   virtual void run(int stage, std::int64_t task) = 0;
 
   // Whether it uses the pool by itself, so that nothing may run beside it. It is then one task of the calling thread.
-  virtual bool runs_alone() const { return false; }
+  virtual bool runs_alone() const;
 
  protected:
   std::int64_t rows_ = 0, bytes_ = 0, tasks_[kStages] = {};

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace qlora_native::QLN_ISA {
 namespace {

@@ -19,9 +19,7 @@ constexpr int element_of(int nibble, int word) { return 8 * word + nibble / 2 * 
 struct DotBf16AsF32 : DotBf16 {
   static F32 dot(F32 accumulator, F32 x, F32 w) { return fma(x, w, accumulator); }
 
-  static constexpr int kStepChunks = 2;
   static constexpr int kStepVectors = 8;
-  static constexpr int kHalfStepVectors = 4;
   static constexpr bool kFewRows = true;
   struct Step {
     F32 v[kStepVectors];

@@ -1,4 +1,5 @@
-// What the jobs of all products take: the matrices of an adapter, its dropout, rows of matrices, and the weight.
+// What the jobs of all products take: the matrices of an adapter, its dropout, rows of matrices, and the weight. And
+// how a job is made for a weight's format.
 #pragma once
 
 #include <memory>
@@ -32,6 +33,12 @@ inline BasicMatrix<Pointer> rows_of(BasicMatrix<Pointer> m, std::int64_t first, 
     m.data = static_cast<Byte>(m.data) + first * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
   m.rows = count;
   return m;
+}
+// Prefetches rows that lie one after another.
+inline void prefetch(const ConstMatrix& m) {
+  const auto* bytes = static_cast<const char*>(m.data);
+  const std::int64_t count = m.rows * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
+  for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 3);
 }
 inline ConstMatrix readable(Matrix m) { return {m.data, m.dtype, m.rows, m.cols, m.stride}; }
 
@@ -80,10 +87,10 @@ inline LinearBackwardInputArgs args_of(LinearBackwardInputArgs args, const Weigh
   return args;
 }
 
-// Makes a job of the class template kJob, over the rows of the part's weight in the order of the Dot ForRows.
-template <class ForRows, template <class, class> class kJob, class Dot, class Args>
+// Makes a job of the class template kJob, over the rows of the part's weight.
+template <template <class, class> class kJob, class Dot, class Args>
 std::unique_ptr<Job> make_job(const Args& args, const WeightRows& part) {
-  return with_rows<ForRows>(args.weight, part.weight, [&](const auto& rows) -> std::unique_ptr<Job> {
+  return with_rows<Dot>(args.weight, part.weight, [&](const auto& rows) -> std::unique_ptr<Job> {
     return std::make_unique<kJob<Dot, std::remove_cvref_t<decltype(rows)>>>(rows, args, part);
   });
 }
