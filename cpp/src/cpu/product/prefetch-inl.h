@@ -43,27 +43,26 @@ struct RowsAhead {
 // The codes of a piece of each row of W, line by line, row after row: that is how memory is read fastest.
 class CodesAhead {
  public:
-  // Pieces of so many bytes, a multiple of 32, which begin row_bytes apart.
+  // Pieces of so many bytes, which begin row_bytes apart.
   CodesAhead(const std::uint8_t* codes, std::int64_t row_bytes, std::int64_t bytes)
-      : row_(codes), row_bytes_(row_bytes), lines_((bytes + 63) / 64), ends_in_half_(bytes % 64 != 0) {}
+      : row_(codes), row_bytes_(row_bytes), lines_((bytes + 63) / 64), bytes_(bytes) {}
 
-  // Prefetches the lines of the next `count` * 64 bytes.
   [[gnu::always_inline]] void prefetch_lines(std::int64_t count) {
-    for (; count > 0; --count) {
+    for (std::int64_t i = 0; i < count; ++i) {
       __builtin_prefetch(row_ + line_ * 64, 0, 2);
       if (++line_ < lines_) continue;
       line_ = 0;
       row_ += row_bytes_;
-      if (ends_in_half_) count += half_ = !half_;  // two half lines are one
     }
   }
+  // Prefetches what so many rows have more lines than bytes / 64, as pieces of an odd number of chunks of 4 bits do.
+  [[gnu::noinline]] void prefetch_ends(std::int64_t rows) { prefetch_lines(rows * (lines_ * 64 - bytes_) / 64); }
   // From now on the same piece is prefetched again and again.
   void stay() { row_bytes_ = 0; }
 
  private:
   const std::uint8_t* row_;
-  std::int64_t row_bytes_, lines_, line_ = 0;
-  bool ends_in_half_, half_ = false;
+  std::int64_t row_bytes_, lines_, bytes_, line_ = 0;
 };
 
 }  // namespace

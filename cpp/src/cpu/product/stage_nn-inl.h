@@ -47,7 +47,8 @@ class StageNn {
 
   void multiply_columns(bool accumulate) {
     const std::int64_t rows = smaller(kUnits * kUnitRows, w_.rows());  // of the first group
-    ahead_.prefetch_lines(ceil_div(rows * chunks_.count() * Rows::kChunkBytes, 64));
+    ahead_.prefetch_lines(rows * chunks_.count() * Rows::kChunkBytes / 64);
+    ahead_.prefetch_ends(rows);
     for (std::int64_t unit = x_.units.begin; unit < x_.units.end; unit += kUnits)
       multiply_group({unit, smaller(unit + kUnits, x_.units.end)}, accumulate || unit != x_.units.begin);
   }
@@ -71,6 +72,7 @@ class StageNn {
           multiply_directly<rows_of_dy>(codes, scales, units, part_.accumulators_of(0, c), accumulate);
         });
     }
+    ahead_.prefetch_ends(rows.count());
   }
   // The units of a group in the first row of a strip.
   const float* rows_of_dy(Range units, std::int64_t strip) const {

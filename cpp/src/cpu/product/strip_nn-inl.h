@@ -83,7 +83,10 @@ class StripNn {
   [[gnu::always_inline]] void decode_some(Stage& stage, std::int64_t count) {
     if (stage.left == 0) return;
     if constexpr (Rows::kQuantized)
-      if (stage.left == stage.units && stage.chunk == chunks_.begin) decode_scales(stage);
+      if (stage.left == stage.units && stage.chunk == chunks_.begin) {
+        if (stage.unit != x_.units.begin) ahead_.prefetch_ends(kRows);  // of the group that has been decoded
+        decode_scales(stage);
+      }
     count = smaller(count, stage.left);
     stage.left -= count;
     const bool odd = stage.left == 0 && w_.rows() < 2 * (stage.unit + stage.units);  // then the last unit has one row
@@ -134,6 +137,7 @@ class StripNn {
     const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * chunks_.count();
     for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i)
       ahead_.prefetch_lines(kLinesOfUnit);  // the first group
+    ahead_.prefetch_ends(2 * smaller(kUnits, units));
     Stage stage = stage_of(0);
     decode_some(stage, stage.units);
     for (std::int64_t i = 0; i < stages; ++i) {
