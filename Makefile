@@ -11,7 +11,7 @@
 # make wheels     build wheels that need no compiler, for PYTHONS="python3.11 python3.13", install and test them
 #                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which takes much longer; ARGS="--machine aarch64":
 #                 for 64-bit Arm and Debian's python3.11, tested under QEMU)
-# make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with results/sass.json
+# make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with bench/results/sass.json
 # make lint       check formatting, style and the types of examples/
 # make docs       build the pages of docs/ and an API reference into build/docs/index.html
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -107,7 +107,7 @@ sanitizers := address,undefined
 # No check of uses after return: GCC 12 aligns its frames on the heap to 32 bytes, where vectors of 64 bytes fault.
 asan_options := detect_stack_use_after_return=0
 # ThreadSanitizer does not understand how libgomp's threads wait for each other, so these tests use a pool of their own.
-threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_paged_weights qln_test_panels
+threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_paged_weights qln_test_cuda_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
 	    --target build/sanitized -C build-dir=build/sanitize -C cmake.define.QLN_SANITIZE=$(sanitizers) \
@@ -122,7 +122,7 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DQLN_BUILD_TESTS=ON \
 	    -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_OPENMP=OFF -DQLN_SANITIZE=thread
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
-	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
+	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|cuda_panels)'
 
 # Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings
 # are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.

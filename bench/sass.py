@@ -1,7 +1,7 @@
 """What the CUDA kernels ask of a GPU, read from their machine code. No GPU is needed, and nothing is timed.
 
     make sass                     compiles the kernels, and prints a table of them
-    make sass ARGS=--check        fails where a kernel spills, or is worse than results/sass.json says
+    make sass ARGS=--check        fails where a kernel spills, or is worse than bench/results/sass.json says
     make sass ARGS=--output       writes those figures, and the tables of the READMEs below cuda/
 
 The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
@@ -35,7 +35,7 @@ from tables import table, with_part
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/sass/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
-# What results/sass.json keeps of a kernel's figures; a fault is a higher one, or a lower share of HMMA.
+# What bench/results/sass.json keeps of a kernel's figures; a fault is a higher one, or a lower share of HMMA.
 BOUNDED = ("registers", "loop", "per_weight", "per_element")
 KEPT = (*BOUNDED, "hmma")
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
@@ -199,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path, nargs="?", default=LIBRARY, help=f"default: {LIBRARY.relative_to(ROOT)}")
     parser.add_argument("--kernels", default="", metavar="REGEX", help="only those whose names match")
-    parser.add_argument("--check", action="store_true", help="compare with results/sass.json; print only what is wrong")
-    parser.add_argument("--output", action="store_true", help="write results/sass.json, and the tables of the READMEs")
+    results = RESULTS.relative_to(ROOT)
+    parser.add_argument("--check", action="store_true", help=f"compare with {results}; print only what is wrong")
+    parser.add_argument("--output", action="store_true", help=f"write {results}, and the tables of the READMEs")
     args = parser.parse_args(argv)
     if not args.library.exists():
         raise SystemExit(f"{args.library} is missing: make sass builds it")
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(version: str, found: dict[str, Any]) -> None:
-    """Write results/sass.json, with a line for each kernel, and the tables of the pages."""
+    """Write bench/results/sass.json, with a line for each kernel, and the tables of the pages."""
     kept = {
         name: {arch: {key: figure[key] for key in KEPT if key in figure} for arch, figure in both.items()}
         for name, both in found.items()

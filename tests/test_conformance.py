@@ -164,8 +164,8 @@ def check_product(case, device="cpu", by_torch=None):
 
 
 def long_sums():
-    """On a GPU without forward products of up to 8 rows, where what a lane sums is one chain (gemv_forward.cu): at this
-    length an error of 1.4 times that of blocks."""
+    """On a GPU without forward products of up to 8 rows, where what a lane sums is one chain (product/gemv/gemv.cu): at
+    this length an error of 1.4 times that of blocks."""
     on_cpu = _C.cpu_tensors_backend() == "cpu"
     return [(case, names) for case, names in cases.long_sums() if on_cpu or case.M > 8 or names != ("y",)]
 

@@ -59,14 +59,14 @@ class Suite:
 
 EMULATED = {"QLN_BACKEND": "cuda_emulated"}
 SUITES = {
-    "product_config": Suite("qln_test_product_config", is_quick=True),
+    "cuda_product_config": Suite("qln_test_cuda_product_config", is_quick=True),
     "gemm_layout": Suite("qln_test_gemm_layout", is_quick=True),
     "code_table": Suite("qln_test_code_table", is_quick=True),
     "nearest_codes": Suite("qln_test_nearest_codes", is_quick=True),
     "concurrent": Suite("qln_test_concurrent", EMULATED),
     "core_emulated": Suite("qln_test", EMULATED),
     "conformance_emulated": Suite("qln_test_conformance", EMULATED),
-    "panels": Suite("qln_test_panels", EMULATED),
+    "cuda_panels": Suite("qln_test_cuda_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
     "paged_weights": Suite("qln_test_paged_weights", EMULATED),
     "row_groups": Suite("qln_test_row_groups", EMULATED),

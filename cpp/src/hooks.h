@@ -18,7 +18,7 @@ const Hooks& hooks();  // runtime.cpp
 enum CudaKernel : unsigned { kCudaGemv = 1, kCudaGemm = 2, kCudaWgmma = 4, kCudaPanels = 8 };
 unsigned disabled_cuda_kernels(int device);  // runtime.cpp
 
-// How many threads the pool has that is used where none was set (cpu/parallel.cpp).
+// How many threads the pool has that is used where none was set (cpu/runtime/parallel.cpp).
 int default_threads();
 
 }  // namespace qlora_native

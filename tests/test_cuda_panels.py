@@ -1,7 +1,7 @@
-"""Guards products of large M by panels of decoded weight, which torch multiplies (cuda/README.md, "Panels").
+"""Guards products of large M by panels of decoded weight, which torch multiplies (cuda/product/README.md).
 
 They run over the emulator, through both of torch's hooks, and torch's modes must neither disturb nor see them. What a
-panel holds, and the order of events, is tested without torch in tests/cpp/test_panels.cpp.
+panel holds, and the order of events, is tested without torch in tests/cpp/test_cuda_panels.cpp.
 """
 
 import itertools
@@ -22,12 +22,12 @@ BY_PANELS = "for the application's product"
 
 def shown(call, schedule="forward"):
     """What a function of this file prints, run over the emulator; and what its products were."""
-    done = emulated.shown(f"import test_panels; test_panels.{call}", schedule, QLN_PRINT_CONFIG="1")
+    done = emulated.shown(f"import test_cuda_panels; test_cuda_panels.{call}", schedule, QLN_PRINT_CONFIG="1")
     return done.stdout, done.stderr
 
 
 def test_product_and_its_gradients_are_within_their_tolerance():
-    _, products = shown("check_products(*test_panels.cases.large_m())")
+    _, products = shown("check_products(*test_cuda_panels.cases.large_m())")
     backward_is_fused = sum(case.dropout > 0 for case in cases.large_m())
     assert products.count(BY_PANELS) == 2 * len(list(cases.large_m())) - backward_is_fused
 
