@@ -127,7 +127,12 @@ def quantized(source, out, kind):
 @pytest.mark.parametrize(("kind", "types"), [
     ("MOSTLY_Q4_K_M", {"Q4_K", "Q6_K"}),
     ("MOSTLY_IQ4_XS", {"IQ4_XS", "Q6_K"}),
+    ("MOSTLY_IQ4_NL", {"IQ4_NL", "Q6_K"}),
+    ("MOSTLY_Q4_0", {"Q4_0", "Q6_K"}),
     ("MOSTLY_Q4_1", {"Q4_1", "Q6_K"}),
+    ("MOSTLY_Q5_0", {"Q5_0", "Q6_K"}),
+    ("MOSTLY_Q5_1", {"Q5_1", "Q6_K"}),
+    ("MOSTLY_Q8_0", {"Q8_0"}),
     ("MOSTLY_Q2_K", {"Q2_K", "Q3_K", "Q6_K"}),
     ("MOSTLY_Q3_K_M", {"Q3_K", "Q4_K", "Q5_K", "Q6_K"}),
 ])  # fmt: skip

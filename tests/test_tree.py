@@ -1,4 +1,4 @@
-"""Guards the layers of CONTRIBUTING.md: which folder may include which, where torch and CUDA appear, and that what is
+"""Guards the tree of CONTRIBUTING.md: which folder may include which, where torch and CUDA appear, and that what is
 written once for all instruction sets is free of the intrinsics and the assembly of any of them.
 """
 
