@@ -71,7 +71,7 @@ def memory_of_step() -> str:
     text = (
         f"Beside the model, a training step of SmolLM2-135M over {steps[0]['tokens']} tokens takes up to "
         f"{max(ours):.0f} MB of memory on {', '.join(names[:-1])} and {names[-1]}, where bitsandbytes + PEFT takes "
-        f"{min(peers):,.0f} MB."
+        f"at least {min(peers):,.0f} MB."
     )
     return textwrap.fill(text, 120) + "\n"
 

@@ -104,11 +104,13 @@ SHORT = [
     line("Y = X·Wᵀ, 1 row", "fastest peer", "forward", 1),
     line("Y, 16 rows", "fastest peer", "forward", 16),
     line("Y, 256 … 2048 rows", "fastest peer", "forward", *LARGE),
-    line("dX = dY·W, 16 rows", "fastest peer", "dx", 16),
+    line("dX = dY·W, 1 row", "fastest peer", "dx", 1),
+    line("dX, 16 rows", "fastest peer", "dx", 16),
     line("dX, 256 … 2048 rows", "fastest peer", "dx", *LARGE),
     line("Y in fp32, 256 … 2048 rows", "fastest peer", "forward", *LARGE, dtype="float32"),
     line("a training step of SmolLM2-135M, LoRA r=16", "ratio", "step_kept", memory="kept"),
     line("a step of 8-bit AdamW, 4.9 M parameters", "torch fused", ADAMW_ADAPTER),
+    line("a step of 8-bit AdamW, one tensor of 100 M", "torch fused", ADAMW_TENSOR),
 ]
 FASTEST_OF = ("torch dense", "bitsandbytes", "bitsandbytes packed", "torchao")
 
