@@ -146,23 +146,6 @@ def test_float64_is_refused_at_once_and_changes_nothing(make):
     assert {n: t.dtype for n, t in layer.state_dict().items()} == {n: t.dtype for n, t in twin.state_dict().items()}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_codebook_is_read_by_its_first_name(options):
-    """It was called `code`, in state dicts and in pickles of whole layers."""
-    layer, _ = layer_of(options)
-    state = layer.state_dict()
-    old = copy.deepcopy(layer)
-    if "codebook" in state:
-        state["code"] = state.pop("codebook")
-        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "code"'):
-            fresh(options).load_state_dict({**state, "codebook": state["code"]})
-    old._buffers["code"] = old._buffers.pop("codebook")
-    again = nn.Sequential(fresh(options, device="meta"))
-    again.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
-    for other in (again[0], pickle.loads(pickle.dumps(old))):
-        same(other, layer)
-
-
 def test_layer_has_gradients_of_input_and_bias():
     layer, _ = layer_of()
     x = x_of().requires_grad_()

@@ -169,7 +169,6 @@ MAY_IMPORT = {
         *LAYERS,
         "_calibrate",
         "convert",
-        "integrations.fuse",
         "integrations.peft",
         "integrations.bitsandbytes",
     ),

@@ -94,14 +94,6 @@ class QuantizedLayer(nn.Module):
             check_float_dtype(name, value)
         super().__setattr__(name, value)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Pickles of earlier versions have other names.
-        if "code" in self._buffers:
-            self._buffers["codebook"] = self._buffers.pop("code")
-        if "product_dtype" in self.__dict__:
-            self.dtype, self.compute_dtype = self.__dict__["compute_dtype"], self.__dict__.pop("product_dtype")
-
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
@@ -217,8 +209,6 @@ class QuantizedLayer(nn.Module):
 
         Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
-        if f"{prefix}code" in state_dict and f"{prefix}codebook" not in state_dict:  # the codebook's first name
-            state_dict[f"{prefix}codebook"] = state_dict.pop(f"{prefix}code")
         errors = []
         assign = args[0].get("assign_to_params_buffers", False)
         for name, own in (*self.weight_tensors().items(), ("bias", self._parameters.get("bias"))):
