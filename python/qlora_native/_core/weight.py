@@ -1,8 +1,7 @@
-"""`QuantizedWeight`, the container of a quantized weight, and how it is stored in bitsandbytes' files."""
+"""`QuantizedWeight`, the container of a quantized weight."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
-from .blocks import NESTED_BLOCKSIZE, ceil_div, check_blocksize
-from .errors import bad, bad_type, check_float_dtype, check_memory, dtype_name
-from .formats import CODEBOOKS, codes_shape
+from .blocks import ceil_div, check_blocksize
+from .errors import bad, bad_type, check_float_dtype, check_memory
+from .formats import CODEBOOKS
 from .layouts import E4M3, LAYOUTS, Layout
 from .mapped import before_use
 from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
-from .quant_state import bytes_of, read_quant_state
+from .quant_state import bitsandbytes_entries, bitsandbytes_fields
 
 
 def check_finite(name: str, tensor: Tensor) -> float:
@@ -230,8 +229,10 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in self._fields().items() if isinstance(value, Tensor)}
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Decode the weight: fp32 code * fp32 scale, rounded once. Not differentiable.
@@ -327,30 +328,8 @@ class QuantizedWeight:
         Raises:
             ValueError: bitsandbytes does not have the format, or would decode other values, because it ignores `code`.
         """
-        if self.format not in ("nf4", "fp4"):
-            raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
-        for each, tensor in self.tensors().items():
-            check_memory(each, tensor)
-        if not torch.equal(self.code.cpu(), CODEBOOKS[self.format]):
-            raise bad("code", f"the codebook of {self.format}", "another, which bitsandbytes would not use")
-        state: dict[str, Any] = {
-            "quant_type": self.format,
-            "blocksize": self.blocksize,
-            "dtype": dtype_name(self.dtype),
-            "shape": list(self.shape),
-        }
-        if transposed:
-            state["transposed"] = True
-        tensors = {"": self.codes.reshape(-1, 1), ".absmax": self.absmax, ".quant_map": self.code.clone()}
-        if self.nested_absmax is not None:
-            tensors[".nested_absmax"] = self.nested_absmax
-            tensors[".nested_quant_map"] = self.nested_code.clone()
-            state["nested_blocksize"] = NESTED_BLOCKSIZE
-            state["nested_dtype"] = "float32"
-            state["nested_offset"] = self.offset.item()
-        text = bytearray(json.dumps(state).encode())
-        tensors[f".quant_state.bitsandbytes__{self.format}"] = torch.frombuffer(text, dtype=torch.uint8)
-        return {f"{prefix}{name}{suffix}": tensor for suffix, tensor in tensors.items()}
+        entries = bitsandbytes_entries(self._fields(), transposed)
+        return {f"{prefix}{name}{suffix}": tensor for suffix, tensor in entries.items()}
 
     @classmethod
     def from_bitsandbytes(
@@ -368,39 +347,9 @@ class QuantizedWeight:
             ValueError, TypeError: an entry is missing, or its length, dtype or content is wrong.
         """
         name = f"{prefix}{name}"
-
-        def entry(suffix: str) -> Tensor:
-            if name + suffix not in state_dict:
-                raise bad("state_dict", f"the key {name + suffix!r}", "none")
-            tensor = state_dict[name + suffix]
-            if not isinstance(tensor, Tensor):
-                raise bad_type(name + suffix, "a tensor", type(tensor).__name__)
-            check_memory(name + suffix, tensor)
-            return tensor
-
-        begin = f"{name}.quant_state.bitsandbytes__"
-        packed = [key for key in state_dict if isinstance(key, str) and key.startswith(begin)]
-        if len(packed) != 1:
-            raise bad("state_dict", f"one key {begin + 'nf4'!r} or __fp4", f"{len(packed)}")
-        nested = f"{name}.nested_absmax" in state_dict
-        state = read_quant_state(packed[0], entry(packed[0].removeprefix(name)), nested)
-        shape = state["shape"]
-        codes = bytes_of(name, entry(""), ceil_div(math.prod(shape), 2))
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
+        fields = bitsandbytes_fields(state_dict, name)
         try:
-            q = cls(
-                codes=codes.view(codes_shape(*shape, bits=4)),
-                absmax=entry(".absmax"),
-                nested_absmax=entry(".nested_absmax") if nested else None,
-                nested_code=entry(".nested_quant_map") if nested else None,
-                offset=offset,
-                code=entry(".quant_map"),
-                shape=tuple(shape),
-                blocksize=state["blocksize"],
-                format=state["quant_type"],
-                dtype=getattr(torch, state["dtype"]),
-            )
-            return q.check_values()
+            return cls(**fields).check_values()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}, {error}") from None
 
