@@ -18,18 +18,11 @@ from . import callbacks
 from .adapters import added_by_peft
 from .base import QuantizedLayer
 from .callbacks import Experts
+from .eligible import Unquantized, is_linear, linears_of_routers, note_reason, unquantized_parameters
 from .embedding import Embedding4bit, can_be_quantized
 from .experts import Experts4bit
 from .linear import linear_class
-from .sizes import (
-    Unquantized,
-    is_linear,
-    linears_of_routers,
-    note_reason,
-    size_report,
-    unquantized_parameters,
-    why_nothing,
-)
+from .sizes import size_report, why_nothing
 
 
 def quantize_model(

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
-from .adapters import added_by_peft, is_of_peft
 from .base import QuantizedLayer
+from .eligible import unquantized_parameters
 
-_REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
 _BITS = {torch.uint8: "8 bits", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SHOWN = 3  # names that a row of the table lists
-# Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
-_SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
-
-
-@dataclass(frozen=True)
-class Unquantized:
-    """A parameter that is not quantized.
-
-    Attributes:
-        name, tensor: the parameter.
-        reason: why it is not quantized.
-        unknown_use: it is a weight, but how its module multiplies by it is unknown.
-    """
-
-    name: str
-    tensor: Tensor
-    reason: str
-    unknown_use: bool = False
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it may hold the weights of several experts: it has three dimensions, none of them 1."""
-        return self.tensor.dim() == 3 and min(self.tensor.shape) > 1
-
-    def __str__(self) -> str:
-        """A sentence with the name, the size and the reason."""
-        return f"{self.name}, {self.tensor.nbytes:,} bytes, is left as it is: {self.reason}"
 
 
 @dataclass
@@ -137,77 +107,3 @@ def why_nothing(model: nn.Module) -> str:
         if row.what not in beside
     ]
     return f"left as they are: {'; '.join(left) or 'nothing, as it has no weights'}"
-
-
-def note_reason(module: nn.Module, reason: str) -> None:
-    """Store in `module` the reason why its weights are not quantized, for the report."""
-    setattr(module, _REASON, reason)
-
-
-def has_reason(module: nn.Module) -> bool:
-    """Whether `module` has stored a reason why its weights are not quantized."""
-    return _REASON in vars(module)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is an `nn.Linear`, or of a subclass that is known to compute the same and to hold nothing else.
-
-    Another subclass may be more than it computes: torch's MultiheadAttention reads the weight of one, and the forward
-    pass of another may multiply in fp32.
-    """
-    cls = type(module)
-    return cls is nn.Linear or f"{cls.__module__}.{cls.__qualname__}" in _SPELLED_OTHERWISE
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether `module` chooses experts. It keeps its precision: a small change would send a row to another expert."""
-    return any(word in type(module).__name__.lower() for word in ("router", "gating"))
-
-
-def linears_of_routers(model: nn.Module) -> list[str]:
-    """The paths of the linear layers in routers. The reason is stored in each of them."""
-    found = []
-    for path, router in model.named_modules():
-        for name, child in router.named_children() if is_router(router) else ():
-            while is_of_peft(child) and hasattr(child, "base_layer"):
-                name, child = f"{name}.base_layer", child.base_layer
-            if is_linear(child):
-                note_reason(child, "a router")
-                found.append(f"{path}.{name}" if path else name)
-    return found
-
-
-def unquantized_parameters(model: nn.Module, quantized: set[int]) -> Iterator[Unquantized]:
-    """The parameters of `model` whose id is not in `quantized`, each with the reason why it is not quantized."""
-    seen: set[int] = set()
-    of_peft = added_by_peft(model)
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if id(parameter) not in quantized and id(parameter) not in seen:
-                seen.add(id(parameter))
-                if id(module) in of_peft or is_of_peft(module):
-                    yield Unquantized(name, parameter, "an adapter, or kept by PEFT")
-                else:
-                    yield Unquantized(name, parameter, *_reason(name, parameter, module))
-
-
-def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]:
-    """The reason why a parameter is not quantized, and whether the reason is that its use is unknown."""
-    kind = type(module).__name__
-    if parameter.dim() < 2 or name.endswith("bias"):
-        return "a vector", False
-    if not parameter.is_floating_point():
-        return f"{parameter.dtype} already", False
-    if isinstance(module, nn.Embedding):
-        return "an embedding", False
-    if has_reason(module):
-        return vars(module)[_REASON], False
-    if is_router(module):
-        return "a router", False
-    if isinstance(module, _ConvNd):
-        return "a convolution", False
-    if is_linear(module):
-        return "a linear layer", True
-    if isinstance(module, nn.Linear):
-        return f"a subclass of nn.Linear, {kind}", True
-    return f"a parameter of {kind}, whose use is not known", parameter.dim() == 2 or min(parameter.shape) > 1

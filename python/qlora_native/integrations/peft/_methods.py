@@ -32,7 +32,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..._layers.base import QuantizedLayer
-from ..._layers.sizes import is_router
+from ..._layers.eligible import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
 from ._dequantized import DequantizedLinear, WeightWritten, is_plain, make_plain, make_readable, run_over_dequantized
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts

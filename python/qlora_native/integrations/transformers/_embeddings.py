@@ -20,8 +20,8 @@ from ... import functional
 from ..._core.errors import FLOAT_DTYPES, bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
+from ..._layers.eligible import is_linear, note_reason
 from ..._layers.embedding import can_be_quantized
-from ..._layers.sizes import is_linear, note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._weight_files import file_has
 

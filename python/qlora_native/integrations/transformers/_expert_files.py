@@ -22,8 +22,8 @@ from ..._core.blocks import NESTED_BLOCKSIZE, ceil_div
 from ..._core.errors import bad
 from ..._core.quantize import double_quantized
 from ..._core.weight import QuantizedWeight
+from ..._layers.eligible import note_reason
 from ..._layers.experts import Experts4bit
-from ..._layers.sizes import note_reason
 from ._experts import find_experts
 from ._weight_files import SUFFIXES, file_has, read_weight
 

@@ -21,10 +21,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
+from ..._layers.eligible import is_linear
 from ..._layers.embedding import Embedding4bit
 from ..._layers.experts import Experts4bit
 from ..._layers.linear import linear_class
-from ..._layers.sizes import is_linear
 from ._embeddings import embedding_like
 from ._experts import find_experts, run_quantized
 

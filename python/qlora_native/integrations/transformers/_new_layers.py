@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..._core.errors import bad
 from ..._layers.base import QuantizedLayer
-from ..._layers.sizes import note_reason
+from ..._layers.eligible import note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._config import BitsAndBytesConfig, KeepQuantized
 

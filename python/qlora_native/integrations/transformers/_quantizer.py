@@ -27,15 +27,8 @@ from ... import _C, functional
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
-from ..._layers.sizes import (
-    has_reason,
-    is_linear,
-    linears_of_routers,
-    note_reason,
-    size_report,
-    unquantized_parameters,
-    why_nothing,
-)
+from ..._layers.eligible import has_reason, is_linear, linears_of_routers, note_reason, unquantized_parameters
+from ..._layers.sizes import size_report, why_nothing
 from ...nn import Embedding4bit, Experts4bit, Linear4bit, MappedWeights
 from ._config import METHOD, BitsAndBytesConfig
 from ._embeddings import codes_of_embeddings, dense_embedding, replace_embeddings, replace_tied

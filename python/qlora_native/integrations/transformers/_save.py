@@ -14,8 +14,8 @@ from ..._core.errors import bad
 from ..._layers import callbacks
 from ..._layers.adapters import modules_without_peft
 from ..._layers.base import QuantizedLayer
+from ..._layers.eligible import is_linear
 from ..._layers.embedding import Embedding4bit
-from ..._layers.sizes import is_linear
 from ._config import FORMATS
 from ._experts import find_experts
 from ._new_layers import names_to_skip
