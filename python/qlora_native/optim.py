@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ._optim.algorithms import ADAMW, ADEMAMIX, LION
 from ._optim.base import Optimizer8bit
 from ._optim.paged import Paged
-from ._optim.state import ADAMW, ADEMAMIX, LION
 
 __all__ = [
     "AdEMAMix8bit",

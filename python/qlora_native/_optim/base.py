@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._core.errors import bad, check_float_dtype, check_memory
+from .algorithms import Algorithm, shapes_of
 from .flat import FlatStates, are_states
 from .sharded import any_unusable, check_placements, is_sharded, local, to_global, to_local
 from .state import (
-    Algorithm,
     UncastTensor,
     bitsandbytes_state,
     check_bitsandbytes_arguments,
@@ -20,7 +20,6 @@ from .state import (
     check_state_dict,
     checked_state,
     options_of,
-    shapes_of,
 )
 from .step import Batch, by_device
 

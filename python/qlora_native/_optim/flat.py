@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._core.blocks import ceil_div
 from .._core.errors import check_memory
+from .algorithms import BLOCKSIZE, Algorithm, shapes_of
 from .sharded import local
-from .state import BLOCKSIZE, Algorithm, shapes_of
 
 
 class FlatStates:

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import _C
 from .._core.errors import check_memory
 from .._core.paging import is_pageable
+from .algorithms import Algorithm, shapes_of
 from .base import Optimizer8bit
 from .sharded import local
-from .state import Algorithm, shapes_of
 
 
 class MomentArena:

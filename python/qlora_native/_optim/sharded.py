@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._core.blocks import ceil_div
 from .._core.errors import bad, bad_type
-from .state import BLOCKSIZE, Algorithm
+from .algorithms import BLOCKSIZE, Algorithm
 
 _WHOLE = frozenset((Tensor, torch.nn.Parameter))
 

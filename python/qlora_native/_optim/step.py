@@ -12,9 +12,9 @@ from torch import Tensor
 from .._core import ops as _ops  # noqa: F401  (the fake kernel)
 from .._core.checked_devices import note_use
 from .._core.errors import bad, bad_type, check_float_dtype, check_memory
+from .algorithms import Algorithm
 from .flat import FlatStates
 from .sharded import is_sharded, local_pairs
-from .state import Algorithm
 
 
 def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
