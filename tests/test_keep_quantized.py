@@ -65,7 +65,7 @@ def assert_decodes_to(model, dense):
             actual, expected = layer.parameter(), dense.get_parameter(path)
         else:
             actual, expected = layer.dequantize(), dense.get_submodule(path).weight
-            actual = actual.t() if getattr(layer, "transposed_source", False) else actual
+            actual = actual.t() if layer.transposed_source else actual
         assert torch.equal(actual, expected), path
     codes = {f"{path}.{name}" for path, layer in layers(model).items() for name in layer.weight_names()}
     others = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in codes}

@@ -85,9 +85,12 @@ class QuantizedLayer(nn.Module):
         dtype: the dtype that `dequantize` returns.
         compute_dtype: the dtype of the product, as in bitsandbytes: x is cast to it, and y back. None, the default,
             computes the product in the dtype of x.
+        transposed_source: whether the module that it stands for keeps its weight transposed, as GPT-2's Conv1D does.
 
-    Both are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
+    The two dtypes are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
     """
+
+    transposed_source = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "dtype" or (name == "compute_dtype" and value is not None):

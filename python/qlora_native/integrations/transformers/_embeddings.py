@@ -63,18 +63,6 @@ def embedding_like(module: nn.Module) -> Callable[[QuantizedWeight], Embedding4b
     return scaled
 
 
-def dense_embedding(layer: Embedding4bit) -> nn.Embedding:
-    """The module that an embedding stands for, without a weight."""
-    sizes = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
-    if not isinstance(layer, ScaledEmbedding4bit):
-        return nn.Embedding(*sizes, device="meta")
-    scale = layer.scales[torch.float32]
-    with torch.device("meta"):
-        dense = layer.plain(*sizes, embed_scale=scale)
-    dense.embed_scale = torch.tensor(scale, device=layer.absmax.device)
-    return dense
-
-
 def tied_linears(model: nn.Module) -> dict[str, str]:
     """The ties of a model of transformers: {path of an nn.Linear: path of the module that shares its weight}."""
     paths = {
@@ -106,7 +94,6 @@ def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: s
         layer = Embedding4bit(
             *module.weight.shape, module.padding_idx, "meta", module.weight.dtype, **config.quantize_options
         )
-        layer.transposed_source = False
         model.set_submodule(name, layer)
     tied = tied_linears(model)
     for target, source in tied.items():

@@ -22,7 +22,6 @@ from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import is_linear
-from ..._layers.embedding import Embedding4bit
 from ..._layers.experts import Experts4bit
 from ..._layers.linear import linear_class
 from ._embeddings import embedding_like
@@ -171,8 +170,8 @@ def targets(model: nn.Module) -> dict[str, Target]:
             continue
         if is_linear(module) or isinstance(module, Conv1D):
             found[f"{path}.weight"] = _linear(path, module)
-        elif (made := embedding_like(module)) is not None:
-            found[f"{path}.weight"] = Target(path, tuple(module.weight.shape), module.weight.dtype, _embedding(made))
+        elif (make := embedding_like(module)) is not None:
+            found[f"{path}.weight"] = Target(path, tuple(module.weight.shape), module.weight.dtype, make)
     for experts in find_experts(model):
         for name, shape in zip(experts.names, experts.shapes, strict=True):
             path = f"{experts.path}.{name}"
@@ -195,15 +194,6 @@ def _linear(path: str, module: nn.Module) -> Target:
         return layer
 
     return Target(path, (N, K), module.weight.dtype, make, transposed, module.bias)
-
-
-def _embedding(made: Callable[[QuantizedWeight], Embedding4bit]) -> Callable[[QuantizedWeight], QuantizedLayer]:
-    def make(q: QuantizedWeight) -> QuantizedLayer:
-        layer = made(q)
-        layer.transposed_source = False
-        return layer
-
-    return make
 
 
 def _experts(path: str, module: nn.Module, name: str, shape: tuple[int, ...], transposed: bool) -> Target:

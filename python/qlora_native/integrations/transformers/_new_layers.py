@@ -10,10 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel, __version__
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -22,6 +19,7 @@ from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import note_reason
 from ...nn import Embedding4bit, Linear4bit
 from ._config import BitsAndBytesConfig, KeepQuantized
+from ._dense import dense_of
 
 
 def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing: set[str]) -> None:
@@ -40,7 +38,7 @@ def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing:
             continue
         missing.difference_update(f"{path}.{name}" for name in layer.weight_names())
         missing.add(weight)
-        dense = _dense(layer)
+        dense = dense_of(layer)
         note_reason(dense, "new: the files do not have it")
         model.set_submodule(path, dense)
         new.append(path)
@@ -60,21 +58,6 @@ def names_to_skip(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
         name if all(should_convert_module(other, [name]) for other in quantized) else f"^{re.escape(name)}$"
         for name in dense
     ]
-
-
-def _dense(layer: QuantizedLayer) -> nn.Module:
-    """The module that `layer` stands for, on the meta device, with the layer's own bias."""
-    with torch.device("meta"):
-        if isinstance(layer, Embedding4bit):
-            dense: Any = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
-        elif layer.transposed_source:
-            dense = Conv1D(layer.out_features, layer.in_features)
-        else:
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    dense = dense.to(layer.dtype)
-    if getattr(layer, "bias", None) is not None:
-        dense.bias = layer.bias
-    return dense.train(layer.training)
 
 
 def check_devices(device_map: Any) -> None:

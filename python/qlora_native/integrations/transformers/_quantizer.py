@@ -31,7 +31,8 @@ from ..._layers.eligible import has_reason, is_linear, linears_of_routers, note_
 from ..._layers.sizes import size_report, why_nothing
 from ...nn import Embedding4bit, Experts4bit, Linear4bit, MappedWeights
 from ._config import METHOD, BitsAndBytesConfig
-from ._embeddings import codes_of_embeddings, dense_embedding, replace_embeddings, replace_tied
+from ._dense import dense_of
+from ._embeddings import codes_of_embeddings, replace_embeddings, replace_tied
 from ._expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
 from ._new_layers import check_devices
 from ._parallel import Parts, parallelism
@@ -211,21 +212,14 @@ class Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if not isinstance(module, (Linear4bit, Embedding4bit)):
                 continue
-            transposed = getattr(module, "transposed_source", False)
-            if isinstance(module, Embedding4bit):
-                dense = dense_embedding(module)
-            else:
-                with torch.device("meta"):
-                    sizes = (module.in_features, module.out_features)
-                    dense = Conv1D(*reversed(sizes)) if transposed else nn.Linear(*sizes, module.bias is not None)
-                dense.bias = module.bias
+            dense = dense_of(module)
             codes = id(module._parameters["weight"])
             if codes not in weights:
                 weight = module.dequantize(dtype)
-                weight = weight.t().contiguous() if transposed else weight
+                weight = weight.t().contiguous() if module.transposed_source else weight
                 weights[codes] = nn.Parameter(weight, requires_grad=False)
             dense.weight = weights[codes]
-            model.set_submodule(name, dense.train(module.training))
+            model.set_submodule(name, dense)
         for path, experts in experts_by_path(model).items():
             parent, _, own = path.rpartition(".")
             module = model.get_submodule(parent)
