@@ -17,7 +17,8 @@ import qlora_native as qn  # noqa: E402
 from qlora_native._calibrate.batches import checked_batches  # noqa: E402
 from qlora_native._calibrate.layers import Layers  # noqa: E402
 from qlora_native._calibrate.observe import Inputs  # noqa: E402
-from qlora_native._calibrate.weight import Options, calibrated, decoded_scales, factored  # noqa: E402
+from qlora_native._calibrate.weight import Options, calibrated, factored  # noqa: E402
+from qlora_native._core.quantize import decoded_scales  # noqa: E402
 from qlora_native.convert._compressed_tensors import with_rounded_scales  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

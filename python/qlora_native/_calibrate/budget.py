@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.errors import bad, bad_type, dtype_name, is_finite_number
+from .._core.errors import bad, bad_type, dtype_name, is_finite_number, weight_named
 from .._core.weight import QuantizedWeight
 from .._layers.base import zero_weight
 from .._layers.linear import linear_class
@@ -30,7 +30,7 @@ from .batches import mask_of
 from .layers import Layers, patched_forward
 from .observe import rows_within
 from .report import BUDGETED, CalibrationReport
-from .weight import Options, weight_named
+from .weight import Options
 
 MAX_BITS = 16
 MEASURED_TOKENS = 2048  # that a layer is measured on

@@ -147,8 +147,6 @@ class Calibration:
                 warnings.warn(f"calibrate: {each}", stacklevel=3)
         self._names = found.names
         self._experts = list({id(each.module): each for each in found.experts}.values())
-        for experts in self._experts:
-            experts.check_shapes()
         others = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
         if prepare is None and others:
             raise NotImplementedError(f"calibrate: expected a model on the CPU, got one on {min(others)}")

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from .._core.errors import weight_named
 from .._core.weight import QuantizedWeight
 from .experts import ObservedExperts
 from .observe import check_finite_gram
 from .report import Calibrated, CalibrationReport
-from .weight import Factored, Options, calibrated, factored, output_errors, weight_named
+from .weight import Factored, Options, calibrated, factored, output_errors
 
 FEW_TOKENS = 4  # an expert needs a token for so many of its columns
 

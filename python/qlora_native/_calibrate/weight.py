@@ -9,17 +9,17 @@ algorithm 1). The scales are those that are stored, so the error of rounding the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .._core import quantize as plain
-from .._core.blocks import NESTED_BLOCKSIZE, chosen_blocksize
+from .._core.blocks import chosen_blocksize
 from .._core.calibrate import quantize_with_feedback, weighted_scales
 from .._core.microscaling import MICROSCALED
+from .._core.quantize import decoded_scales
 from .._core.weight import QuantizedWeight, as_matrix
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal (GPTQ, section 3.3)
@@ -164,23 +164,6 @@ def _nearest_by_ratio(scales: Tensor, levels: Tensor) -> Tensor:
     tiny = 2.0**-200
     log = levels.double().clamp_min(tiny).log2()
     return torch.bucketize(scales.double().clamp_min(tiny).log2(), (log[1:] + log[:-1]) / 2).to(torch.uint8)
-
-
-def decoded_scales(q: QuantizedWeight) -> Tensor:
-    """The scales of the blocks, fp32 [blocks], as products decode them: two roundings if they are double-quantized."""
-    if q.nested_absmax is None:
-        return q.absmax
-    nested = q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: q.absmax.numel()]
-    return q.nested_code[q.absmax.long()] * nested + q.offset
-
-
-@contextmanager
-def weight_named(prefix: str) -> Iterator[None]:
-    """Put the path of a weight in front of an error about it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}" if str(error).startswith("weight") else str(error)) from None
 
 
 def output_errors(weight: Tensor, gram: Tensor, *weights: QuantizedWeight, first: int = 0) -> list[float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -38,6 +39,15 @@ def is_finite_number(value: Any) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in files and errors: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def weight_named(prefix: str) -> Iterator[None]:
+    """Put the path of a weight in front of an error about it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix}{error}" if str(error).startswith("weight") else str(error)) from None
 
 
 def check_float_dtype(argument: str, dtype: Any) -> None:

@@ -12,6 +12,7 @@ from .blocks import ceil_div
 from .errors import bad
 from .formats import codes_shape
 from .microscaling import MICROSCALED
+from .quantize import decoded_scales
 from .weight import QuantizedWeight
 
 
@@ -66,9 +67,7 @@ def part_of(q: QuantizedWeight, dim: int, index: int, count: int) -> QuantizedWe
     elif nested_absmax is not None and taken % (group * q.blocksize) == 0:
         nested_absmax = cut(nested_absmax, group * q.blocksize)
     elif nested_absmax is not None:
-        of_block = nested_absmax.repeat_interleave(group)[: len(q.absmax)]
-        scales = q.nested_code[q.absmax.int()] * of_block + q.offset  # rounded twice, as the kernels do
-        absmax, nested_absmax, nested_code, offset = cut(scales, q.blocksize), None, None, None
+        absmax, nested_absmax, nested_code, offset = cut(decoded_scales(q), q.blocksize), None, None, None
     return replace(
         q,
         codes=codes,

@@ -89,11 +89,26 @@ def quantize(
         raise bad("weight", f"values that {format} decodes to finite ones", f"up to {rows.abs().max():.9g}") from None
 
 
+def quantized_like(q: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """Quantize `weight` as `q` is quantized, with its dtype."""
+    codebook = q.code if q.format == "codebook" else None
+    again = quantize(weight, q.format, q.blocksize, q.nested_absmax is not None, codebook)
+    return replace(again, dtype=q.dtype)
+
+
 def double_quantized(q: QuantizedWeight) -> QuantizedWeight:
     """Put the fp32 scales of `q` into 8 bits (QLoRA, section 3), as `quantize` would have done. Shares the codes."""
     nested_code = DYNAMIC_MAP.to(q.device, copy=True)
     absmax, nested_absmax, offset = torch.ops.qlora_native.quantize_absmax(q.absmax, nested_code)
     return replace(q, absmax=absmax, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset)
+
+
+def decoded_scales(q: QuantizedWeight) -> Tensor:
+    """The scales of the blocks, fp32 [blocks], as products decode them: two roundings if they are double-quantized."""
+    if q.nested_absmax is None:
+        return q.absmax
+    nested = q.nested_absmax.repeat_interleave(q.layout.nested_blocksize)[: q.absmax.numel()]
+    return q.nested_code[q.absmax.long()] * nested + q.offset
 
 
 def _quantize_microscaled(rows: Tensor, weight: Tensor, format: str, blocksize: int) -> QuantizedWeight:

@@ -31,6 +31,12 @@ def added_by_peft(model: nn.Module) -> set[int]:
     }
 
 
+def dropout_of(layer: nn.Module, name: str) -> float:
+    """The dropout probability of a LoRA adapter of PEFT's `layer`, which is 0 in evaluation."""
+    dropout = layer.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 def modules_without_peft(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model`, with their paths, that it has if PEFT's are taken out."""
     seen: set[int] = set()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from .._core.errors import bad, bad_type
+from .._core.errors import bad, bad_type, weight_named
 from .._core.progress import Progress
 from .._core.weight import QuantizedWeight
 from . import callbacks
@@ -146,11 +146,9 @@ def _quantize(
     weights: dict[int, QuantizedWeight] = {}  # by the id of the weight
 
     def quantized(path: str, weight: Tensor, transposed: bool = False) -> QuantizedWeight:
-        try:
-            if id(weight) not in weights:
+        if id(weight) not in weights:
+            with weight_named(path):
                 weights[id(weight)] = functional.quantize(weight.transpose(1, 2) if transposed else weight, *options)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}{error}" if str(error).startswith("weight") else str(error)) from None
         return weights[id(weight)]
 
     layers: dict[int | tuple[int, str], QuantizedLayer] = {}

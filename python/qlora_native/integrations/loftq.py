@@ -9,14 +9,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .._core.errors import bad
+from .._core.quantize import quantized_like
 from .._core.weight import QuantizedWeight
 from ..convert._checkpoints import Checkpoint
 from .peft._lora import LoraLinear4bit
@@ -53,10 +52,7 @@ def loftq(
     weight = weight.float()
     a, b = _nearest(weight - q.dequantize(torch.float32), rank, scaling)
     for _ in range(iterations - 1):
-        codebook = q.code if q.format == "codebook" else None
-        double_quant = q.nested_absmax is not None
-        again = functional.quantize(weight - scaling * (b @ a), q.format, q.blocksize, double_quant, codebook)
-        q = replace(again, dtype=q.dtype)
+        q = quantized_like(q, weight - scaling * (b @ a))
         a, b = _nearest(weight - q.dequantize(torch.float32), rank, scaling)
     return q, a, b
 

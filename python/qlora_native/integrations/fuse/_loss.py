@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..._core.errors import FLOAT_DTYPES
+from ..._layers.adapters import dropout_of
 from ...functional import linear_cross_entropy
 from ...nn import Linear4bit
 from ._deferred import Deferred
@@ -189,8 +190,6 @@ def _plain_adapter(head: Any) -> str | None:
     if len(active) != 1:
         return None if active else ""
     name = active[0]
-    dropout = head.lora_dropout[name]
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     inner = (head.lora_A[name], head.lora_B[name])
     plain = all(type(each) is nn.Linear and each.bias is None for each in inner) and name not in head.lora_variant
-    return name if plain and not drops and not getattr(head, "fan_in_fan_out", False) else None
+    return name if plain and dropout_of(head, name) == 0 and not getattr(head, "fan_in_fan_out", False) else None

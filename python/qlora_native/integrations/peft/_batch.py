@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._layers.adapters import dropout_of
+
 BASE = "__base__"  # PEFT's name for no adapter
 
 
@@ -20,12 +22,6 @@ def can_be_stacked(layer: nn.Module, names: Sequence[str]) -> bool:
     """Whether the adapters share a dtype and a dropout probability. They may differ in rank and scaling."""
     dtypes = {layer.lora_A[name].weight.dtype for name in names} | {layer.lora_B[name].weight.dtype for name in names}
     return len(dtypes) == 1 and len({dropout_of(layer, name) for name in names}) == 1
-
-
-def dropout_of(layer: nn.Module, name: str) -> float:
-    """The dropout probability of the adapter, which is 0 in evaluation."""
-    dropout = layer.lora_dropout[name]
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def stacked(layer: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ... import functional
 from ..._core.errors import bad
+from ..._core.quantize import quantized_like
 from ..._core.weight import QuantizedWeight
 from ...nn import Linear4bit, Linear8bit
 
@@ -159,7 +158,4 @@ def requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
             f"{like.format}, the bytes of a file: use the adapter beside that file, or merge it into the model that "
             "dequantize() of the model without adapters returns",
         )
-    codebook = like.code if like.format == "codebook" else None
-    double_quant = like.nested_absmax is not None
-    q = functional.quantize(weight.detach(), like.format, like.blocksize, double_quant, codebook)
-    return replace(q, dtype=like.dtype)
+    return quantized_like(like, weight.detach())

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers import callbacks
+from ..._layers.adapters import dropout_of
 from ...nn import Linear4bit
-from ._batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
+from ._batch import can_be_stacked, distinct, index_of_rows, stacked
 from ._dequantized import base_to_merge_into, requantized, run_over_dequantized
 from ._dora import RowNorms
 from ._experts import ParamWrapper, targeted_experts
@@ -124,11 +125,10 @@ class LoraLinear4bit(PeftLoraLinear):
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         lora = (self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
-        dropout = self.lora_dropout[adapter]
-        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        dropout = dropout_of(self, adapter)
         if adapter in self.lora_variant:
-            return self._dora(x, adapter, lora, dropout if drops else None)
-        return self.base_layer(x, *lora, lora_dropout=dropout.p if drops else 0.0)
+            return self._dora(x, adapter, lora, self.lora_dropout[adapter] if dropout > 0 else None)
+        return self.base_layer(x, *lora, lora_dropout=dropout)
 
     def _batch(self, x: Tensor, sample_names: list[str]) -> Tensor:
         """Apply the layer to x [samples, ..., in_features]; `sample_names` has the adapter of each sample."""

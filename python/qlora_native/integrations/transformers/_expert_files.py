@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, PrefixChange, WeightC
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import functional
-from ..._core.blocks import NESTED_BLOCKSIZE, ceil_div
+from ..._core.blocks import ceil_div
 from ..._core.errors import bad
 from ..._core.quantize import double_quantized
 from ..._core.weight import QuantizedWeight
@@ -237,20 +237,16 @@ def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWei
     first = experts[0]
     absmax = torch.cat([q.absmax for q in experts])
     codes = torch.stack([q.codes for q in experts])
+    nested_blocks = ceil_div(absmax.numel(), first.layout.nested_blocksize)
     q = replace(
         first,
         codes=codes,
         absmax=absmax,
         # MXFP4 has nested scales of 1.
-        nested_absmax=None if first.nested_absmax is None else first.nested_absmax.new_ones(nested_blocks(absmax)),
+        nested_absmax=None if first.nested_absmax is None else first.nested_absmax.new_ones(nested_blocks),
         shape=(len(experts), *first.shape),
     )
     return double_quantized(q) if double_quant and q.nested_absmax is None else q
-
-
-def nested_blocks(absmax: Tensor) -> int:
-    """The number of scales of these scales."""
-    return ceil_div(absmax.numel(), NESTED_BLOCKSIZE)
 
 
 class _Whole(ConversionOps):
