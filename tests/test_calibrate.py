@@ -15,9 +15,9 @@ from torch import nn  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native._calibrate.batches import checked_batches  # noqa: E402
+from qlora_native._calibrate.feedback import Options, calibrated, factored  # noqa: E402
 from qlora_native._calibrate.layers import Layers  # noqa: E402
 from qlora_native._calibrate.observe import Inputs  # noqa: E402
-from qlora_native._calibrate.weight import Options, calibrated, factored  # noqa: E402
 from qlora_native._core.quantize import decoded_scales  # noqa: E402
 from qlora_native.convert._compressed_tensors import with_rounded_scales  # noqa: E402
 
@@ -96,7 +96,7 @@ def test_output_changes_less_than_by_plain_rounding(format):
     weight = torch.randn(48, 192, generator=torch.Generator().manual_seed(2))
     x, others = inputs_of_rank(4000, 192).chunk(2)
     options = Options(format, None, True, None)
-    plain, better = options.plain(weight), calibrated(weight, [factored(x.T @ x)], options)
+    plain, better = options.round_to_nearest(weight), calibrated(weight, [factored(x.T @ x)], options)
     assert (better.format, better.nbytes, better.absmax.dtype) == (plain.format, plain.nbytes, plain.absmax.dtype)
     assert output_error(x, weight, better) < 0.7 * output_error(x, weight, plain)
     assert output_error(others, weight, better) < 0.8 * output_error(others, weight, plain)
@@ -105,7 +105,7 @@ def test_output_changes_less_than_by_plain_rounding(format):
 def test_codebook_of_the_users_own_is_calibrated():
     weight, x = torch.randn(16, 128, generator=torch.Generator().manual_seed(3)), inputs_of_rank(1000, 128)
     options = Options("codebook", 64, True, torch.linspace(-3, 4, 16))
-    plain, better = options.plain(weight), calibrated(weight, [factored(x.T @ x)], options)
+    plain, better = options.round_to_nearest(weight), calibrated(weight, [factored(x.T @ x)], options)
     assert output_error(x, weight, better) < 0.8 * output_error(x, weight, plain)
 
 
@@ -252,6 +252,12 @@ def test_nan_in_an_input_is_refused_with_the_name_of_the_layer():
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.nan
     refused(ValueError, r"the inputs of model.layers.1.self_attn.q_proj: expected finite values, got NaN", model, given)
+
+
+def test_weight_of_another_dtype_is_refused_with_its_name():
+    model, given = small()
+    model.unused = nn.Linear(64, 32).double()
+    refused(TypeError, "unused.weight: expected torch.float32, torch.bfloat16 or torch.float16", model, given)
 
 
 def test_nan_in_a_weight_is_refused_with_its_name():

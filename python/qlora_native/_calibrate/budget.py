@@ -27,10 +27,10 @@ from .._core.weight import QuantizedWeight
 from .._layers.base import zero_weight
 from .._layers.linear import linear_class
 from .batches import mask_of
+from .feedback import Options
 from .layers import Layers, patched_forward
 from .observe import rows_within
 from .report import BUDGETED, CalibrationReport
-from .weight import Options
 
 MAX_BITS = 16
 MEASURED_TOKENS = 2048  # that a layer is measured on
@@ -185,7 +185,7 @@ class BudgetAllocator:
 
     def quantized(self, weight: Tensor, format: str) -> QuantizedWeight:
         """Round a weight to the nearest levels of one of the formats."""
-        return next(options for options in self._options if options.format == format).plain(weight)
+        return next(options for options in self._options if options.format == format).round_to_nearest(weight)
 
     def measure(self, probe: Probe, layers: Mapping[str, nn.Module]) -> None:
         """Set `sensitivity` of the linear layers in a transformer layer, which is run for it.
@@ -202,7 +202,7 @@ class BudgetAllocator:
                 sensitivity = []
                 for options in self._options:
                     with weight_named(f"{path}."):
-                        q = options.plain(weight)
+                        q = options.round_to_nearest(weight)
                     rounded = {other: linear_class(q).from_quantized(q, other.bias).forward for other in own}
                     sensitivity.append(probe.sensitivity(rounded))
                 found[id(weight)] = tuple(sensitivity)

@@ -22,13 +22,13 @@ from .._layers.quantize_model import find
 from .batches import check_tokens, checked_batches
 from .budget import Budget, BudgetAllocator, Probe
 from .experts import ObservedExperts
+from .feedback import Options, factored
 from .layers import Layers
 from .memory import available_memory
 from .observe import Inputs
 from .pieces import Replay, order_of_calls
 from .quantizer import Quantizer
 from .report import CalibrationReport
-from .weight import Options, factored
 
 
 def calibrate(

@@ -9,9 +9,9 @@ from torch import Tensor
 from .._core.errors import weight_named
 from .._core.weight import QuantizedWeight
 from .experts import ObservedExperts
+from .feedback import Factored, Options, calibrated, factored, output_errors
 from .observe import check_finite_gram
 from .report import Calibrated, CalibrationReport
-from .weight import Factored, Options, calibrated, factored, output_errors
 
 FEW_TOKENS = 4  # an expert needs a token for so many of its columns
 
@@ -65,7 +65,7 @@ class Quantizer:
     ) -> tuple[QuantizedWeight, QuantizedWeight]:
         """A weight rounded to the nearest levels, and calibrated where it can be."""
         with weight_named(prefix):
-            plain = self._options.plain(weight)
+            plain = self._options.round_to_nearest(weight)
             return plain, calibrated(weight, inputs, self._options) if any(inputs) else plain
 
     def _report(self, name: str, tokens: int, errors: list[float], fallback: str | None, q: QuantizedWeight) -> None:

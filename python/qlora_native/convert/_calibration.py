@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 
 from .._calibrate.batches import ENOUGH
 from .._calibrate.budget import Budget
+from .._calibrate.feedback import Options
 from .._calibrate.model import Calibration
 from .._calibrate.report import Calibrated, CalibrationReport
-from .._calibrate.weight import Options
 from .._core.errors import bad
 from .._core.progress import Progress
 from .._core.weight import QuantizedWeight

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .. import _C
 from .._calibrate.budget import Budget
-from .._calibrate.weight import Options
+from .._calibrate.feedback import Options
 from .._core.blocks import check_blocksize
 from .._core.errors import bad, dtype_name
 from .._core.progress import Progress
@@ -341,7 +341,7 @@ class _Conversion:
             return {key: self._rounded(name, own, weight, base, trained)}
         weight = weight.t() if transposed else weight
         try:
-            q = self.options.plain(weight) if self.calibrated is None else self.calibrated[path]
+            q = self.options.round_to_nearest(weight) if self.calibrated is None else self.calibrated[path]
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
         decoded = q.dequantize(torch.float32)

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._core import quantize as plain
 from .._core.blocks import chosen_blocksize
 from .._core.calibrate import quantize_with_feedback, weighted_scales
 from .._core.microscaling import MICROSCALED
-from .._core.quantize import decoded_scales
+from .._core.quantize import decoded_scales, double_quantized, embedding, quantize
 from .._core.weight import QuantizedWeight, as_matrix
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal (GPTQ, section 3.3)
@@ -49,10 +48,10 @@ class Options:
         """The blocksize, also where it is the format's own."""
         return chosen_blocksize(self.blocksize, self.format)
 
-    def plain(self, weight: Tensor, double_quant: bool | None = None) -> QuantizedWeight:
-        """Round to the nearest level, without calibration."""
+    def round_to_nearest(self, weight: Tensor, double_quant: bool | None = None) -> QuantizedWeight:
+        """Round each element to the nearest level, without calibration."""
         double_quant = self.double_quant if double_quant is None else double_quant
-        q = plain.quantize(weight, self.format, self.blocksize, double_quant, self.codebook)
+        q = quantize(weight, self.format, self.blocksize, double_quant, self.codebook)
         return q if self.stored is None else self.stored(q)
 
     def with_scales(self, q: QuantizedWeight, scales: Tensor) -> QuantizedWeight:
@@ -62,7 +61,7 @@ class Options:
         q = replace(q, absmax=scales)
         if self.stored is not None:
             return self.stored(q)
-        return plain.double_quantized(q) if self.double_quant else q
+        return double_quantized(q) if self.double_quant else q
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def calibrated(weight: Tensor, inputs: Sequence[Factored | None], options: Optio
         inputs: those of W, or of each expert; an expert with None is rounded to the nearest level.
         options: the format, and how its scales are stored.
     """
-    q = options.plain(weight, double_quant=False)  # also checks the weight
+    q = options.round_to_nearest(weight, double_quant=False)  # also checks the weight
     experts = weight.detach().reshape(len(inputs), *weight.shape[-2:])
     largest = 1.0 if q.code is None else q.code.abs().max().item()
     first, last, count = RATIOS
@@ -184,4 +183,4 @@ def output_errors(weight: Tensor, gram: Tensor, *weights: QuantizedWeight, first
     whole = norm(kept)
     if whole == 0:
         return [0.0] * len(weights)
-    return [norm(kept - plain.embedding(rows + first, as_matrix(q), torch.float32)) / whole for q in weights]
+    return [norm(kept - embedding(rows + first, as_matrix(q), torch.float32)) / whole for q in weights]
