@@ -4,6 +4,8 @@
 test_isas.py runs this for each instruction set.
 """
 
+import copy
+
 import cases
 import oracle
 import pytest
@@ -109,6 +111,40 @@ def test_layer_that_is_reset_has_its_tables_and_zeros(format, variant):
     assert not reset.dequantize(torch.float32).any()
     if q.column_order is not None:
         assert torch.equal(reset.column_order, torch.arange(256, dtype=torch.int32))
+
+
+def bytes_of(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@weights
+def test_state_dict_of_a_layer_is_loaded_bit_for_bit(format, variant):
+    q, other = (oracle.random_of_file(format, (16, 256), seed=seed, **variant) for seed in (0, 1))
+    state = linear_class(q).from_quantized(q).state_dict()
+    for assign in (False, True):
+        layer = linear_class(other).from_quantized(copy.deepcopy(other))
+        layer.load_state_dict(state, assign=assign)
+        loaded = layer.quantized_weight.tensors()
+        for name, tensor in q.tensors().items():
+            assert torch.equal(bytes_of(loaded[name]), bytes_of(tensor)), name
+
+
+@pytest.mark.parametrize(
+    ("format", "variant", "damage", "message"),
+    [
+        ("fp8", {}, {"absmax": torch.full((32,), 255, dtype=torch.uint8)}, "scales of mxfp4: E8M0"),
+        ("fp8", {}, {"nested_code": torch.ones(256)}, "255 finite values and NaN after them"),
+        ("fp8", {"scale_dtype": torch.float32}, {"absmax": torch.full((32,), torch.nan)}, "finite values"),
+        ("affine4", {"column_order": True}, {"column_order": torch.zeros(256).int()}, "each of 0 ... 255 once"),
+    ],
+)
+def test_damage_of_a_state_dict_is_named_and_changes_nothing(format, variant, damage, message):
+    q = oracle.random_of_file(format, (16, 256), **variant)
+    layer, (name,) = linear_class(q).from_quantized(copy.deepcopy(q)), damage
+    with pytest.raises(RuntimeError, match=f"{name}: expected {message}"):
+        layer.load_state_dict({**layer.state_dict(), **damage})
+    for name, tensor in q.tensors().items():
+        assert torch.equal(bytes_of(getattr(layer.quantized_weight, name)), bytes_of(tensor)), name
 
 
 @weights

@@ -16,7 +16,7 @@ from .._core.layouts import LAYOUTS, SCALE_LEVELS
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.paging import note_written
 from .._core.quantize import code_tensor
-from .._core.weight import QuantizedWeight, check_finite, unchecked
+from .._core.weight import QuantizedWeight, check_finite, check_permutation, unchecked
 from . import callbacks
 
 # {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
@@ -208,7 +208,7 @@ class QuantizedLayer(nn.Module):
         self._note_written()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
+        """Load as every module does, after a check that each tensor has this layer's dtype and values that are valid.
 
         Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
@@ -224,9 +224,13 @@ class QuantizedLayer(nn.Module):
                 if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
                     raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
                 check_memory(prefix + name, tensor, None if assign else own)
-                if self.format in MICROSCALED and name in ("absmax", "nested_code"):
-                    check = check_scales if name == "absmax" else check_scale_table
-                    check(prefix + name, tensor, self.format)
+                scales = _format_of_scales(self.format)
+                if name == "absmax" and scales is not None and own.dtype == torch.uint8:
+                    check_scales(prefix + name, tensor, scales)
+                elif name == "nested_code" and scales is not None:
+                    check_scale_table(prefix + name, tensor, scales)
+                elif name == "column_order":
+                    check_permutation(prefix + name, tensor)
                 elif name != "bias":
                     check_finite(prefix + name, tensor)
                 if name in self._buffers:  # torch would turn the buffer into a parameter if the entry is one
@@ -258,10 +262,14 @@ class QuantizedLayer(nn.Module):
         return self
 
 
+def _format_of_scales(format: str) -> str | None:
+    """The microscaled format whose scales those of `format` are where they are bytes, or None."""
+    return {"fp8": "mxfp4"}.get(format, format if format in MICROSCALED else None)
+
+
 def _levels_of_scales(format: str) -> Tensor:
-    if format in MICROSCALED or format == "fp8":  # scales of fp8 that are bytes are those of mxfp4
-        return scale_table("mxfp4" if format == "fp8" else format)
-    return SCALE_LEVELS.get(format, DYNAMIC_MAP)
+    scales = _format_of_scales(format)
+    return SCALE_LEVELS.get(format, DYNAMIC_MAP) if scales is None else scale_table(scales)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
