@@ -155,6 +155,35 @@ def test_hooks_and_sharing_are_kept():
     assert called
 
 
+def test_hooks_get_what_they_got_before_and_are_removed_by_their_handles():
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    calls = []
+    note = lambda name: lambda *args, **kwargs: calls.append((name, len(args)))  # noqa: E731
+    handles = [
+        layer.register_forward_pre_hook(note("before")),
+        layer.register_forward_pre_hook(note("before, with keywords"), with_kwargs=True),
+        layer.register_forward_hook(note("after"), always_call=True),
+        layer.register_forward_hook(note("after, with keywords"), with_kwargs=True, always_call=True),
+        layer.register_full_backward_pre_hook(note("before backward")),
+        layer.register_full_backward_hook(note("after backward")),
+    ]
+
+    def calls_of(layer):
+        calls.clear()
+        layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(torch.randn(2, 63))
+        return sorted(calls)
+
+    expected = calls_of(layer)
+    assert len(expected) == 10
+    replaced = replace(nn.Sequential(layer))[0]
+    assert calls_of(replaced) == expected
+    for handle in handles:
+        handle.remove()
+    assert calls_of(replaced) == []
+
+
 def test_failed_replacement_leaves_the_model_as_it_was(folders):
     good = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     model = nn.Sequential(good, bnb.nn.Linear4bit(64, 64))

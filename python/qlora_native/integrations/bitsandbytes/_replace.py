@@ -23,8 +23,18 @@ from ..._layers.base import QuantizedLayer
 from ...nn import Linear4bit
 from ._experts import from_quant_state, put_experts, quantized_experts
 
-# Attributes of nn.Module that the new layer takes over from the old one.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Attributes of nn.Module that the new layer takes over from the old one. A handle that a user has removes its hook from
+# the dictionaries themselves, so they are shared.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def replace(model: nn.Module) -> nn.Module:
@@ -113,7 +123,7 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
         layer.compute_dtype = module.compute_dtype
     for hooks in _HOOKS:
-        getattr(layer, hooks).update(getattr(module, hooks))
+        setattr(layer, hooks, getattr(module, hooks))
     if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices
         from accelerate.hooks import add_hook_to_module
 
