@@ -127,6 +127,14 @@ def test_replaced_model_is_saved_as_before_and_gets_our_adapters(folders, tmp_pa
     assert_close(logits(again).float(), logits(model).float(), 2e-2)
 
 
+def test_model_that_may_be_offloaded_is_replaced(folders):
+    model = stock(folders)
+    model.hf_quantizer.quantization_config.llm_int8_enable_fp32_cpu_offload = True  # with it, those on a CPU stay dense
+    replace(model)
+    assert len(models.layers_of(model)) == 14 and not model.is_loaded_in_4bit
+    assert not model.config.quantization_config.llm_int8_enable_fp32_cpu_offload
+
+
 def test_repacked_layer_is_unpacked():
     """On a CPU with AVX512_BF16, one evaluation leaves another order of the codes, and scales in bf16."""
     layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
@@ -203,4 +211,9 @@ def test_failed_replacement_leaves_the_model_as_it_was(folders):
     with pytest.raises(ValueError, match=r"q_proj: expected adapters that are not merged, got \['default'\]"):
         replace(merged)
     assert len(theirs(merged)) == count
+    loaded = stock(folders)
+    loaded.hf_quantizer.quantization_config.llm_int8_threshold = "6"
+    with pytest.raises(TypeError, match="llm_int8_threshold must be a float"):
+        replace(loaded)
+    assert len(theirs(loaded)) == count
     assert quantized_weight(good).shape == (64, 64)

@@ -19,7 +19,6 @@ from torch import nn
 from ..._core.errors import bad, bad_type
 from ..._core.weight import QuantizedWeight
 from ..._layers.adapters import is_of_peft
-from ..._layers.base import QuantizedLayer
 from ...nn import Linear4bit
 from ._experts import from_quant_state, put_experts, quantized_experts
 
@@ -35,6 +34,8 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+# Fields of transformers' config for how bitsandbytes stores and places weights. Ours takes one value of each.
+_NOT_OURS = ("bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload")
 
 
 def replace(model: nn.Module) -> nn.Module:
@@ -80,13 +81,17 @@ def replace(model: nn.Module) -> nn.Module:
     for name, module in found:
         if id(module) not in layers:
             layers[id(module)] = _layer(name, module)
+    blocksizes = {key: layer.blocksize for key, layer in layers.items()}
+    blocksizes |= {id(module): next(iter(weights.values())).blocksize for module, weights in experts}
+    configs = _configs(model, blocksizes)
     put_experts(experts)
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
     if has_adapters:
         adopt_layers(model)
-    _tell_transformers(model)
+    for module, config in configs:
+        _tell_transformers(module, config)
     return model
 
 
@@ -131,16 +136,31 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
     return layer.train(module.training)
 
 
-def _tell_transformers(model: nn.Module) -> None:
-    """Give models that transformers has loaded our quantizer."""
+def _configs(model: nn.Module, blocksizes: dict[int, int]) -> list[tuple[nn.Module, Any]]:
+    """The modules that transformers has loaded and that are changed, each with the config that it gets.
+
+    Args:
+        model: the model, before it is changed.
+        blocksizes: {id of a module: the blocksize of the layers that replace it, or its experts}.
+    """
+    configs = []
     for module in model.modules():
         own: Any = vars(module).get("hf_quantizer")  # not getattr, which PEFT's wrappers forward
         if type(own).__name__ == "Bnb4BitHfQuantizer":
-            from ..transformers._quantizer import BitsAndBytesConfig, Quantizer, adopt
+            from ..transformers._config import BitsAndBytesConfig
 
             fields = own.quantization_config.to_dict()
-            fields.pop("bnb_4bit_quant_storage", None)
-            blocksize = next(layer.blocksize for layer in module.modules() if isinstance(layer, QuantizedLayer))
-            config = BitsAndBytesConfig(**fields, blocksize=blocksize)
-            module.is_loaded_in_4bit = False
-            adopt(module, Quantizer(config))
+            for name in _NOT_OURS:
+                fields.pop(name, None)
+            blocksize = next((blocksizes[id(each)] for each in module.modules() if id(each) in blocksizes), None)
+            if blocksize is not None:
+                configs.append((module, BitsAndBytesConfig(**fields, blocksize=blocksize)))
+    return configs
+
+
+def _tell_transformers(model: nn.Module, config: Any) -> None:
+    """Give a model that transformers has loaded our quantizer."""
+    from ..transformers._quantizer import Quantizer, adopt
+
+    model.is_loaded_in_4bit = False
+    adopt(model, Quantizer(config))
