@@ -99,6 +99,7 @@ def test_file_says_the_dtype_of_the_product(folders, tmp_path, dtype):
         ({"load_in_8bit": True}, ValueError, "load_in_8bit: expected False, as qlora_native has no other, got True"),
         ({"load_in_4bit": False}, ValueError, "load_in_4bit: expected True, as qlora_native has no other, got False"),
         ({"bnb_4bit_quant_type": "int4"}, ValueError, "expected one of nf4, fp4, mxfp4, nvfp4, got 'int4'"),
+        ({"bnb_4bit_quant_type": "nf5"}, ValueError, "expected one of nf4, fp4, mxfp4, nvfp4, got 'nf5'"),
         ({"blocksize": 65}, ValueError, "blocksize: expected a power of two"),
         ({"bnb_4bit_quant_type": "mxfp4", "blocksize": 64}, ValueError, "expected .*, the only one of mxfp4, got 64"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, ValueError, "expected torch.uint8, as .* got torch.bfloat16"),

@@ -86,6 +86,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
                 raise bad_type("BitsAndBytesConfig", f"{', '.join(near)}", f"{name!r}, which is no field of it")
         super().__init__(*args, **kwargs)
         check_float_dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
+        if self.bnb_4bit_quant_type not in FORMATS:
+            raise bad("bnb_4bit_quant_type", "one of " + ", ".join(FORMATS), repr(self.bnb_4bit_quant_type))
         self.blocksize = chosen_blocksize(blocksize, self.bnb_4bit_quant_type)
         self.quant_method = METHOD
         self.strict, self.mapped = strict, mapped
