@@ -99,8 +99,6 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         ):
             if getattr(self, name) != value:
                 raise bad(name, f"{value}, as qlora_native has no other", getattr(self, name))
-        if self.bnb_4bit_quant_type not in FORMATS:
-            raise bad("bnb_4bit_quant_type", "one of " + ", ".join(FORMATS), repr(self.bnb_4bit_quant_type))
 
     @property
     def quantize_options(self) -> dict[str, Any]:
@@ -222,7 +220,7 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         fields["bnb_4bit_quant_type"] = types[0]
     if ours and given.compute_dtype is not None:
         fields["bnb_4bit_compute_dtype"] = given.compute_dtype
-    return BitsAndBytesConfig(**fields, mapped=ours and given.mapped)
+    return BitsAndBytesConfig(**fields, strict=ours and given.strict, mapped=ours and given.mapped)
 
 
 def _of_folder(given: KeepQuantized, in_file: dict[str, Any]) -> KeepQuantized:
