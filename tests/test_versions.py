@@ -66,6 +66,17 @@ def test_transformers_without_the_function_that_is_extended_is_one_sentence():
     assert shown.startswith(f"ImportError: qlora_native: expected a transformers with {name}, got {version}")
 
 
+def test_layer_is_made_beside_an_accelerate_without_fsdp2():
+    pytest.importorskip("accelerate")
+    process.succeed(
+        "-c",
+        "from accelerate.utils import fsdp_utils; del fsdp_utils.fsdp2_load_full_state_dict; "
+        "import qlora_native.nn, sys; qlora_native.nn.Linear4bit(64, 8); "
+        "assert 'qlora_native.integrations.accelerate' in sys.modules; "
+        "assert not hasattr(fsdp_utils, 'fsdp2_load_full_state_dict')",
+    )
+
+
 @pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
 def test_new_enough_library_passes(monkeypatch, version):
     monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: version)

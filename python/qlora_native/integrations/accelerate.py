@@ -18,10 +18,10 @@ from torch import nn
 
 from .._layers.base import QuantizedLayer
 
-_fsdp2_load_full_state_dict = fsdp_utils.fsdp2_load_full_state_dict
+# An early version of accelerate does not have it.
+_fsdp2_load_full_state_dict: Any = getattr(fsdp_utils, "fsdp2_load_full_state_dict", None)
 
 
-@functools.wraps(_fsdp2_load_full_state_dict)
 def _load(accelerator: Any, model: nn.Module, full_sd: dict[str, Any], *args: Any, **kwargs: Any) -> nn.Module:
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
     names = {path: [name for name, b in layer._buffers.items() if b is not None] for path, layer in layers.items()}
@@ -44,4 +44,5 @@ def _load(accelerator: Any, model: nn.Module, full_sd: dict[str, Any], *args: An
     return model
 
 
-fsdp_utils.fsdp2_load_full_state_dict = _load
+if _fsdp2_load_full_state_dict is not None:
+    fsdp_utils.fsdp2_load_full_state_dict = functools.wraps(_fsdp2_load_full_state_dict)(_load)
