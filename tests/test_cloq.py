@@ -145,6 +145,7 @@ def test_unusable_arguments_of_a_weight_are_refused():
         ({}, None, [], "default", "at least one batch"),
         ({}, None, batches(1, 1, 4), "default", r"batches: expected at least \d+ tokens"),
         ({"r": 73}, None, batches(), "default", r"k_proj: rank: expected 1 \.\.\. 48, got 73"),
+        ({"lora_alpha": 0}, None, batches(), "default", "q_proj: scaling: expected a number above 0, got 0"),
         ({"use_dora": True}, None, batches(), "default", "expected plain LoRA, got DoraLinearVariant"),
     ],
 )

@@ -403,6 +403,24 @@ def test_loftq_is_nearer_to_the_weight(family, iterations, tmp_path):
     assert (started - expected).norm() < (plain - expected).norm()
 
 
+@pytest.mark.parametrize(
+    ("changes", "iterations", "message"),
+    [
+        ({"use_dora": True}, 1, "q_proj: adapter 'default': expected plain LoRA, got DoraLinearVariant"),
+        ({"r": 73}, 1, r"k_proj: rank: expected 1 \.\.\. 48, got 73"),
+        ({"lora_alpha": 0}, 1, "q_proj: scaling: expected a number above 0, got 0"),
+        ({"lora_alpha": -8}, 1, "q_proj: scaling: expected a number above 0, got -"),
+        ({}, 0, "iterations: expected a number above 0, got 0"),
+    ],
+)
+def test_adapter_that_loftq_refuses_is_as_it_was(changes, iterations, message):
+    model = peft.get_peft_model(quantized(), register(config(**changes)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        initialize_loftq(model, models.make("llama").state_dict(), iterations=iterations)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_loftq_of_one_weight_is_the_best_of_its_rank():
     weight = models.make("llama").model.layers[0].mlp.up_proj.weight.detach()
     q = qn.quantize(weight, "int4", 32)
@@ -413,6 +431,9 @@ def test_loftq_of_one_weight_is_the_best_of_its_rank():
     assert (residual - 2.0 * b @ a).norm().item() == pytest.approx(smallest.item(), rel=1e-4)
     with pytest.raises(ValueError, match=r"rank: expected 1 \.\.\. 72, got 73"):
         loftq(weight, q, rank=73)
+    for scaling in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"scaling: expected a number above 0, got {scaling}"):
+            loftq(weight, q, rank=5, scaling=scaling)
     with pytest.raises(ValueError, match="the key 'model.layers.0.self_attn.q_proj.weight'"):
         initialize_loftq(peft.get_peft_model(quantized(), register(config())), {})
     with pytest.raises(ValueError, match="LoRA layers over Linear4bit with an adapter 'other'"):

@@ -113,18 +113,13 @@ def initialize_cloq(
 
     Raises:
         TypeError: a batch is neither a tensor nor a mapping.
-        ValueError: the model has no such layer or adapter, one with DoRA, or a rank above min(N, K); `weights` lacks
-            the weight of a layer; the batches are such as `calibrate` refuses; an input has a NaN or Inf; or no batch
-            reaches a layer. In the last two cases the layers before it have been initialized.
+        ValueError: the model has no such layer or adapter, or one with DoRA, a rank above min(N, K) or a scaling that
+            is not above 0; `weights` lacks the weight of a layer; the batches are such as `calibrate` refuses; an input
+            has a NaN or Inf; or no batch reaches a layer. In the last two cases the layers before it have been
+            initialized.
         NotImplementedError: the model is not on the CPU.
     """
     found = adapted_layers(model, adapter_name)
-    for name, layer in found.items():
-        variant, rank = layer.lora_variant.get(adapter_name), layer.r[adapter_name]
-        if variant is not None:
-            raise bad(f"{name}: adapter {adapter_name!r}", "plain LoRA", type(variant).__name__)
-        if rank > (most := min(layer.get_base_layer().quantized_weight.shape)):
-            raise bad(f"{name}: rank", f"1 ... {most}", rank)
     if devices := {parameter.device.type for parameter in model.parameters()} - {"cpu"}:
         raise NotImplementedError(f"initialize_cloq: expected a model on the CPU, got one on {min(devices)}")
     source = source_of(weights)

@@ -33,7 +33,7 @@ def loftq(
         weight: [N, K] in fp32, bf16 or fp16.
         q: the quantized `weight`. The result has its format, blocksize and double quantization.
         rank: the rank of the adapter, at most min(N, K).
-        scaling: the factor of B A.
+        scaling: the factor of B A, above 0.
         iterations: 1 leaves `q` unchanged, so that adapters over the same base can be exchanged. Each further iteration
             quantizes W - scaling * B A again, which makes the error smaller.
 
@@ -47,6 +47,8 @@ def loftq(
         raise bad("weight", f"{list(q.shape)}, the shape of q", list(weight.shape))
     if not 1 <= rank <= min(q.shape):
         raise bad("rank", f"1 ... {min(q.shape)}", rank)
+    if not scaling > 0:
+        raise bad("scaling", "a number above 0", scaling)
     if iterations < 1:
         raise bad("iterations", "a number above 0", iterations)
     weight = weight.float()
@@ -80,8 +82,9 @@ def initialize_loftq(
         {layer: (error without the adapter, error with it)}, each |W - (Q + scaling * B A)| / |W| in Frobenius norms.
 
     Raises:
-        ValueError: the model has no such layer or adapter, or `weights` lacks the weight of a layer; the layers before
-            it have been initialized.
+        ValueError: the model has no such layer or adapter, or one with DoRA, a rank above min(N, K) or a scaling that
+            is not above 0; `iterations` is less than 1; or `weights` lacks the weight of a layer. In the last case the
+            layers before it have been initialized.
     """
     source = source_of(weights)
     errors = {}
@@ -99,7 +102,12 @@ def initialize_loftq(
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLinear4bit]:
-    """The quantized layers with an adapter of that name, by their path."""
+    """The quantized layers with an adapter of that name, by their path.
+
+    Raises:
+        ValueError: there is none, one that computes more than scaling * B A, a rank above min(N, K), or a scaling that
+            is not above 0.
+    """
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -107,6 +115,18 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLinear4
     }
     if not layers:
         raise bad("model", f"LoRA layers over Linear4bit with an adapter {adapter_name!r}", "none")
+    for name, layer in layers.items():
+        variant, rank, scaling = (
+            layer.lora_variant.get(adapter_name),
+            layer.r[adapter_name],
+            layer.scaling[adapter_name],
+        )
+        if variant is not None:
+            raise bad(f"{name}: adapter {adapter_name!r}", "plain LoRA", type(variant).__name__)
+        if rank > (most := min(layer.get_base_layer().quantized_weight.shape)):
+            raise bad(f"{name}: rank", f"1 ... {most}", rank)
+        if not scaling > 0:
+            raise bad(f"{name}: scaling", "a number above 0", scaling)
     return layers
 
 
