@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from fuse_models import COMMON, batch, make, step, transformers
@@ -48,6 +49,56 @@ def test_logits_are_computed_where_they_are_used(family):
         lambda z: z / torch.tensor(2.0),
     ):
         torch.testing.assert_close(use(logits), use(expected))
+
+
+def test_operators_are_those_of_the_logits():
+    model = make("llama")
+    expected = copy.deepcopy(model)(**batch()).logits.detach()
+    fuse_loss(model)
+    for use in (
+        lambda z: 1 - z,
+        lambda z: z - 1,
+        lambda z: 1 / z,
+        lambda z: 2**z,
+        lambda z: z**2,
+        lambda z: z // 0.5,
+        lambda z: 1 // z,
+        lambda z: z % 0.5,
+        lambda z: 1 % z,
+        lambda z: abs(z),
+        lambda z: +z,
+        lambda z: -z,
+        lambda z: z > 0,
+        lambda z: 0 >= z,
+        lambda z: z == 0,
+        lambda z: z != z,
+        lambda z: ~(z < 0) & (z <= 1) | (z > 1),
+        lambda z: z @ torch.ones(96, 2),
+        lambda z: np.float32(0.5) - z,
+        lambda z: np.asarray(z.detach()),
+        lambda z: torch.stack(list(z)),
+    ):
+        torch.testing.assert_close(use(model(**batch()).logits), use(expected))
+    logits = model(**batch()).logits
+    assert len({logits, logits}) == 1 and expected[0, 0, 0].item() in logits
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        bool(logits)
+    logits[:, 0] = 0.0
+    assert not logits[:, 0].any() and logits[:, 1].any()
+    total = logits
+    total += 1
+    torch.testing.assert_close(total, logits + 1)
+
+
+def test_loss_is_that_of_logits_whose_elements_were_changed():
+    model = make("llama")
+    expected = copy.deepcopy(model)(**batch()).logits
+    fuse_loss(model)
+    outputs = model(**batch())
+    labels = batch()["labels"]
+    expected[..., 3] = outputs.logits[..., 3] = -5.0
+    losses = [model.loss_function(each, labels, 96) for each in (outputs.logits, expected)]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "no labels"])

@@ -41,38 +41,31 @@ class Deferred:
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Some of its elements."""
-        return self.tensor()[index]
-
-    def __len__(self) -> int:
-        """The first dimension, as a tensor's."""
-        return len(self.tensor())
-
-    # Python looks for operators on the type, where __getattr__ does not apply.
-    def __add__(self, other: Any) -> Any:
-        return self.tensor() + other
-
-    def __sub__(self, other: Any) -> Any:
-        return self.tensor() - other
-
-    def __neg__(self) -> Tensor:
-        return -self.tensor()
-
-    def __matmul__(self, other: Any) -> Any:
-        return self.tensor() @ other
-
-    def __mul__(self, other: Any) -> Any:
-        return self.tensor() * other
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.tensor() / other
-
-    def __radd__(self, other: Any) -> Any:
-        return other + self.tensor()
-
     def __rmul__(self, other: Any) -> Any:
+        """The product, which a subclass may know better."""
         return self * other
+
+    __hash__ = object.__hash__  # with __eq__, which compares elements, there would be none
+    __array_priority__ = 1000  # that of a tensor: NumPy's numbers leave the operation to it
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """A tensor's method `name`, on the computed tensor."""
+
+    def operate(self: Deferred, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    operate.__name__ = name
+    return operate
+
+
+# Python looks for operators on the type, where __getattr__ does not apply. Those in place are left out: Python then
+# takes the others, and binds the name anew.
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_OTHERS = "lt le gt ge eq ne neg pos abs invert bool int float complex index len iter contains getitem setitem array"
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS.split()):
+    if (_method := f"__{_name}__") not in vars(Deferred):
+        setattr(Deferred, _method, _operator(_method))
 
 
 def is_plain(*tensors: Any) -> bool:
