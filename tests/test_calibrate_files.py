@@ -223,6 +223,26 @@ def test_unusable_text_is_refused_in_one_sentence(folder, tmp_path, text, messag
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
+@pytest.mark.parametrize("characters", [_calibration.CHARACTERS, 1])
+def test_first_tokens_of_a_long_text_are_those_of_the_whole_text(folder, tmp_path, monkeypatch, characters):
+    text = words(40_000)
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    read = []
+
+    class Counting:
+        def __call__(self, part, **options):
+            read.append(len(part))
+            return tokenizer(part, **options)
+
+    monkeypatch.setattr(_calibration.AutoTokenizer, "from_pretrained", lambda *args, **options: Counting())
+    monkeypatch.setattr(_calibration, "CHARACTERS", characters)
+    ids = torch.cat(_calibration.read_texts(tmp_path / "text.txt", folder / "model", 96)).view(-1)
+    assert ids.tolist() == whole[: 16 * 96]
+    assert sum(read) < len(text) / 4
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"prompt": "x", "response": 3}'])
 def test_bad_line_is_named(folder, tmp_path, line):
     path = tmp_path / "pairs.jsonl"

@@ -34,6 +34,7 @@ from .._core.weight import QuantizedWeight
 from ._skeleton import Skeleton
 
 SEQUENCE, BATCH = 512, 4  # tokens of a sequence, and sequences that are run together
+CHARACTERS = 16  # of a text for each token that is needed, at first: prose and code have 3 to 5 in a token
 _TENSORS = ("codes", "absmax", "nested_absmax", "nested_code", "offset", "code")
 
 
@@ -249,7 +250,7 @@ def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
     parts = _pairs(path, text, tokenizer) if path.suffix == ".jsonl" else [text]
     ids: list[int] = []
     for part in parts:
-        ids += tokenizer(part, add_special_tokens=False).input_ids
+        ids += _first_ids(tokenizer, part, ENOUGH * widest)
         if len(ids) >= ENOUGH * widest:
             break
     ids = ids[: ENOUGH * widest]
@@ -258,6 +259,19 @@ def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
         raise bad(f"calibrate: {path}", enough, len(ids))
     whole = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
     return list(whole.split(BATCH))
+
+
+def _first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The first `count` token ids of a text or more, or all if it has fewer.
+
+    A cut changes tokens near it, so the text is cut where twice as many come before it.
+    """
+    length = CHARACTERS * count
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False).input_ids
+        if length >= len(text) or len(ids) >= 2 * count:
+            return ids
+        length *= 2
 
 
 def _pairs(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
