@@ -110,6 +110,13 @@ CONTAINER = [
     ({"nested_code": torch.zeros(255)}, ValueError, "nested_code: expected 256 elements, got 255"),
     ({"offset": torch.zeros(2)}, ValueError, "offset: expected 1 elements, got 2"),
     ({"absmax": torch.zeros(N), "nested_absmax": None}, ValueError, "nested_code: expected None without"),
+    (
+        {"absmax": torch.zeros(N), **PLAIN, "offset": 0.0},
+        ValueError,
+        "offset: expected None without nested_absmax, got",
+    ),
+    ({"minimum": [0.0]}, ValueError, "minimum: expected None without a format that has it, got list"),
+    ({"zero_point": 8}, ValueError, "zero_point: expected None without affine4 or affine8, got int"),
     ({"code": torch.zeros(15)}, ValueError, "code: expected 16 elements, got 15"),
     ({"code": torch.zeros(16).double()}, TypeError, "code: expected torch.float32, got torch.float64"),
     ({"shape": (1, N, K, 1)}, ValueError, "shape: expected (N, K) or (E, N, K), each at least 1, got (1, 6, 64, 1)"),

@@ -1,5 +1,7 @@
 """Guards MXFP4 and NVFP4: weights are quantized by their rules, and the files of others keep their bits."""
 
+from dataclasses import replace
+
 import cases
 import oracle
 import pytest
@@ -162,6 +164,16 @@ def test_byte_beside_the_scales_is_located_where_a_weight_is_loaded(format, byte
     table = {**layer.state_dict(), "nested_code": torch.ones(256)}
     with pytest.raises(RuntimeError, match="nested_code: expected .* finite values and NaN after them"):
         layer.load_state_dict(table)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_column_order_with_a_column_twice_is_named(format):
+    order = torch.arange(64, dtype=torch.int32)
+    q = replace(qn.quantize(torch.randn(2, 64), format), column_order=order)
+    q.check_values()
+    order[1] = 0
+    with pytest.raises(ValueError, match=r"column_order: expected each of 0 \.\.\. 63 once"):
+        q.check_values()
 
 
 # ---- the files of others ---------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ class QuantizedWeight:
         if numel is None:
             needs = {"code": "a 4-bit format", "zero_point": "affine4 or affine8"}.get(name, "nested_absmax")
             needs = "a format that has it" if name.endswith("minimum") else needs
-            raise bad(name, f"None without {needs}", f"{tuple(tensor.shape)}")
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise bad(name, f"None without {needs}", got)
         if not isinstance(tensor, Tensor):
             raise bad_type(name, "a tensor", type(tensor).__name__)
         if tensor.dtype not in dtypes:
@@ -158,14 +159,14 @@ class QuantizedWeight:
                 of "mxfp4" or "nvfp4", or `column_order` is not a permutation. A value of MXFP4 may exceed fp32; it
                 decodes to infinity then, as in transformers.
         """
+        if self.column_order is not None:
+            check_permutation("column_order", self.column_order)
         if self.format in MICROSCALED:
             check_scale_table("nested_code", self.nested_code, self.format)
             check_scales("absmax", self.absmax, self.format)
             for name in ("nested_absmax", "offset", "code"):
                 check_finite(name, getattr(self, name))
             return self
-        if self.column_order is not None:
-            check_permutation("column_order", self.column_order)
         if self.layout.byte_format == E4M3:
             self._check_fp8()
             return self
