@@ -181,6 +181,28 @@ def test_activation_without_a_product_is_what_it_was():
     assert len(deferred) == 3 and deferred.shape == (3, 8)
 
 
+class Other(nn.Module):
+    """Is found where an activation or a norm is, and takes something else."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.weight, self.eps, self.forward_of = nn.Parameter(torch.ones(8)), 1e-5, forward
+
+    def forward(self, *args):
+        return self.forward_of(*args)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda x, scale: x * scale, lambda x: x.chunk(2, dim=-2), lambda x: x.value, lambda x: x["gate"]],
+    ids=["two arguments", "a matrix", "an object", "a dictionary"],
+)
+def test_module_that_takes_something_else_is_left(forward):
+    model = Block(Other(forward), Other(forward))
+    assert fuse_blocks(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_forward_that_another_library_replaced_stays():
     model = make("llama")
     norm = model.model.norm

@@ -97,7 +97,8 @@ def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module]
 
 def _fuse_activation(module: nn.Module) -> bool:
     probe = torch.linspace(-6.0, 6.0, 49)
-    name = next((name for name in ACTIVATIONS if _agrees(module(probe), _DEFINITIONS[name](probe.double()))), None)
+    result = _tried(module, probe)
+    name = next((name for name in ACTIVATIONS if _agrees(result, _DEFINITIONS[name](probe.double()))), None)
     if name is None:
         return False
     module._gated_as = name
@@ -133,11 +134,7 @@ def _fuse_norm(module: nn.Module) -> bool:
     columns = torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)
     sizes = torch.tensor([[1.0], [30.0], [0.5 * eps**0.5]], device=weight.device)
     x = (torch.sin(columns) + 0.3) * sizes
-    try:
-        with torch.no_grad():
-            result = trial(x)
-    except (TypeError, ValueError, RuntimeError):
-        return False  # it takes something else
+    result = _tried(trial, x)
     wide = x.double()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     for shift in (0.0, 1.0):
@@ -155,6 +152,15 @@ def _norm_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> An
     if fits and not args and not kwargs and x.shape[-1:] == weight.shape:
         return rms_norm(x, weight, module._norm_eps, shift=module._norm_shift)
     return type(module).forward(module, x, *args, **kwargs)
+
+
+def _tried(module: nn.Module, x: Tensor) -> Any:
+    """What a module makes of `x`, or None if it takes something else."""
+    try:
+        with torch.no_grad():
+            return module(x)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return None
 
 
 def _agrees(result: Any, expected: Tensor) -> bool:
