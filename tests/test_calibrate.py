@@ -224,10 +224,12 @@ def small(**options):
 def refused(error, message, model, given, **options):
     """The call raises, and leaves the model as it was."""
     before = {name: id(module) for name, module in model.named_modules()}
+    parameters = [(name, id(parameter)) for name, parameter in model.named_parameters()]
     modes = [module.training for module in model.modules()]
     with pytest.raises(error, match=message):
         qn.calibrate(model, given, progress=False, **options)
     assert {name: id(module) for name, module in model.named_modules()} == before
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == parameters
     assert [module.training for module in model.modules()] == modes
     assert all("forward" not in module.__dict__ and not module._forward_pre_hooks for module in model.modules())
 
@@ -267,10 +269,11 @@ def test_nan_in_a_weight_is_refused_with_its_name():
     refused(ValueError, r"model.layers.1.mlp.down_proj.weight: expected finite values", model, given)
 
 
-def test_interruption_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize(("make", "family"), [(make, "llama"), (moe.make, "gpt-oss")], ids=["llama", "gpt-oss"])
+def test_interruption_leaves_the_model_as_it_was(monkeypatch, make, family):
     from qlora_native._calibrate import quantizer as module
 
-    model, given = small()
+    model, given = make(family), batches(8)
     seen = []
 
     def interrupted(*args):

@@ -271,6 +271,7 @@ class Calibration:
     def _observe(self, experts: callbacks.Experts, name: str) -> ObservedExperts:
         """Put experts that observe their inputs in the place of a parameter."""
         module = experts.module
+        before = dict(module._parameters)
         parameter = module._parameters.pop(name)
         observed = ObservedExperts(parameter, experts.transposed).train(module.training)
         config = getattr(module, "config", None)  # Llama 4's experts have none
@@ -278,7 +279,8 @@ class Calibration:
 
         def undo() -> None:
             delattr(module, name)
-            module.register_parameter(name, parameter)
+            module._parameters.clear()
+            module._parameters.update(before)  # in their order
             if config is not None:
                 config._experts_implementation = implementation
 
