@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -76,6 +77,17 @@ def test_machine_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(run, "scalar", lambda: run.Found("products"))
     monkeypatch.setattr(run, "gpus", list)
     assert list(run.check("gpu")) == [("GPU\n  none that the kernels run on", True)]
+
+
+@pytest.mark.parametrize("only", ["cpu", "gpu"])
+def test_process_that_ends_before_its_first_result_is_named_with_the_reason(only, monkeypatch):
+    found = run.Found("products")
+    found.end("the process ended with 1: no module", is_error=True)
+    monkeypatch.setattr(run, "scalar", lambda: found)
+    monkeypatch.setattr(_C, "available_isas", lambda: ["scalar"])
+    shown, right = next(run.check(only))
+    assert shown == "CPU, scalar\n  not checked: before the first result: the process ended with 1: no module"
+    assert not right
 
 
 # ---- a kernel that is wrong ------------------------------------------------------------------------------------------
@@ -155,6 +167,35 @@ def test_mistake_without_a_replacement_is_named(monkeypatch, tmp_path, caplog):
     checked_devices.note_use(torch.ones(1))
     assert off == [(0, ["wgmma"])]
     assert "nothing replaces what the check found wrong: general" in caplog.text
+
+
+def test_second_thread_waits_until_a_wrong_kernel_is_switched_off(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checked_devices.write_result(EMULATED, ["gemm"])
+    monkeypatch.setenv("QLN_CHECKS", "1")
+    monkeypatch.setattr(checked_devices, "EMULATED", True)
+    monkeypatch.setattr(checked_devices, "_used", set())
+    begun, end, off, seen = threading.Event(), threading.Event(), [], []
+
+    def disable(index, kernels):
+        begun.set()
+        end.wait(10)
+        off.extend(kernels)
+
+    def use():
+        checked_devices.note_use(torch.ones(1))
+        seen.append(list(off))
+
+    monkeypatch.setattr(_C, "disable_cuda_kernels", disable)
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert seen == [["gemm"], ["gemm"]]
 
 
 def test_right_bits_are_those_of_scalar():

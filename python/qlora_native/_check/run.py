@@ -166,12 +166,12 @@ def scalar() -> Found:
     return run_cases("cpu", "all", "products", QLN_FORCE_ISA="scalar")
 
 
-def check_cpu(oracle: Found) -> Iterator[tuple[str, dict[str, Line]]]:
-    """(instruction set, its lines) for each that runs on this machine. `oracle` is what `scalar` returned."""
+def check_cpu(oracle: Found) -> Iterator[tuple[str, Found]]:
+    """(instruction set, its results) for each that runs on this machine. `oracle` is what `scalar` returned."""
     for isa in _C.available_isas():
         found = oracle if isa == "scalar" else run_cases("cpu", "all", "products", QLN_FORCE_ISA=isa)
         found.compare_digests(oracle.digests)
-        yield isa, dict(found.lines)
+        yield isa, found
 
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
@@ -257,15 +257,19 @@ def check(only: str | None = None) -> Iterator[tuple[str, bool]]:
     """
     oracle = scalar()
     if only != "gpu":
-        for isa, lines in check_cpu(oracle):
-            yield (
-                text_of(f"CPU, {isa}", lines) if lines else f"CPU, {isa}\n  not checked",
-                bool(lines) and not wrong_of(lines),
-            )
+        for isa, found in check_cpu(oracle):
+            yield _part_of_cpu(isa, found), bool(found.lines) and not wrong_of(found.lines)
     elif oracle.unfinished:
-        yield text_of("CPU, scalar", oracle.lines), False
+        yield _part_of_cpu("scalar", oracle), False
     if only != "cpu":
         yield from _check_gpus(oracle)
+
+
+def _part_of_cpu(isa: str, found: Found) -> str:
+    """The part of the report on an instruction set."""
+    if not found.lines:
+        return f"CPU, {isa}\n  not checked: {found.unfinished}"
+    return text_of(f"CPU, {isa}", found.lines)
 
 
 def _check_gpus(oracle: Found) -> Iterator[tuple[str, bool]]:

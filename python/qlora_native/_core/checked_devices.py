@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,6 +26,7 @@ OPTIONAL_KERNELS = ("gemv", "gemm", "wgmma", "panels")
 EMULATED = os.environ.get("QLN_BACKEND") == "cuda_emulated"  # tensors of the CPU are then those of a GPU
 
 _used: set[int] = set()  # indices of the GPUs that have had their first use in this process
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,13 @@ def note_use(tensor: torch.Tensor) -> None:
     index = max(tensor.get_device(), 0)
     if index in _used or not (EMULATED or torch.cuda.is_available()):  # a fake tensor may be on a GPU that is not there
         return
-    _used.add(index)
+    with _lock:  # another thread waits until what was found wrong is switched off
+        if index not in _used:
+            _heed_results(index)
+            _used.add(index)
+
+
+def _heed_results(index: int) -> None:
     if os.environ.get("QLN_CHECKS") == "0":
         return
     device = device_of(index)
