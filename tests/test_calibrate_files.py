@@ -275,6 +275,16 @@ def test_result_that_exists_is_refused_before_the_work(folder, tmp_path, monkeyp
         calibrated(folder, tmp_path / "out")
 
 
+def test_error_of_the_calibration_is_one_sentence_of_the_command(folder, tmp_path, monkeypatch):
+    def run(*args):
+        raise RuntimeError("model.layers.0: expected the modules that it calls for the first batch, got others")
+
+    monkeypatch.setattr(_calibration.Calibration, "run", run)
+    given = ["--model", folder / "model", "--out", tmp_path / "out", "--calibrate", folder / "text.txt"]
+    with pytest.raises(SystemExit, match="^quantize: model.layers.0: expected the modules that it calls"):
+        main(["quantize", *map(str, given)])
+
+
 def test_model_without_a_tokenizer_is_refused_in_one_sentence(folder, tmp_path):
     moe.make("mixtral", torch.bfloat16).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="calibrate: .*model: expected the model's tokenizer, got none [^\n]*$"):

@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command is not None:
         try:
             print(convert(args))
-        except (TypeError, ValueError, OSError, ImportError) as error:
+        except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
             raise SystemExit(f"{args.command}: {error}") from None
         return
     print_report()
