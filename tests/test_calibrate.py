@@ -249,6 +249,10 @@ def test_unusable_batches_are_refused(given, error, message):
     refused(error, message, make("llama"), given)
 
 
+def test_linear_layer_that_cannot_be_replaced_in_place_is_refused():
+    refused(ValueError, "model: expected a module that contains nn.Linear layers", nn.Linear(8, 8), batches())
+
+
 def test_nan_in_an_input_is_refused_with_the_name_of_the_layer():
     model, given = small()
     with torch.no_grad():

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.errors import bad, bad_type
+from .._core.errors import bad
 from .._core.progress import Progress
 from .._core.weight import QuantizedWeight
 from .._layers import callbacks
 from .._layers.experts import Experts4bit
 from .._layers.linear import linear_class
-from .._layers.quantize_model import find
+from .._layers.quantize_model import check_model, find
 from .batches import check_tokens, checked_batches
 from .budget import Budget, BudgetAllocator, Probe
 from .experts import ObservedExperts
@@ -74,17 +74,16 @@ def calibrate(
         reached as it has columns. The report names them, and a warning the first.
 
     Raises:
-        TypeError: `model` is not a module, a batch is neither a tensor nor a mapping, or `bits` is not a number.
-        ValueError: there are no batches, or fewer tokens than the widest weight has columns; the ids are not of the
-            model's vocabulary; an input has a NaN or Inf; memory does not suffice; or `bits` is less than `format`
-            needs, more than 16, or for a format other than "nf4" and "fp4". The model is then as it was.
+        TypeError: `model` is not a module, `skip` is a string, a batch is neither a tensor nor a mapping, or `bits` is
+            not a number.
+        ValueError: `model` is a linear layer, which cannot be replaced in place; there are no batches, or fewer tokens
+            than the widest weight has columns; the ids are not of the model's vocabulary; an input has a NaN or Inf;
+            memory does not suffice; or `bits` is less than `format` needs, more than 16, or for a format other than
+            "nf4" and "fp4". The model is then as it was.
         NotImplementedError: the model is not on the CPU.
         RuntimeError: a layer calls its modules in another way than for the first batch. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise bad_type("model", "an nn.Module", type(model).__name__)
-    if isinstance(skip, str):
-        raise bad_type("skip", "a sequence of names", "a string")
+    check_model(model, skip)
     started = time.monotonic()
     options = Options(format, blocksize, double_quant, codebook)
     budget = None if bits is None else Budget(bits)

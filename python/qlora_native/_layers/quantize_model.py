@@ -84,12 +84,7 @@ def quantize_model(
         NotImplementedError: a method of PEFT over a layer has not been tried over quantized ones.
         TypeError, ValueError: `qlora_native.quantize` refuses a weight or an argument; the message names the layer.
     """
-    if not isinstance(model, nn.Module):
-        raise bad_type("model", "an nn.Module", type(model).__name__)
-    if isinstance(model, nn.Linear):
-        raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
-    if isinstance(skip, str):
-        raise bad_type("skip", "a sequence of names", "a string")
+    check_model(model, skip)
     if not isinstance(embeddings, bool):
         raise bad_type("embeddings", "a bool", type(embeddings).__name__)
     for load in callbacks.load_integrations:
@@ -105,6 +100,16 @@ def quantize_model(
     if layers and progress:
         sys.stderr.write(f"{size_report(model)}\n")
     return model
+
+
+def check_model(model: Any, skip: Any) -> None:
+    """Raise unless `model` is a module whose layers can be replaced, and `skip` is not a single name."""
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "an nn.Module", type(model).__name__)
+    if isinstance(model, nn.Linear):
+        raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
+    if isinstance(skip, str):
+        raise bad_type("skip", "a sequence of names", "a string")
 
 
 @dataclass(frozen=True)
