@@ -118,6 +118,7 @@ def note_use(tensor: torch.Tensor) -> None:
 
 
 def _heed_results(index: int) -> None:
+    """Do what `note_use` promises for the GPU cuda:`index`."""
     if os.environ.get("QLN_CHECKS") == "0":
         return
     device = device_of(index)

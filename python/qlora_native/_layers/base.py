@@ -213,6 +213,7 @@ class QuantizedLayer(nn.Module):
         Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
         errors = []
+        scales = _format_of_scales(self.format)
         assign = args[0].get("assign_to_params_buffers", False)
         for name, own in (*self.weight_tensors().items(), ("bias", self._parameters.get("bias"))):
             tensor = state_dict.get(prefix + name)
@@ -224,7 +225,6 @@ class QuantizedLayer(nn.Module):
                 if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
                     raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
                 check_memory(prefix + name, tensor, None if assign else own)
-                scales = _format_of_scales(self.format)
                 if name == "absmax" and scales is not None and own.dtype == torch.uint8:
                     check_scales(prefix + name, tensor, scales)
                 elif name == "nested_code" and scales is not None:
