@@ -249,7 +249,7 @@ def test_unusable_batches_are_refused(given, error, message):
     refused(error, message, make("llama"), given)
 
 
-def test_linear_layer_that_cannot_be_replaced_in_place_is_refused():
+def test_linear_layer_is_refused_as_a_model():
     refused(ValueError, "model: expected a module that contains nn.Linear layers", nn.Linear(8, 8), batches())
 
 

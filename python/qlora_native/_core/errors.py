@@ -85,9 +85,14 @@ def _check_storage(argument: str, tensor: torch.Tensor) -> None:
         raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a DTensor, by name, as torch.distributed.tensor takes long to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def check_local(argument: str, tensor: torch.Tensor) -> None:
     """Raise TypeError if `tensor` is a DTensor: the kernels know only tensors of one process."""
-    if type(tensor).__name__ == "DTensor":  # by name, as torch.distributed.tensor takes long to import
+    if is_dtensor(tensor):
         raise bad_type(argument, "a tensor of this process", "a DTensor, of which each process has a part")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
 from .blocks import ceil_div, check_blocksize
-from .errors import bad, bad_type, check_float_dtype, check_memory
+from .errors import bad, bad_type, check_float_dtype, check_memory, is_dtensor
 from .formats import CODEBOOKS
 from .layouts import E4M3, LAYOUTS, Layout
 from .mapped import before_use
@@ -389,7 +389,7 @@ def in_order(w: Tensor, column_order: Tensor) -> Tensor:
 def check_permutation(name: str, order: Tensor) -> None:
     """Raise ValueError unless `order` [K] has each of 0 ... K-1 once. A DTensor, which has a part, is not checked."""
     check_memory(name, order)
-    if order.is_meta or type(order).__name__ == "DTensor":
+    if order.is_meta or is_dtensor(order):
         return
     if not torch.equal(order.detach().long().sort().values, torch.arange(order.numel(), device=order.device)):
         raise bad(name, f"each of 0 ... {order.numel() - 1} once", "others")

@@ -16,9 +16,8 @@
 //   ragged rows        blend, mask
 //   dX                 kColumnVectors, Columns, columns, columns_natural, to_natural, mask_columns
 //   vectors            dot, broadcast, dot_broadcast
-//   small_m            kStepChunks ... kFewRows, Step, join, Step4, step4, Step8, step8; and kHalfStepVectors, if a
-//   step
-//                      is two chunks
+//   small_m            kStepChunks ... kFewRows, Step, join, Step4, step4, Step8, step8
+//   steps of 2 chunks  kHalfStepVectors
 //   pairs of bf16      decode4_two; columns and columns_natural take the two rows of a unit
 #pragma once
 

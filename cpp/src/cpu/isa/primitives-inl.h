@@ -41,8 +41,7 @@ concept IntOf = std::same_as<T, typename V::Int>;
 template <class T, class V>
 concept LongOf = std::same_as<T, typename V::Long>;
 
-// What the products of many rows need. The tiles in plain C++ (portable/) have this, and what attention needs beside
-// it.
+// What the products of many rows need. The tiles in plain C++ (portable/) have it, and what attention needs.
 template <class V>
 concept ProductPrimitives =
     requires(typename V::Float x, typename V::Float y, typename V::Float z, typename V::Long n, const float* from,
