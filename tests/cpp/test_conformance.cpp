@@ -335,6 +335,44 @@ TEST(products_are_the_sums_of_float64) {
     }
 }
 
+// Of all NaN those whose mantissa has only ones are the first that a carry of rounding could turn into a number.
+TEST(scale_that_is_nan_makes_its_part_of_products_nan) {
+  constexpr float kNan = std::bit_cast<float>(0xFFFFFFFFu);
+  constexpr std::uint16_t kHalfNan = 0x7FFF;
+  struct Spoiled {
+    const char* format;
+    int blocksize;
+    bool double_quant;
+    void (*spoil)(Quantized&);
+  };
+  constexpr Spoiled kAll[] = {{"nf4", 64, false, [](Quantized& w) { w.absmax[6] = kNan; }},
+                              {"nf4", 32, false, [](Quantized& w) { w.absmax[12] = kNan; }},
+                              {"int8", 64, false, [](Quantized& w) { w.absmax[6] = kNan; }},
+                              {"nf4", 64, true, [](Quantized& w) { w.nested_absmax[1] = kNan; }},
+                              {"nvfp4", 16, false, [](Quantized& w) { w.nested_absmax[1] = kNan; }},
+                              {"q4_0", 32, false, [](Quantized& w) { w.scales16[13] = kHalfNan; }},
+                              {"q4_1", 32, false, [](Quantized& w) { w.minima16[13] = kHalfNan; }},
+                              {"q4_k", 32, false, [](Quantized& w) { w.nested_minimum[1] = kNan; }}};
+  constexpr std::int64_t N = 100, K = 192;
+  for (const Spoiled& spoiled : kAll)
+    for (const std::int64_t M : {1, 9, 70}) {
+      Layer layer({M, N, K, DType::bf16, spoiled.format, spoiled.blocksize, spoiled.double_quant});
+      spoiled.spoil(layer.weight);
+      layer.run();
+      const Tensor values = decoded_by_definition(layer.weight, DType::bf16);
+      std::vector<bool> row(N), column(K);
+      for (std::int64_t n = 0; n < N; ++n)
+        for (std::int64_t k = 0; k < K; ++k)
+          if (std::isnan(values.at(n, k))) row[n] = column[k] = true;
+      EXPECT(std::ranges::count(row, true) > 0 && std::ranges::count(row, false) > 0);
+      for (std::int64_t m = 0; m < M; ++m) {
+        // A GPU may multiply zeros beyond a row of X by the first scale of W's next row.
+        for (std::int64_t n = 0; n < N; ++n) EXPECT(std::isnan(layer.y.at(m, n)) || !row[n]);
+        for (std::int64_t k = 0; k < K; ++k) EXPECT(std::isnan(layer.dx.at(m, k)) == column[k]);
+      }
+    }
+}
+
 // ---- the loss ----
 
 struct LossCase {

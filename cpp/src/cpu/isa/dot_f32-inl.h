@@ -111,7 +111,7 @@ struct DotF32 {
     Chunk chunk;
     for (int g = 0; g < kVectors / 2; ++g) {
       load_levels<kCodes>(bytes + g * kGroup, chunk.v[2 * g], chunk.v[2 * g + 1]);
-      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(values<kScales>(scales, chunk.v[i], g));
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_value<kType>(values<kScales>(scales, chunk.v[i], g));
     }
     return chunk;
   }
@@ -261,7 +261,7 @@ struct DotF32 {
       static_assert(kScales == 4);
       lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, looked_up);
       for (int i = 0; i < kNibbleVectors; ++i)
-        looked_up[i] = round_to<kType>(values<kScales>(scales, looked_up[i], g + i));
+        looked_up[i] = round_value<kType>(values<kScales>(scales, looked_up[i], g + i));
     }
   }
   // The bits of vector i's elements, lane by lane.

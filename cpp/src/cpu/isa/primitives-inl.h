@@ -59,6 +59,9 @@ concept ProductPrimitives =
       // Elements of a dtype, as many as lanes or `count`: the lanes after them are zero, or are not stored. Rounding is
       // to nearest even, and a NaN stays one if it is quiet, as each operation leaves it.
       { round_to<DType::bf16>(x) } -> FloatOf<V>;
+      // The same of a weight's value, which is rounded for each weight or each block: NaN stays one if it is canonical.
+      { round_value<DType::bf16>(x) } -> FloatOf<V>;
+      { canonical_nan(x) } -> FloatOf<V>;  // NaN as the quiet one without a payload, and all else as it is
       { load_as_f32<DType::bf16>(elements) } -> FloatOf<V>;
       { load_as_f32<DType::bf16>(elements, 1) } -> FloatOf<V>;
       store_from_f32<DType::bf16>(out, x);

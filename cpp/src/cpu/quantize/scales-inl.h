@@ -1,4 +1,5 @@
-// The scales of a weight's blocks, and their minima.
+// The scales of a weight's blocks, and their minima. NaN among them is canonical (primitives-inl.h), and so is NaN
+// among a weight's values, since the levels of codes are finite.
 #pragma once
 
 #include <optional>
@@ -108,9 +109,10 @@ class ScaleDecoder {
       each_part(source.data, kSize, blocks, stride, [&](const void* data, std::int64_t at, std::int64_t count) {
         const char* const from = static_cast<const char*>(data);
         std::int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) store(out + at + i, load_as_f32<dtype()>(from + i * kSize));
+        for (; i + kLanes <= count; i += kLanes)
+          store(out + at + i, canonical_nan(load_as_f32<dtype()>(from + i * kSize)));
         if (const int rest = static_cast<int>(count - i); rest > 0)
-          store_from_f32<DType::f32>(out + at + i, load_as_f32<dtype()>(from + i * kSize, rest), rest);
+          store_from_f32<DType::f32>(out + at + i, canonical_nan(load_as_f32<dtype()>(from + i * kSize, rest)), rest);
       });
     });
   }
@@ -166,8 +168,10 @@ class ScaleDecoder {
   }
   [[gnu::always_inline]] void read_one_by_one(const Source& source, std::int64_t first, std::int64_t count,
                                               float* out) const {
-    for (std::int64_t i = 0; i < count; ++i)  // two roundings, as in scaled()
-      out[i] = nested_code_[source.bytes()[first + i]] * source.nested[nested_of(first + i)] + source.offset;
+    for (std::int64_t i = 0; i < count; ++i) {  // as scaled()
+      const float scale = nested_code_[source.bytes()[first + i]] * source.nested[nested_of(first + i)] + source.offset;
+      out[i] = scale == scale ? scale : __builtin_nanf("");
+    }
   }
   void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
     std::int64_t i = 0;
@@ -203,7 +207,9 @@ class ScaleDecoder {
     store_from_f32<DType::f32>(out, scaled(levels, nested, source.offset), lanes);
   }
   // Two roundings, as bitsandbytes': not a fused multiply-add.
-  static F32 scaled(F32 level, F32 nested, float offset) { return add(mul(level, nested), set1(offset)); }
+  static F32 scaled(F32 level, F32 nested, float offset) {
+    return canonical_nan(add(mul(level, nested), set1(offset)));
+  }
   // The nested scale of each of the blocks first ... first+lanes-1.
   F32 nested_of_lanes(const float* nested, std::int64_t first, int lanes) const {
     const std::int64_t begin = nested_of(first), end = nested_of(first + lanes - 1);

@@ -81,6 +81,19 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
+// Without a payload NaN has no carry from its lower half.
+template <DType kType>
+inline F32 round_value(F32 x) {
+  if constexpr (kType != DType::bf16) return round_to<kType>(x);
+  const I32 bits = _mm256_castps_si256(x);
+  const I32 odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const I32 rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+inline F32 canonical_nan(F32 x) {
+  return _mm256_blendv_ps(x, set1(__builtin_nanf("")), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -196,10 +209,6 @@ template <class F>
 inline Table16 map_table(Table16 t, F&& f) {
   return {f(t.low), f(t.high)};
 }
-template <DType kType>
-inline Table16 round_table(Table16 t) {
-  return {round_to<kType>(t.low), round_to<kType>(t.high)};
-}
 inline F32 lookup(Table16 t, I32 index) {
   const F32 bit3_as_sign = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
@@ -231,7 +240,7 @@ constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
 template <DType kType>
 inline LevelTable level_table(Table16 levels) {
-  return round_table<kType>(levels);
+  return map_table(levels, round_value<kType>);
 }
 inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
 inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter

@@ -71,6 +71,20 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
+// Without a payload NaN has no carry from its lower half.
+template <DType kType>
+inline F32 round_value(F32 x) {
+  if constexpr (kType != DType::bf16) return round_to<kType>(x);
+  const I32 bits = _mm512_castps_si512(x);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x00010000));
+  const I32 almost = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+  const I32 rounded = _mm512_mask_add_epi32(almost, odd, almost, _mm512_set1_epi32(1));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(0xFFFF0000)));
+}
+inline F32 canonical_nan(F32 x) {
+  return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1(__builtin_nanf("")));
+}
+
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -196,10 +210,6 @@ template <class F>
 inline Table16 map_table(Table16 t, F&& f) {
   return {f(t.level)};
 }
-template <DType kType>
-inline Table16 round_table(Table16 t) {
-  return {round_to<kType>(t.level)};
-}
 inline F32 lookup(Table16 t, I32 index) { return _mm512_permutexvar_ps(index, t.level); }
 
 struct Table32 {
@@ -224,7 +234,7 @@ constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
 template <DType kType>
 inline LevelTable level_table(Table16 levels) {
-  return round_table<kType>(levels);
+  return map_table(levels, round_value<kType>);
 }
 inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
 inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter

@@ -84,6 +84,20 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
+// What is added to the bits of a weight's value before the lower half is cut off, to round to bfloat16: 0x7FFF and the
+// last bit that stays. Without a payload NaN has no carry from its lower half.
+inline uint32x4_t added_to_round(F32 value) {
+  const uint32x4_t odd = vtstq_u32(bits_of(value), vdupq_n_u32(0x10000));  // -1
+  return vsubq_u32(vdupq_n_u32(0x7FFF), odd);
+}
+template <DType kType>
+inline F32 round_value(F32 x) {
+  if constexpr (kType != DType::bf16) return round_to<kType>(x);
+  const uint32x4_t rounded = vaddq_u32(bits_of(x), added_to_round(x));
+  return vreinterpretq_f32_u32(vandq_u32(rounded, vdupq_n_u32(0xFFFF0000)));
+}
+inline F32 canonical_nan(F32 x) { return vbslq_f32(vceqq_f32(x, x), x, vdupq_n_f32(__builtin_nanf(""))); }
+
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -178,11 +192,6 @@ template <class F>
 [[gnu::always_inline]] inline Table16 map_table(const Table16& t, F&& f) {
   return {{f(t.level[0]), f(t.level[1]), f(t.level[2]), f(t.level[3])}};
 }
-template <DType kType>
-[[gnu::always_inline]] inline Table16 round_table(const Table16& t) {
-  return {{round_to<kType>(t.level[0]), round_to<kType>(t.level[1]), round_to<kType>(t.level[2]),
-           round_to<kType>(t.level[3])}};
-}
 // Where each lane's four bytes are in a table of floats, of which there are kCount.
 template <int kCount>
 inline uint8x16_t bytes_of_floats(I32 index) {
@@ -243,19 +252,13 @@ template <DType kType>
     table.byte[first + 1] = vuzp2q_u8(bytes0, bytes1);
   };
   if constexpr (kType == DType::bf16) {
-    // As bf16_bits_high(), in fewer steps: what is added before the lower half is cut off is 0x7FFF and the last bit
-    // that stays, but nothing to NaN, which a product leaves quiet.
-    const auto added = [&](int i) {
-      const uint32x4_t odd = vtstq_u32(bits_of(levels.level[i]), vdupq_n_u32(0x10000));  // -1
-      return vandq_u32(vsubq_u32(vdupq_n_u32(0x7FFF), odd), vceqq_f32(levels.level[i], levels.level[i]));
-    };
     const auto rounded = [&](int i) {
-      const uint16x4_t first = vaddhn_u32(bits_of(levels.level[i]), added(i));
-      return vaddhn_high_u32(first, bits_of(levels.level[i + 1]), added(i + 1));
+      const F32 value = levels.level[i], next = levels.level[i + 1];
+      return vaddhn_high_u32(vaddhn_u32(bits_of(value), added_to_round(value)), bits_of(next), added_to_round(next));
     };
     put_apart(2, rounded(0), rounded(2));
   } else {
-    const Table16 rounded = round_table<kType>(levels);
+    const Table16 rounded = map_table(levels, round_value<kType>);
     const auto words = [&](int i) { return vreinterpretq_u16_f32(rounded.level[i]); };
     put_apart(0, vuzp1q_u16(words(0), words(1)), vuzp1q_u16(words(2), words(3)));
     put_apart(2, vuzp2q_u16(words(0), words(1)), vuzp2q_u16(words(2), words(3)));

@@ -25,7 +25,7 @@ struct DotBf16 {
 
   template <class Scales>
   static Table table(Table16 code, const Scales& scales) {
-    return round_table<DType::bf16>(values_of(code, scales, 0));
+    return map_table(values_of(code, scales, 0), round_to<DType::bf16>);
   }
 
   template <bool kOdd>

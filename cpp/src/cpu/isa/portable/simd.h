@@ -110,6 +110,14 @@ inline F32 round_to(F32 x) {
 }
 
 template <DType kType>
+inline F32 round_value(F32 x) {
+  return round_to<kType>(x);
+}
+inline F32 canonical_nan(F32 x) {
+  return each_lane([&](int i) { return x.lane[i] == x.lane[i] ? x.lane[i] : __builtin_nanf(""); });
+}
+
+template <DType kType>
 inline float load_lane(const void* p, int i) {
   if constexpr (kType == DType::f32) {
     float x;
@@ -178,15 +186,11 @@ inline Table16 map_table(Table16 t, F&& f) {
   const F32 mapped = f(load(t.level));
   return table16(mapped.lane);
 }
-template <DType kType>
-inline Table16 round_table(Table16 t) {
-  return table16(round_to<kType>(load(t.level)).lane);
-}
 constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
 template <DType kType>
 inline LevelTable level_table(Table16 levels) {
-  return round_table<kType>(levels);
+  return map_table(levels, round_value<kType>);
 }
 inline I32 high_nibbles(const std::uint8_t* p) {
   return each_lane<I32>([&](int i) { return p[i] >> 4; });
