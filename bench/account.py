@@ -32,7 +32,7 @@ import plots
 import report
 import step
 import timing
-from cases import OURS
+from cases import OURS, matrix_rate
 from tables import table
 
 UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
@@ -111,7 +111,7 @@ def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str
 
 def lines(found: dict) -> str:
     """The report as Markdown."""
-    rate = found["limits"]["bfloat16"]
+    rate = matrix_rate(found["limits"], "bfloat16")
     text = [
         "# Where a training step goes\n",
         f"{report.head(found['machine'])}, {rate / 1e9:.0f} GFLOP/s in bf16. NF4 with double quantization, LoRA of "
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each")
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": machine.describe()}
-    found["limits"] = machine.limits(machine.Probes(), ["bfloat16"], timing.Cpu())
+    found["limits"] = machine.limits(machine.Probes(), ["bfloat16", "float32"], timing.Cpu())
     found["measured"] = []
     for name in MODELS:
         runs = [

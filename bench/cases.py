@@ -112,11 +112,20 @@ class Row(Case):
 
     def limit_us(self, limits: dict[str, float]) -> float:
         """The microseconds that the machine's memory or arithmetic takes, whichever takes longer."""
-        return max(self.bytes / self.gb_per_s / 1e3, 1e6 * self.flops / limits[self.dtype])
+        return max(self.bytes / self.gb_per_s / 1e3, 1e6 * self.flops / matrix_rate(limits, self.dtype))
 
     def memory_bound(self, limits: dict[str, float]) -> bool:
         """Whether memory takes longer than arithmetic."""
-        return self.bytes / self.gb_per_s >= 1e9 * self.flops / limits[self.dtype]
+        return self.bytes / self.gb_per_s >= 1e9 * self.flops / matrix_rate(limits, self.dtype)
+
+
+def matrix_rate(limits: dict[str, float], dtype: str) -> float:
+    """The flop/s that a product in `dtype` can reach; `limits` as of machine.limits().
+
+    It is at least float32's, in which numbers of 16 bits can be multiplied too: on a processor without bf16 instructions
+    torch's product takes several times as long in bfloat16 as in float32.
+    """
+    return max(limits[dtype], limits.get("float32", 0.0))
 
 
 def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:

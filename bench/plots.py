@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cases import GROWTH_M, GROWTH_PRODUCTS, OURS, RANKS, SQUARE, Row
+from cases import GROWTH_M, GROWTH_PRODUCTS, OURS, RANKS, SQUARE, Row, matrix_rate
 
 WITHOUT = "without LoRA"
 COLOURS = {
@@ -100,7 +100,8 @@ def _roofline(result: dict, axes: list[Any]) -> bool:
         points = [(intensity(row, name), row.flops / row.us[name] / 1e3) for row in rows if name in row.us]
         if points:
             axis.scatter(*zip(*points, strict=True), s=18, color=COLOURS[name], label=name, alpha=0.8)
-    bandwidth, peak = limits["copy" if "gpu" in result["machine"] else "read"] / 1e9, limits[DTYPE] / 1e9
+    bandwidth = limits["copy" if "gpu" in result["machine"] else "read"] / 1e9
+    peak = matrix_rate(limits, DTYPE) / 1e9
     ends = [1.0, peak / bandwidth, 2 * max(intensity(row, OURS) for row in rows)]
     axis.plot(ends, [bandwidth, peak, peak], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GFLOP/s")
     axis.set(xscale="log", yscale="log", xlabel="operations / byte of weight", ylabel="GFLOP/s", title="Roofline")

@@ -177,8 +177,8 @@ PLOTS = {
     "speed": "Rate of the product with a 4096×4096 weight against the rows of activations, bf16, cold weights; the "
     "dotted line is the machine's limit for 4-bit weights. Higher is better.",
     "roofline": "Every product without an adapter at its arithmetic intensity (operations over the bytes of the weight "
-    "in the form that the contestant keeps) under the machine's memory bandwidth and bf16 matrix rate, both measured "
-    "in this run.",
+    "in the form that the contestant keeps) under the machine's memory bandwidth and matrix rate, both measured "
+    "in this run. The rate is that of bf16 or, if it is higher, of fp32.",
     "lora": "Time that a LoRA adapter adds to the product, against its rank: M=512, 4096×4096, bf16. Backward is that "
     "of autograd with respect to x. Lower is better.",
     "growth": "Time of a product against the width of a square weight, the rows of activations, and threads.",

@@ -291,6 +291,14 @@ def test_each_line_of_a_summary_has_a_case_that_is_measured(script):
         assert line.operation in elsewhere or of_line & measured, line
 
 
+def test_limit_of_bf16_is_at_least_that_of_fp32(script):
+    """A processor without bf16 instructions multiplies in fp32."""
+    matrix_rate = script("cases").matrix_rate
+    assert matrix_rate({"bfloat16": 60e9, "float32": 290e9}, "bfloat16") == 290e9
+    assert matrix_rate({"bfloat16": 900e9, "float32": 180e9}, "bfloat16") == 900e9
+    assert matrix_rate({"bfloat16": 60e9}, "bfloat16") == 60e9
+
+
 def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     """Cases of a small weight, checked on the CPU, over the recorded clock; the report as if it were the large one."""
     run, machine, report, peers, timing = map(script, ("run", "machine", "report", "peers", "timing"))
