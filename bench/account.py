@@ -114,7 +114,7 @@ def lines(found: dict) -> str:
     rate = matrix_rate(found["limits"], "bfloat16")
     text = [
         "# Where a training step goes\n",
-        f"{report.head(found['machine'])}, {rate / 1e9:.0f} GFLOP/s in bf16. NF4 with double quantization, LoRA of "
+        f"{report.head(found['machine'])}, {rate / 1e9:.0f} GFLOP/s in products of bf16 or fp32. NF4 with double quantization, LoRA of "
         f"rank {step.RANK}, 8-bit AdamW; `bench/account.py` says how it is measured. Milliseconds:\n",
     ]
     for name in MODELS:
