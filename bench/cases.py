@@ -122,8 +122,8 @@ class Row(Case):
 def matrix_rate(limits: dict[str, float], dtype: str) -> float:
     """The flop/s that a product in `dtype` can reach; `limits` as of machine.limits().
 
-    It is at least float32's, in which numbers of 16 bits can be multiplied too: on a processor without bf16 instructions
-    torch's product takes several times as long in bfloat16 as in float32.
+    It is at least float32's, in which numbers of 16 bits can be multiplied too: on a processor without bf16
+    instructions torch's product takes several times as long in bfloat16 as in float32.
     """
     return max(limits[dtype], limits.get("float32", 0.0))
 

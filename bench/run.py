@@ -12,8 +12,9 @@
     python bench/run.py --device cuda --output       a GPU, in its own table
 
 A row has the microseconds; GB/s if memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
-bytes / bandwidth and operations / matrix rate (for bf16 at least that of fp32); and how many times as long each peer
-takes. timing.py describes how a figure is measured, and cases.py what is compared. Do not use the machine while it runs.
+bytes / bandwidth and operations / matrix rate (for bf16 at least that of fp32); and how many times as long each
+peer takes. timing.py describes how a figure is measured, and cases.py what is compared. Do not use the machine while
+it runs.
 """
 
 from __future__ import annotations
