@@ -115,8 +115,8 @@ def lines(found: dict) -> str:
     text = [
         "# Where a training step goes\n",
         f"{report.head(found['machine'])}, {rate / 1e9:.0f} GFLOP/s in products of bf16 or fp32. NF4 with "
-        f"double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; `bench/account.py` says how "
-        "it is measured. Milliseconds:\n",
+        f"double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; `bench/account.py` says how it is measured. "
+        "Milliseconds:\n",
     ]
     for name in MODELS:
         rows = [row for row in found["measured"] if row["model"] == name]

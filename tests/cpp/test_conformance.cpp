@@ -335,7 +335,7 @@ TEST(products_are_the_sums_of_float64) {
     }
 }
 
-// Of all NaN those whose mantissa has only ones are the first that a carry of rounding could turn into a number.
+// A carry of rounding turns NaN into a number if its mantissa has only ones.
 TEST(scale_that_is_nan_makes_its_part_of_products_nan) {
   constexpr float kNan = std::bit_cast<float>(0xFFFFFFFFu);
   constexpr std::uint16_t kHalfNan = 0x7FFF;

@@ -84,8 +84,8 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
-// What is added to the bits of a weight's value before the lower half is cut off, to round to bfloat16: 0x7FFF and the
-// last bit that stays. Without a payload NaN has no carry from its lower half.
+// To round a weight's value to bfloat16, 0x7FFF and the last bit that stays are added to its bits before the lower half
+// is cut off. Without a payload NaN has no carry from its lower half.
 inline uint32x4_t added_to_round(F32 value) {
   const uint32x4_t odd = vtstq_u32(bits_of(value), vdupq_n_u32(0x10000));  // -1
   return vsubq_u32(vdupq_n_u32(0x7FFF), odd);
