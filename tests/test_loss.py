@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from peak import megabytes, peaks
 
 import qlora_native as qn
+from qlora_native._core import dense as _dense
 from qlora_native._core import loss as _loss
 from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_cross_entropy
@@ -29,6 +30,12 @@ options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def several_chunks(monkeypatch):
     """Rows are cut as those of a large vocabulary."""
     monkeypatch.setattr(_loss, "CHUNK_BYTES", 16 * V * 2)
+
+
+def choose_dense_products(monkeypatch, by_panels):
+    """Dense weights are multiplied in ragged panels, as where a processor has no instructions for 16 bits, or not."""
+    monkeypatch.setattr(_dense, "has_instructions", lambda x: not by_panels)
+    monkeypatch.setattr(_dense, "PANEL_BYTES", 4 * K * 100)
 
 
 def operands(dtype, requires_grad=True):
@@ -73,8 +80,9 @@ def assert_close(actual, expected, dtype, roundings=6):
 
 @dtypes
 @options
-@pytest.mark.parametrize("head", ["dense", "quantized"])
-def test_loss_and_gradients_are_those_of_the_definition(head, dtype, options):
+@pytest.mark.parametrize("head", ["dense", "dense by panels", "quantized"])
+def test_loss_and_gradients_are_those_of_the_definition(head, dtype, options, monkeypatch):
+    choose_dense_products(monkeypatch, head == "dense by panels")
     hidden, weight, labels, *rest = operands(dtype)
     if head == "quantized":
         weight = qn.quantize(weight.detach())
@@ -86,16 +94,18 @@ def test_loss_and_gradients_are_those_of_the_definition(head, dtype, options):
     assert_close(loss.detach(), expected.detach(), dtype)
     assert_close(logprobs, expected_logprobs.detach(), dtype)
     trained, doubles = ([hidden, *rest], [x, *others])
-    if head == "dense":
+    if head != "quantized":
         trained, doubles = [*trained, weight], [*doubles, w]
     for actual, wanted in zip(gradients(loss, trained), gradients(expected, doubles), strict=True):
         assert_close(actual, wanted, dtype)
 
 
 @dtypes
+@pytest.mark.parametrize("by_panels", [False, True])
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["sum"], OPTIONS["smoothed"]], ids=str)
-def test_error_is_at_most_that_of_the_unfused_loss(dtype, options):
+def test_error_is_at_most_that_of_the_unfused_loss(dtype, options, by_panels, monkeypatch):
     """Both against float64 over the same operands; the median over seeds, as the promise for products has it."""
+    choose_dense_products(monkeypatch, by_panels)
     ratios = []
     for seed in range(9):
         hidden, weight, labels, *_ = operands(dtype)
@@ -167,6 +177,16 @@ def test_bits_are_the_same_for_any_number_of_threads():
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(
+    "isa, multiplied",
+    {"amx_bf16": True, "avx512_bf16": True, "neon_bf16": True, "avx512": False, "avx2": False, "scalar": False}.items(),
+)
+def test_torch_multiplies_bf16_where_a_processor_has_instructions_for_it(isa, multiplied, monkeypatch):
+    monkeypatch.setattr(qn._C, "current_isa", lambda: isa)
+    assert _dense.has_instructions(torch.zeros(1, dtype=torch.bfloat16)) == multiplied
+    assert _dense.has_instructions(torch.zeros(1)) and _dense.has_instructions(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+
+
 def test_opcheck():
     hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
     logits = torch.randn(5, V)
@@ -181,7 +201,9 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (hidden, labels, None, *op_arguments(q), *rest))
 
 
-def test_autocast_multiplies_in_its_dtype():
+@pytest.mark.parametrize("by_panels", [False, True])
+def test_autocast_multiplies_in_its_dtype(by_panels, monkeypatch):
+    choose_dense_products(monkeypatch, by_panels)
     hidden, weight, labels, bias, *_ = operands(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, labels, bias)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .blocks import ceil_div
 from .checked_devices import note_use
+from .dense import add_product_tn, product_nn, product_nt
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
 from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
 from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
@@ -26,8 +27,6 @@ _ops = torch.ops.qlora_native
 # Bytes of logits in a chunk, at most. Smaller chunks would read the weight so often that the time of a call grows.
 CHUNK_BYTES = 24 << 20
 _MIN_ROWS = 16
-# Rows of a dense weight whose gradient is computed at once and then added to the fp32 accumulator.
-_GRADIENT_ROWS = 4096
 
 
 @checks_memory
@@ -176,11 +175,10 @@ class Head:
             lora = (self.lora_a, self.lora_b, self.scaling, 0.0, None)
             y, u = _ops.linear_forward(x, *self.quantized, self.bias, *lora)
             return y, (None if self.lora_a is None else u)
-        y = torch.nn.functional.linear(x, self.dense, self.bias)
         if self.lora_a is None:
-            return y, None
-        u = x @ self.lora_a.to(x.dtype).T
-        return y.addmm_(u, (self.scaling * self.lora_b).to(x.dtype).T), u
+            return product_nt(x, self.dense, self.bias), None
+        u = product_nt(x, self.lora_a.to(x.dtype))
+        return product_nt(x, self.dense, self.bias, u, (self.scaling * self.lora_b).to(x.dtype)), u
 
     def hidden_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the gradient of x [rows, K], and V [rows, rank] if there is an adapter."""
@@ -189,11 +187,10 @@ class Head:
                 dy, *self.quantized, self.lora_a, self.lora_b, self.scaling, 0.0, None, True
             )
             return dx, (None if self.lora_a is None else v)
-        dx = dy @ self.dense
         if self.lora_a is None:
-            return dx, None
-        v = dy @ (self.scaling * self.lora_b).to(dy.dtype)
-        return dx.addmm_(v, self.lora_a.to(dy.dtype)), v
+            return product_nn(dy, self.dense), None
+        v = product_nn(dy, (self.scaling * self.lora_b).to(dy.dtype))
+        return product_nn(dy, self.dense, v, self.lora_a.to(dy.dtype)), v
 
 
 class Gradients:
@@ -216,9 +213,7 @@ class Gradients:
         """Add the gradients of a chunk: x [rows, K], dy [rows, V], and the adapter's U and V [rows, rank]."""
         weight, bias, adapter = self.wanted
         if weight:
-            for first in range(0, dy.shape[1], _GRADIENT_ROWS):
-                rows = slice(first, first + _GRADIENT_ROWS)
-                self.weight[rows] += dy[:, rows].T @ x
+            add_product_tn(self.weight, dy, x)
         if bias:
             self.bias += dy.sum(0, dtype=torch.float32)
         if adapter:
