@@ -179,16 +179,18 @@ struct DotF32 {
     for (int g = 0; g < kVectors / 2; ++g) {
       const char* group = static_cast<const char*>(p) + g * kGroup * size_of(kFrom);
       load_pairs<kFrom>(group, chunk.v[2 * g], chunk.v[2 * g + 1]);
-      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(scale)));
     }
+    if (kFrom == kType && scale == 1.0f) return chunk;
+    for (F32& v : chunk.v) v = round_to<kType>(mul(v, set1(scale)));
     return chunk;
   }
   // Loads `count` of them in natural order, with zeros after them.
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
-    for (int i = 0; i < kVectors; ++i)
-      chunk.v[i] = i * kLanes < count ? round_to<kType>(dense_vector<kFrom>(p, scale, i, count)) : zero();
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = dense_vector<kFrom>(p, scale, i, count);
+    if (kFrom == kType && scale == 1.0f) return chunk;
+    for (F32& v : chunk.v) v = round_to<kType>(v);
     return chunk;
   }
 

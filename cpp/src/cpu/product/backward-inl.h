@@ -262,7 +262,7 @@ class LoraGradient final : public Job {
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), Product::Decoded::in_panels, threads,
+    cut_ = Product::cut(strips_, {0, strips_.count}, dense_.cols(), Product::decoded(dense_, rows_), threads,
                         kMinTasksOfThread);
     tasks_[0] = ceil_div(inner_, kTransposedRows);
     tasks_[1] = strips_.count;

@@ -51,7 +51,7 @@ struct ProductNn : LayoutNn<Dot> {
     if constexpr (kByTiles && !Rows::kNatural && !Rows::kRare)
       if (part.strips.count() <= kMaxDecodingStrips && w.aligned())
         return StripNn<Dot, Rows>::multiply(tiles, w, x, part, accumulate);
-    if constexpr (!kByTiles && Rows::kQuantized && !Rows::kRare)
+    if constexpr (!kByTiles && !Rows::kNatural && !Rows::kRare)
       if (Layout::decoded(w, part.all_strips.rows) == Decoded::in_stages)
         return StageNn<Dot, Rows>::multiply(w, x, part, accumulate);
     const std::int64_t units = x.units.count();

@@ -30,12 +30,10 @@ struct LayoutNn {
   enum class Decoded { in_stages, in_panels, in_ragged_panels };
   template <class Rows>
   static Decoded decoded(const Rows& w, std::int64_t rows) {
-    if constexpr (Rows::kQuantized) {
-      if (!w.aligned()) return Decoded::in_ragged_panels;
-      // Pairs of rows are decoded for their products in registers alone: no processor with BF16 has timed their stages.
-      constexpr bool kPairs = Dot::kElementsPerUnit == 2;
-      if (!kByTiles && !Rows::kRare && (!kPairs || rows <= kMaxDirectRows)) return Decoded::in_stages;
-    }
+    if (!w.aligned()) return Rows::kQuantized ? Decoded::in_ragged_panels : Decoded::in_panels;
+    // Pairs of rows are decoded for their products in registers alone: no processor with BF16 has timed their stages.
+    constexpr bool kPairs = Dot::kElementsPerUnit == 2;
+    if (!kByTiles && !Rows::kRare && (!kPairs || rows <= kMaxDirectRows)) return Decoded::in_stages;
     return Decoded::in_panels;
   }
   // So few rows are multiplied where a weight is decoded: their accumulators leave registers for decoding, and one

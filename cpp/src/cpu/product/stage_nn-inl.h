@@ -1,4 +1,5 @@
-// dX = dY . W by vectors, without panels. What is decoded never leaves the first-level cache:
+// Products by vectors without panels: dX = dY . W, and the gradients of an adapter, whose W is dense. What is decoded
+// never leaves the first-level cache:
 //
 //   group    64 units of the rows of W, whose scales are decoded at once
 //   stage    one chunk of the units of a group, [unit][64 columns], which multiplies one strip of dY after the other
@@ -55,8 +56,10 @@ class StageNn {
   void multiply_group(Range units, bool accumulate) {
     const Range rows{units.begin * kUnitRows, smaller(units.end * kUnitRows, w_.rows())};
     float* minima = Scales::kHasMinimum ? part_.panels + kScaleFloats : nullptr;
-    w_.chunk_scales().decode(rows, chunks_, part_.panels, minima, scale_row_);
-    w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kUnits * kUnitRows, w_.rows())}, chunks_);
+    if constexpr (Rows::kQuantized) {
+      w_.chunk_scales().decode(rows, chunks_, part_.panels, minima, scale_row_);
+      w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kUnits * kUnitRows, w_.rows())}, chunks_);
+    }
     if (rows.end == w_.rows()) ahead_.stay();  // this is the last group
     for (std::int64_t c = chunks_.begin; c < chunks_.end; ++c) {
       const std::uint8_t* codes = w_.codes_at(rows.begin, c);
