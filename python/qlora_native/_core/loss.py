@@ -9,7 +9,6 @@ has a factor of its own, which only backward knows, so backward computes the log
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from .blocks import ceil_div
 from .checked_devices import note_use
-from .dense import add_product_tn, product_nn, product_nt
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
+from .head import Gradients, Head
 from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
 from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
 from .weight import QuantizedWeight, op_arguments
@@ -151,82 +150,6 @@ def _checked_dense(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _(logits, labels, ignore_index, scale, softcap, label_smoothing, z_loss, gradient, row_gradients=None):
     rows = logits.new_empty((logits.shape[0],), dtype=torch.float32)
     return rows, torch.empty_like(rows)
-
-
-@dataclass
-class Head:
-    """The layer that makes logits: a dense weight [V, K] or a quantized one (as op arguments), a bias, an adapter."""
-
-    dense: Tensor | None
-    quantized: tuple[Any, ...]
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: float
-
-    @property
-    def vocabulary(self) -> int:
-        """V, the number of logits of a row."""
-        return self.quantized[-6] if self.dense is None else self.dense.shape[0]
-
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute logits [rows, V], and U [rows, rank] if there is an adapter."""
-        if self.dense is None:
-            lora = (self.lora_a, self.lora_b, self.scaling, 0.0, None)
-            y, u = _ops.linear_forward(x, *self.quantized, self.bias, *lora)
-            return y, (None if self.lora_a is None else u)
-        if self.lora_a is None:
-            return product_nt(x, self.dense, self.bias), None
-        u = product_nt(x, self.lora_a.to(x.dtype))
-        return product_nt(x, self.dense, self.bias, u, (self.scaling * self.lora_b).to(x.dtype)), u
-
-    def hidden_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradient of x [rows, K], and V [rows, rank] if there is an adapter."""
-        if self.dense is None:
-            dx, v = _ops.linear_backward_input(
-                dy, *self.quantized, self.lora_a, self.lora_b, self.scaling, 0.0, None, True
-            )
-            return dx, (None if self.lora_a is None else v)
-        if self.lora_a is None:
-            return product_nn(dy, self.dense), None
-        v = product_nn(dy, (self.scaling * self.lora_b).to(dy.dtype))
-        return product_nn(dy, self.dense, v, self.lora_a.to(dy.dtype)), v
-
-
-class Gradients:
-    """fp32 accumulators, over chunks, of the gradients that are wanted: of a dense weight, the bias and the adapter."""
-
-    def __init__(self, head: Head, K: int, wanted: tuple[bool, bool, bool], like: Tensor) -> None:
-        """Start at zero. `wanted` says which of weight, bias and adapter have one; the others are empty tensors."""
-
-        def zeros(wanted: bool, *shape: int) -> Tensor:
-            return like.new_zeros(shape if wanted else (0,), dtype=torch.float32)
-
-        rank = head.lora_a.shape[0] if head.lora_a is not None else 0
-        self.head, (weight, bias, adapter) = head, wanted
-        self.weight = zeros(weight, head.vocabulary, K)
-        self.bias = zeros(bias, head.vocabulary)
-        self.a, self.b = zeros(adapter, rank, K), zeros(adapter, head.vocabulary, rank)
-        self.wanted = wanted
-
-    def add(self, x: Tensor, dy: Tensor, u: Tensor | None, v: Tensor | None) -> None:
-        """Add the gradients of a chunk: x [rows, K], dy [rows, V], and the adapter's U and V [rows, rank]."""
-        weight, bias, adapter = self.wanted
-        if weight:
-            add_product_tn(self.weight, dy, x)
-        if bias:
-            self.bias += dy.sum(0, dtype=torch.float32)
-        if adapter:
-            da, db = _ops.lora_gradients(x, dy, u, v, self.head.scaling, 0.0, None, torch.float32)
-            self.a += da
-            self.b += db
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradients of weight, bias, A and B, each rounded to the dtype of its tensor."""
-        head = self.head
-        of = (head.dense, head.bias, head.lora_a, head.lora_b)
-        accumulators = (self.weight, self.bias, self.a, self.b)
-        return tuple(a if t is None else a.to(t.dtype) for a, t in zip(accumulators, of, strict=True))  # type: ignore[return-value]
 
 
 def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
