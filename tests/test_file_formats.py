@@ -133,8 +133,11 @@ def test_state_dict_of_a_layer_is_loaded_bit_for_bit(format, variant):
     ("format", "variant", "damage", "message"),
     [
         ("fp8", {}, {"absmax": torch.full((32,), 255, dtype=torch.uint8)}, "scales of mxfp4: E8M0"),
+        ("fp8", {}, {"absmax": torch.full((32,), 247, dtype=torch.uint8)}, r"scales below 2\^120"),
         ("fp8", {}, {"nested_code": torch.ones(256)}, "255 finite values and NaN after them"),
         ("fp8", {"scale_dtype": torch.float32}, {"absmax": torch.full((32,), torch.nan)}, "finite values"),
+        ("fp8", {"scale_dtype": torch.float32}, {"absmax": torch.full((32,), 2.0**120)}, r"scales below 2\^120"),
+        ("fp8", {}, {"weight": torch.full((16, 256), 0xFF, dtype=torch.uint8)}, "numbers of E4M3"),
         ("affine4", {"column_order": True}, {"column_order": torch.zeros(256).int()}, "each of 0 ... 255 once"),
     ],
 )

@@ -36,6 +36,23 @@ def check_finite(name: str, tensor: Tensor) -> float:
     return max(abs(low), abs(high))
 
 
+def check_e4m3(name: str, codes: Tensor) -> None:
+    """Raise ValueError if one of the bytes is NaN in FP8 E4M3."""
+    check_memory(name, codes)
+    if not codes.is_meta and any(((part & 0x7F) == 0x7F).any() for part in codes.detach().view(-1).split(1 << 20)):
+        raise bad(name, "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
+
+
+def check_e4m3_scales(name: str, scales: Tensor) -> None:
+    """Raise ValueError unless the scales, E8M0 where they are bytes, lie below 2^120: kernels multiply them by 256."""
+    largest = check_finite(name, scales)
+    if scales.dtype == torch.uint8 and not scales.is_meta and scales.numel() > 0:
+        check_scales(name, scales, "mxfp4")
+        largest = MICROSCALED["mxfp4"][scales.max().int()].item()
+    if largest >= 2.0**120:
+        raise bad(name, "scales below 2^120", f"{largest:.9g}")
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class QuantizedWeight:
     """A quantized weight W [N, K]: its codes, its scales, and the tables that decode them. Tensors are never copied.
@@ -168,7 +185,12 @@ class QuantizedWeight:
                 check_finite(name, getattr(self, name))
             return self
         if self.layout.byte_format == E4M3:
-            self._check_fp8()
+            check_e4m3("codes", self.codes)
+            check_e4m3_scales("absmax", self.absmax)
+            if self.nested_code is not None:
+                check_scale_table("nested_code", self.nested_code, "mxfp4")
+                check_finite("nested_absmax", self.nested_absmax)
+                check_finite("offset", self.offset)
             return self
         sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
         scale, minimum = sizes["absmax"], sizes.get("minimum", 0.0)
@@ -180,20 +202,6 @@ class QuantizedWeight:
         if level * scale + minimum > torch.finfo(torch.float32).max and not self._decodes_to_finite():
             raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
         return self
-
-    def _check_fp8(self) -> None:
-        """Check that codes of "fp8" are numbers, and that scales lie below 2^120, as kernels multiply them by 256."""
-        check_memory("codes", self.codes)
-        if not self.codes.is_meta and any(((part & 0x7F) == 0x7F).any() for part in self.codes.view(-1).split(1 << 20)):
-            raise bad("codes", "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
-        largest = check_finite("absmax", self.absmax)
-        if self.nested_code is not None and not self.absmax.is_meta:  # powers of two, of which the byte 255 is NaN
-            check_scales("absmax", self.absmax, "mxfp4")
-            check_finite("nested_absmax", self.nested_absmax)
-            check_finite("offset", self.offset)
-            largest = self.nested_code[self.absmax.max().int()].item()
-        if largest >= 2.0**120:
-            raise bad("absmax", "scales below 2^120", f"{largest:.9g}")
 
     def _decodes_to_finite(self) -> bool:
         """Whether all elements decode to finite numbers of fp32. They are decoded some rows at a time."""

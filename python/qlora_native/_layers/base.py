@@ -16,7 +16,14 @@ from .._core.layouts import LAYOUTS, SCALE_LEVELS
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.paging import note_written
 from .._core.quantize import code_tensor
-from .._core.weight import QuantizedWeight, check_finite, check_permutation, unchecked
+from .._core.weight import (
+    QuantizedWeight,
+    check_e4m3,
+    check_e4m3_scales,
+    check_finite,
+    check_permutation,
+    unchecked,
+)
 from . import callbacks
 
 # {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
@@ -225,7 +232,11 @@ class QuantizedLayer(nn.Module):
                 if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
                     raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
                 check_memory(prefix + name, tensor, None if assign else own)
-                if name == "absmax" and scales is not None and own.dtype == torch.uint8:
+                if self.format == "fp8" and name == "weight":
+                    check_e4m3(prefix + name, tensor)
+                elif self.format == "fp8" and name == "absmax":
+                    check_e4m3_scales(prefix + name, tensor)
+                elif name == "absmax" and scales is not None and own.dtype == torch.uint8:
                     check_scales(prefix + name, tensor, scales)
                 elif name == "nested_code" and scales is not None:
                     check_scale_table(prefix + name, tensor, scales)
