@@ -301,11 +301,17 @@ HEAD, REST = "head and loss", "norms, activation, rotary, the rest"
 def part_of(operation: Any, vocabulary: int) -> str:
     """The part of a step that an operation of torch.profiler belongs to.
 
-    An operation with a dimension of the vocabulary's size is of the head or the loss; others have their names.
+    An operation that a loss calls, or that has a dimension of the vocabulary's size, is of the head or the loss; others
+    have their names.
     """
-    if "cross_entropy" in operation.key or any(vocabulary in shape for shape in operation.input_shapes):
+    caller = operation
+    while caller is not None:
+        if "cross_entropy" in caller.name:
+            return HEAD
+        caller = caller.cpu_parent
+    if any(vocabulary in shape for shape in operation.input_shapes):
         return HEAD
-    return next((part for part, names in PARTS.items() if any(name in operation.key for name in names)), REST)
+    return next((part for part, names in PARTS.items() if any(name in operation.name for name in names)), REST)
 
 
 def seconds_by_part(step: Callable[[], object], vocabulary: int) -> dict[str, float]:
@@ -313,7 +319,7 @@ def seconds_by_part(step: Callable[[], object], vocabulary: int) -> dict[str, fl
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         step()
     seconds = dict.fromkeys((*PARTS, HEAD, REST), 0.0)
-    for operation in profile.key_averages(group_by_input_shape=True):
+    for operation in profile.events():
         seconds[part_of(operation, vocabulary)] += 1e-6 * operation.self_cpu_time_total
     return seconds
 

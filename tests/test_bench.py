@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
+import qlora_native as qn
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -86,6 +89,14 @@ def test_account_of_a_step_has_all_of_its_time(script, contestant):
     weights = 2 * (2 * width * width + 2 * width * keys + 3 * width * inner)
     sides = 2 * (4 * width + 2 * (width + keys) + 3 * (width + inner))
     assert row["operations"]["products"] == 4 * account.TOKENS * (weights + 16 * sides)
+
+
+def test_products_that_a_loss_calls_are_of_the_head(script):
+    step = script("step")
+    x, head, labels = torch.randn(8, 16), torch.randn(50, 16), torch.arange(8)
+    loss = functools.partial(qn.functional.linear_cross_entropy, x, head, labels)
+    seconds = step.seconds_by_part(loss, vocabulary=1)  # no shape has the vocabulary's size, as those of its panels
+    assert seconds[step.HEAD] > 0 and seconds["products"] == 0
 
 
 @pytest.mark.parametrize("method", ["16 bits", "LoRA", "QLoRA"])
