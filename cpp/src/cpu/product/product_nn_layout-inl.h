@@ -31,9 +31,10 @@ struct LayoutNn {
   template <class Rows>
   static Decoded decoded(const Rows& w, std::int64_t rows) {
     if (!w.aligned()) return Rows::kQuantized ? Decoded::in_ragged_panels : Decoded::in_panels;
-    // Pairs of rows are decoded for their products in registers alone: no processor with BF16 has timed their stages.
-    constexpr bool kPairs = Dot::kElementsPerUnit == 2;
-    if (!kByTiles && !Rows::kRare && (!kPairs || rows <= kMaxDirectRows)) return Decoded::in_stages;
+    // Pairs of rows are decoded for their products in registers alone, and dense ones nowhere: no processor with BF16
+    // has timed their stages.
+    const bool stages = Dot::kElementsPerUnit == 1 || (Rows::kQuantized && rows <= kMaxDirectRows);
+    if (!kByTiles && !Rows::kRare && stages) return Decoded::in_stages;
     return Decoded::in_panels;
   }
   // So few rows are multiplied where a weight is decoded: their accumulators leave registers for decoding, and one
