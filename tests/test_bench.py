@@ -95,7 +95,7 @@ def test_products_that_a_loss_calls_are_of_the_head(script):
     step = script("step")
     x, head, labels = torch.randn(8, 16), torch.randn(50, 16), torch.arange(8)
     loss = functools.partial(qn.functional.linear_cross_entropy, x, head, labels)
-    seconds = step.seconds_by_part(loss, vocabulary=1)  # no shape has the vocabulary's size, as those of its panels
+    seconds = step.seconds_by_part(loss, vocabulary=1)  # which no shape has, as those of panels
     assert seconds[step.HEAD] > 0 and seconds["products"] == 0
 
 

@@ -5,6 +5,7 @@ test_isas.py runs this for each instruction set.
 """
 
 import copy
+import dataclasses
 
 import cases
 import oracle
@@ -148,6 +149,16 @@ def test_damage_of_a_state_dict_is_named_and_changes_nothing(format, variant, da
         layer.load_state_dict({**layer.state_dict(), **damage})
     for name, tensor in q.tensors().items():
         assert torch.equal(bytes_of(getattr(layer.quantized_weight, name)), bytes_of(tensor)), name
+
+
+def test_scales_that_a_table_makes_too_large_are_named():
+    q = oracle.random_of_file("fp8", (16, 256))
+    layer, table = linear_class(q).from_quantized(copy.deepcopy(q)), q.nested_code.clone()
+    table[q.absmax.max().int()] = 2.0**120
+    with pytest.raises(RuntimeError, match=r"absmax: expected scales below 2\^120"):
+        layer.load_state_dict({**layer.state_dict(), "nested_code": table})
+    with pytest.raises(ValueError, match=r"absmax: expected scales below 2\^120"):
+        dataclasses.replace(q, nested_code=table).check_values()
 
 
 @weights

@@ -43,12 +43,15 @@ def check_e4m3(name: str, codes: Tensor) -> None:
         raise bad(name, "numbers of E4M3", "NaN, the byte 0x7F or 0xFF")
 
 
-def check_e4m3_scales(name: str, scales: Tensor) -> None:
-    """Raise ValueError unless the scales, E8M0 where they are bytes, lie below 2^120: kernels multiply them by 256."""
+def check_e4m3_scales(name: str, scales: Tensor, table: Tensor | None) -> None:
+    """Raise ValueError unless the scales lie below 2^120, as kernels multiply them by 256.
+
+    With a table, `nested_code` [256], they are bytes, which ascend with the values of the table.
+    """
     largest = check_finite(name, scales)
-    if scales.dtype == torch.uint8 and not scales.is_meta and scales.numel() > 0:
+    if table is not None and not scales.is_meta and not table.is_meta and scales.numel() > 0:
         check_scales(name, scales, "mxfp4")
-        largest = MICROSCALED["mxfp4"][scales.max().int()].item()
+        largest = table[scales.max().int()].item()
     if largest >= 2.0**120:
         raise bad(name, "scales below 2^120", f"{largest:.9g}")
 
@@ -186,11 +189,11 @@ class QuantizedWeight:
             return self
         if self.layout.byte_format == E4M3:
             check_e4m3("codes", self.codes)
-            check_e4m3_scales("absmax", self.absmax)
             if self.nested_code is not None:
                 check_scale_table("nested_code", self.nested_code, "mxfp4")
                 check_finite("nested_absmax", self.nested_absmax)
                 check_finite("offset", self.offset)
+            check_e4m3_scales("absmax", self.absmax, self.nested_code)
             return self
         sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
         scale, minimum = sizes["absmax"], sizes.get("minimum", 0.0)

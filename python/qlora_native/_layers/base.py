@@ -234,8 +234,6 @@ class QuantizedLayer(nn.Module):
                 check_memory(prefix + name, tensor, None if assign else own)
                 if self.format == "fp8" and name == "weight":
                     check_e4m3(prefix + name, tensor)
-                elif self.format == "fp8" and name == "absmax":
-                    check_e4m3_scales(prefix + name, tensor)
                 elif name == "absmax" and scales is not None and own.dtype == torch.uint8:
                     check_scales(prefix + name, tensor, scales)
                 elif name == "nested_code" and scales is not None:
@@ -247,6 +245,12 @@ class QuantizedLayer(nn.Module):
                 if name in self._buffers:  # torch would turn the buffer into a parameter if the entry is one
                     state_dict[prefix + name] = tensor.detach()
             except (TypeError, ValueError) as error:
+                errors.append(str(error))
+        if self.format == "fp8" and not errors:  # two tensors that are valid each make the scales
+            loaded = {name: state_dict.get(prefix + name, own) for name, own in self.weight_tensors().items()}
+            try:
+                check_e4m3_scales(prefix + "absmax", loaded["absmax"], loaded.get("nested_code"))
+            except ValueError as error:
                 errors.append(str(error))
         if errors:  # the list in which torch collects what it raises later
             args[-1].extend(errors)
