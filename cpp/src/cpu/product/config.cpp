@@ -22,7 +22,9 @@ namespace {
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
 //   tiles                            1 (Y)       1 (dX)    3       -
 //
-// Where loads are slow, vectors take Y from 25 rows on in the place of 9, and small_m takes up to 24 rows in parts.
+// Where loads are slow, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon (Ice Lake),
+// with a 4096 x 4096 weight, small_m took 0.65, 0.55 and 0.85 of their time for 9, 16 and 24 rows, and as long for 32.
+//
 // "Loads are slow" is bf16 with AVX-512 without BF16. "The dense tiles" is fp16 on a processor with AMX-FP16,
 // whose tiles only the application's product uses here. "The dense is faster" is fp32 with AVX-512 without BF16
 // (dense_gemm_is_faster). Neither the weight's shape nor the number of threads decides: every kernel costs in
@@ -31,20 +33,16 @@ struct MinRows {
   std::int64_t vectors, tiles, panels;
 };
 constexpr std::int64_t kNever = INT64_MAX;
-// On one core of an Intel Xeon (Ice Lake), with a 4096 x 4096 weight, small_m takes 3.5 ms for each 8 rows of x, and
-// vectors 9.2 ms for 9 to 16 rows and 10.7 for 17 to 32.
-constexpr std::int64_t kMinVectorRowsBesideSlowLoads = 25;
-
 // For each row vectors cost as much as a dense product, and W is decoded once, as it is before a dense product.
-constexpr MinRows kWithVectors{kMaxSmallM + 1, kNever, kNever};
+constexpr MinRows kWithVectors{kMaxPieceRows + 1, kNever, kNever};
 // On the processors that have both, tiles multiply 14 times as fast as fp32 vectors (3500 against 243 GFLOP/s a core).
 // So decoding W to memory and multiplying 16 rows by it costs little more than the decoding, which takes 3 ms for 4096
 // x 4096 there. In 3 ms vectors multiply 33 rows.
-constexpr MinRows kWithDenseTiles{kMaxSmallM + 1, kNever, 33};
+constexpr MinRows kWithDenseTiles{kMaxPieceRows + 1, kNever, 33};
 // The dense product packs X anew for each panel. On an AMD EPYC (Zen 4) panels of 512 columns took 0.99 to 1.06 times
 // as long as torch's product of 1024 or 2048 rows with all of W, and panels of 128 columns 1.26 times. An inner
 // dimension of 4096 leaves 512 columns in fp32.
-constexpr MinRows kWithFasterDense{kMaxSmallM + 1, kNever, 1024};
+constexpr MinRows kWithFasterDense{kMaxPieceRows + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
 // which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward
@@ -59,7 +57,7 @@ std::int64_t columns_of_panel(const ProductShape& shape) {
 }
 
 bool supports_small_m(const ProductShape& shape) {
-  return shape.product == ProductShape::Product::forward && shape.M < kMinVectorRowsBesideSlowLoads;
+  return shape.product == ProductShape::Product::forward && shape.M <= kMaxSmallM;
 }
 bool supports_tiles(const ProductShape& shape) { return shape.isa_has_tiles; }
 bool supports_panels(const ProductShape& shape) {
@@ -124,7 +122,7 @@ ProductConfig choose_product(const ProductShape& shape, std::optional<ProductKer
                 : shape.dense_gemm_has_tiles ? kWithDenseTiles
                 : faster                     ? kWithFasterDense
                                              : kWithVectors;
-  if (shape.loads_are_slow) min.vectors = kMinVectorRowsBesideSlowLoads;
+  if (shape.loads_are_slow) min.vectors = kMaxSmallM + 1;
   if (shape.M >= min.panels && supports_panels(shape)) return {ProductKernel::panels};
   if (shape.M >= min.tiles && supports_tiles(shape)) return {ProductKernel::tiles};
   if (shape.M < min.vectors && supports_small_m(shape)) return {ProductKernel::small_m};

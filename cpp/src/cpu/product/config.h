@@ -13,7 +13,7 @@
 namespace qlora_native::cpu {
 
 enum class ProductKernel {
-  small_m,  // product_small_m-inl.h: lanes along K, each weight decoded where it is used
+  small_m,  // product_small_m-inl.h: lanes along K, each weight of up to 8 rows decoded where it is used
   vectors,  // product_nt-inl.h and product_nn-inl.h, by panels of decoded W; dX in fp32 without them, by stage_nn-inl.h
   tiles,   // the same two by tile products (tiles-inl.h); few rows without panels, by strip_nt-inl.h and strip_nn-inl.h
   panels,  // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
@@ -36,7 +36,8 @@ struct ProductShape {
 ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                            const WeightRows& rows, DType dtype, bool isa_has_tiles);
 
-constexpr std::int64_t kMaxSmallM = 8;  // rows that small_m multiplies at once
+constexpr std::int64_t kMaxSmallM = 24;  // rows of x that small_m takes
+constexpr int kMaxPieceRows = 8;         // as many of them as it multiplies while a weight is in registers
 
 // Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;

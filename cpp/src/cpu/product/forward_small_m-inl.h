@@ -12,17 +12,21 @@ template <class Dot, class Rows>
 class ForwardSmallM final : public Job {
  public:
   ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
-    const std::int64_t rows = part.end - part.begin;
-    rows_ = ceil_div(rows, ceil_div(rows, cpu::kMaxSmallM));  // the other rows are another job
+    rows_ = smaller(part.end - part.begin, cpu::kMaxSmallM);  // the other rows are another job
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     adapters_ = job_adapters(args.lora, part, rows_, args.weight);
     for (const JobAdapter& adapter : adapters_)
-      loras_.push_back({lora_b(adapter.lora, args.weight.N), adapter.lora.scaling, nullptr, padded_rank()});
+      loras_.push_back({.b = lora_b(adapter.lora, args.weight.N),
+                        .scaling = adapter.lora.scaling,
+                        .begin = adapter.begin,
+                        .end = adapter.end,
+                        .padded_rank = padded_rank()});
     kernel_ = Product::template kernel_of<Rows>(static_cast<int>(rows_));
+    pieces_ = static_cast<int>(ceil_div(rows_, std::int64_t{kernel_.rows_of_x}));
     kernel_of_a_ = Product::template kernel_of<RowsOfA>(kernel_.rows_of_x);
-    x_floats_ = Product::steps(w) * kernel_.rows_of_x * Product::kStepUnits;
-    u_floats_ = kernel_.rows_of_x * padded_rank();
+    x_floats_ = pieces_ * Product::steps(w) * kernel_.rows_of_x * Product::kStepUnits;
+    u_floats_ = rows_ * padded_rank();
     bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
   }
 
@@ -34,15 +38,14 @@ class ForwardSmallM final : public Job {
   }
   void prepare(std::byte* memory) override {
     const auto pack = [&](const DenseRows<Dot, false>& x, float* out) {
-      Product::pack(x, static_cast<int>(rows_), kernel_.rows_of_x, out);
+      return Product::pack(x, pieces_, kernel_.rows_of_x, out);
     };
-    x_ = dropped_x_ = reinterpret_cast<float*>(memory);
-    pack(DenseRows<Dot, false>(args_.x), x_);
-    float* u = x_ + x_floats_;
+    float* const floats = reinterpret_cast<float*>(memory);
+    x_ = dropped_x_ = pack(DenseRows<Dot, false>(args_.x), floats);
+    float* u = floats + x_floats_;
     if (has_dropout()) {
-      dropped_x_ = u;
+      dropped_x_ = pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), u);
       u += x_floats_;
-      pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), dropped_x_);
     }
     __builtin_memset(u, 0, loras_.size() * static_cast<std::size_t>(u_floats_) * sizeof(float));
     for (LowRank& lora : loras_) {
@@ -108,9 +111,10 @@ class ForwardSmallM final : public Job {
   typename Product::template Kernel<RowsOfA> kernel_of_a_;
   std::vector<JobAdapter> adapters_;
   std::vector<LowRank> loras_;
+  int pieces_;
   std::int64_t x_floats_, u_floats_;
   std::int64_t u_task_rows_ = 0, y_task_rows_ = 0;  // of A, and of W
-  float *x_ = nullptr, *dropped_x_ = nullptr;
+  typename Product::Pieces x_, dropped_x_;
 };
 
 }  // namespace

@@ -1,4 +1,6 @@
-// Y = X . W^T for up to kMaxSmallM rows of X: lanes along K, and a weight is decoded where it is used.
+// Y = X . W^T for up to kMaxSmallM rows of X, with lanes along K. Up to kMaxPieceRows of them are one piece, and a
+// weight is decoded in registers, where it is used. More rows are several pieces, and W is decoded to memory, once for
+// all of them.
 #pragma once
 
 #include <bit>
@@ -15,43 +17,51 @@ namespace {
 template <class Dot>
 constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 
-// Calls sink(s, step) for `steps` of row n of any `rows`, put together from chunks, or of zeros if `count` is 0.
-template <class Dot, class Rows, class Sink>
-inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Range steps, Sink&& sink) {
-  const Range chunks{steps.begin * Dot::kStepChunks,
-                     smaller(ceil_div(rows.cols(), kChunk), steps.end * Dot::kStepChunks)};
-  typename Dot::Chunk held[Dot::kStepChunks] = {};
-  rows.template chunks<1>(n, count, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
-    const std::int64_t place = c % Dot::kStepChunks;
-    held[place] = chunk[0];
-    if (place != Dot::kStepChunks - 1 && c != chunks.end - 1) return;
-    for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[after] = {};
-    sink(c / Dot::kStepChunks, Dot::join(held));
-  });
-}
-
 template <class Dot>
 struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
+  // Rows of each of several pieces. With four rows of W they are 16 accumulators, and a multiply-add takes half a load.
+  static constexpr int kRowsOfPiece = 4, kMaxPieces = static_cast<int>(ceil_div(cpu::kMaxSmallM, kRowsOfPiece));
 
   template <class Rows>
   static std::int64_t steps(const Rows& rows) {
     return ceil_div(rows.cols(), kStepElements<Dot>);
   }
 
-  static void store_step(const typename Dot::Step& step, float* out) {
-    for (int k = 0; k < Dot::kStepVectors; ++k) store(out + k * kLanes, step.vector(k));
+  // All vectors are decoded before one is stored: as far as the compiler knows they might lie where the scales do, and
+  // the tables of blocks would be computed anew.
+  template <class Step>
+  [[gnu::always_inline]] static void store_step(const Step& step, float* out) {
+    F32 vector[Dot::kStepVectors];
+#pragma GCC unroll 16
+    for (int k = 0; k < Dot::kStepVectors; ++k) vector[k] = step.vector(k);
+#pragma GCC unroll 16
+    for (int k = 0; k < Dot::kStepVectors; ++k) store(out + k * kLanes, vector[k]);
   }
-  // x as [step][row][unit], with zeros in rows from `rows` on.
+  // Rows of x, as a product takes them: `count` pieces [step][row][unit] of `rows` rows, with zeros after the last row.
+  struct Pieces {
+    const float* data;
+    int count, rows;
+    std::int64_t steps;
+
+    const float* piece(int i) const { return data + i * floats(); }
+    std::int64_t floats() const { return steps * rows * kStepUnits; }
+  };
   template <class Rows>
-  static void pack(const Rows& x, int rows, int packed_rows, float* out) {
-    decode_steps<Rows>(&x, 0, rows, packed_rows, {0, steps(x)}, out);
+  static Pieces pack(const Rows& x, int pieces, int piece_rows, float* out) {
+    const Pieces packed{out, pieces, piece_rows, steps(x)};
+    for (int i = 0; i < pieces; ++i) {
+      const int first = i * piece_rows, count = smaller(piece_rows, static_cast<int>(x.rows()) - first);
+      decode_ragged<Rows>({&x, first, count}, 0, piece_rows, {0, packed.steps}, out + i * packed.floats());
+    }
+    return packed;
   }
 
-  // What one adapter adds: U . (s*B)^T. `u` is [row][padded rank] in fp32, and zero in rows of other adapters.
+  // What one adapter adds to rows begin ... end-1 of x: U . (s*B)^T. `u` is [row][padded rank] in fp32.
   struct LowRank {
     ConstMatrix b;
     float scaling = 0.0f;
+    std::int64_t begin = 0, end = 0;
     float* u = nullptr;
     std::int64_t padded_rank = 0;
 
@@ -83,9 +93,9 @@ struct SmallM {
   struct Totals {
     F32 of[kRowsOf<kM>][kM];
   };
-  // Adds U . (s*B)^T to the totals of rows n ... n+count-1.
+  // Adds U . (s*B)^T to the totals of rows n ... n+count-1 of W, and of rows of x from `first_row` on.
   template <int kM>
-  [[gnu::noinline]] static void add_low_rank(std::int64_t n, int count, std::span<const LowRank> loras,
+  [[gnu::noinline]] static void add_low_rank(std::int64_t n, int count, std::span<const LowRank> loras, int first_row,
                                              Totals<kM>& total) {
     for (const LowRank& lora : loras)
       for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
@@ -93,7 +103,9 @@ struct SmallM {
         for (int j = 0; j < kRowsOf<kM>; ++j) {
           const F32 b = j < count ? lora.row(n + j, r) : zero();
 #pragma GCC unroll 8
-          for (int m = 0; m < kM; ++m) total.of[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total.of[j][m]);
+          for (int m = 0; m < kM; ++m)
+            if (const std::int64_t row = first_row + m; row >= lora.begin && row < lora.end)
+              total.of[j][m] = fma(b, load(lora.u + row * lora.padded_rank + r), total.of[j][m]);
         }
   }
 
@@ -111,6 +123,17 @@ struct SmallM {
           total.of[j][m] = zero();
 #pragma GCC unroll 8
           for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
+        }
+    }
+    // Takes what the other ones hold so far. Totals of a single chain are zero before finish().
+    [[gnu::always_inline]] void assign(const Accumulators& other) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          if constexpr (kChainSteps != 0) total.of[j][m] = other.total.of[j][m];
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) part[j][m][i] = other.part[j][m][i];
         }
     }
     // Multiplies one step of x and of the rows of W, or its first kVectors vectors. A vector of W is decoded right
@@ -145,12 +168,14 @@ struct SmallM {
             part[j][m][i] = zero();
           }
     }
-    // Adds what the adapters add to rows n ... n+count-1, and writes the totals to out[m][j].
-    [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
+    // Adds what the adapters add to rows n ... n+count-1 of W and rows of x from `first_row` on, and writes the totals
+    // to out[m][j].
+    [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, int first_row,
+                                       float* out) {
       end_chain();
       if (!loras.empty()) {
         Totals<kM> copy = total;  // the original stays in registers
-        add_low_rank(n, count, loras, copy);
+        add_low_rank(n, count, loras, first_row, copy);
         total = copy;
       }
 #pragma GCC unroll 8
@@ -200,20 +225,56 @@ struct SmallM {
                                 scales + (j * row_scales + whole * Dot::kStepChunks * Rows::kChunkScales));
         accumulators.template multiply<Dot::kHalfStepVectors>(whole, x, step);
       }
-    accumulators.finish(n, kRows, loras, out);
+    accumulators.finish(n, kRows, loras, 0, out);
   }
-  // The same of rows of any kind, which are decoded to memory, a block of steps at a time.
-  static constexpr std::int64_t kBlockSteps = 16;
 
-  // Writes steps of rows n ... n+count-1 of w as [step][row][unit], with zeros from row n + count to n + rows - 1.
-  using DecodeSteps = void(const void* w, std::int64_t n, int count, int rows, Range block, float* out);
+  // Rows n ... n+count-1 of a matrix, which are decoded to memory. Those of an aligned W come with their scales.
+  struct Source {
+    const void* w;
+    std::int64_t n;
+    int count;
+    const float *scales = nullptr, *minima = nullptr;
+  };
+  // Writes a block of steps of rows first ... first+rows-1 of these, as [step][row][unit], with zeros from row `count`
+  // on.
+  using DecodeSteps = void(const Source& source, int first, int rows, Range block, float* out);
   template <class Rows>
-  static void decode_steps(const void* w, std::int64_t n, int count, int rows, Range block, float* out) {
-    for (int j = 0; j < rows; ++j)
-      steps_of_chunks<Dot>(*static_cast<const Rows*>(w), n + j, j < count, block,
-                           [&](std::int64_t s, const typename Dot::Step& step) {
-                             store_step(step, out + ((s - block.begin) * rows + j) * kStepUnits);
+  static void decode_ragged(const Source& source, int first, int rows, Range block, float* out) {
+    const Rows& w = *static_cast<const Rows*>(source.w);
+    const Range chunks{block.begin * Dot::kStepChunks,
+                       smaller(ceil_div(w.cols(), kChunk), block.end * Dot::kStepChunks)};
+    for (int j = 0; j < rows; ++j) {
+      typename Dot::Chunk held[Dot::kStepChunks] = {};
+      w.template chunks<1>(source.n + first + j, first + j < source.count, chunks,
+                           [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
+                             const std::int64_t place = c % Dot::kStepChunks;
+                             held[place] = chunk[0];
+                             if (place != Dot::kStepChunks - 1 && c != chunks.end - 1) return;
+                             for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[after] = {};
+                             const std::int64_t step = c / Dot::kStepChunks - block.begin;
+                             store_step(Dot::join(held), out + (step * rows + j) * kStepUnits);
                            });
+    }
+  }
+  // The same of aligned rows, none of which is past `count`. As in whole_rows(), those after all of them are
+  // prefetched.
+  template <class Rows>
+  static void decode_whole(const Source& source, int first, int rows, Range block, float* out) {
+    const Rows& w = *static_cast<const Rows*>(source.w);
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales, ahead = source.count * w.row_bytes();
+    const std::int64_t whole = smaller(block.end, w.cols() / kStepElements<Dot>);
+    for (int j = 0; j < rows; ++j) {
+      const std::uint8_t* codes = w.codes_at(source.n + first + j, 0);
+      const auto scales = typename Rows::Scales{source.scales, source.minima} + (first + j) * row_scales;
+      for (std::int64_t s = block.begin; s < whole; ++s) {
+        const std::uint8_t* p = codes + s * Rows::kStepBytes;
+        for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
+        store_step(w.step(p, scales + s * Dot::kStepChunks * Rows::kChunkScales),
+                   out + ((s - block.begin) * rows + j) * kStepUnits);
+      }
+    }
+    if (whole != block.end)  // half a step
+      decode_ragged<Rows>(source, first, rows, {whole, block.end}, out + (whole - block.begin) * rows * kStepUnits);
   }
   struct DecodedStep {
     const float* units;
@@ -224,68 +285,79 @@ struct SmallM {
     constexpr int kRows = kRowsOf<kM>;
     // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
     // would store each of them at once.
-    Accumulators<kM> copy = accumulators;
+    Accumulators<kM> copy;
+    copy.assign(accumulators);
     for (std::int64_t s = block.begin; s < block.end; ++s) {
       DecodedStep step[kRows];
       for (int j = 0; j < kRows; ++j) step[j].units = decoded + ((s - block.begin) * kRows + j) * kStepUnits;
       copy.multiply(s, x, step);
     }
-    accumulators = copy;
+    accumulators.assign(copy);
   }
-  // Computes out[m][j] for rows n ... n+count-1, kRowsOf<kM> at most.
+  // Computes out[tile][piece][m][j] for kRowsAtOnce rows of W at most. A block of steps of x is multiplied by all of
+  // them while it is in the second-level cache.
+  static constexpr std::int64_t kBlockSteps = 16;
   template <int kM>
-  static void ragged_rows(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
-                          const float* x, std::span<const LowRank> loras, float* out) {
-    Accumulators<kM> accumulators;
-    alignas(64) float decoded[kBlockSteps * kRowsOf<kM> * kStepUnits];
-    for (std::int64_t s = 0; s < steps; s += kBlockSteps) {
-      const Range block{s, smaller(s + kBlockSteps, steps)};
-      decode(w, n, count, kRowsOf<kM>, block, decoded);
-      multiply_decoded(block, x, decoded, accumulators);
+  static void decoded_rows(const Source& source, DecodeSteps* decode, const Pieces& x, std::span<const LowRank> loras,
+                           float* out) {
+    constexpr int kRows = kRowsOf<kM>;
+    Accumulators<kM> accumulators[ceil_div(kRowsAtOnce, kRows)][kMaxPieces];
+    alignas(64) float decoded[kBlockSteps * kRows * kStepUnits];
+    for (std::int64_t s = 0; s < x.steps; s += kBlockSteps) {
+      const Range block{s, smaller(s + kBlockSteps, x.steps)};
+      for (int row = 0; row < source.count; row += kRows) {
+        decode(source, row, kRows, block, decoded);
+        for (int i = 0; i < x.count; ++i) multiply_decoded(block, x.piece(i), decoded, accumulators[row / kRows][i]);
+      }
     }
-    accumulators.finish(n, count, loras, out);
+    for (int row = 0; row < source.count; row += kRows)
+      for (int i = 0; i < x.count; ++i, out += kM * kRows)
+        accumulators[row / kRows][i].finish(source.n + row, smaller(kRows, source.count - row), loras, i * kM, out);
   }
 
-  // The kernels of one number of rows of x. Those of a dense W are ragged_rows() alone.
+  // The kernels of one number of rows of x in a piece. A dense W is always decoded as ragged rows are.
   template <class Rows>
   struct Kernel {
     int rows_of_x, rows_of_w;
     void (*whole_rows)(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
                        std::span<const LowRank> loras, float* out);
-    DecodeSteps* decode_steps;
-    void (*ragged_rows)(const void* w, DecodeSteps* decode, std::int64_t steps, std::int64_t n, int count,
-                        const float* x, std::span<const LowRank> loras, float* out);
+    DecodeSteps *decode_whole, *decode_ragged;
+    void (*decoded_rows)(const Source& source, DecodeSteps* decode, const Pieces& x, std::span<const LowRank> loras,
+                         float* out);
 
     // Rows of W that a task takes where there are `rows` of them.
     std::int64_t task_rows(std::int64_t rows, std::int64_t threads) const {
       return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
     }
   };
-  // The kernel of the least number of rows of x, `rows` or more. Where W is rare, or the Dot seldom multiplies more
-  // than two rows, there are kernels of powers of two.
+  // The kernel of so many rows of x, or of a piece of them. Where W is rare, or the Dot seldom multiplies more than two
+  // rows, there are kernels of powers of two, and zeros fill a piece.
   template <class Rows>
   static Kernel<Rows> kernel_of(int rows) {
+    constexpr bool kPowersOfTwo = Rows::kRare || Dot::kFewRows;
+    if (rows > cpu::kMaxPieceRows) rows = kRowsOfPiece;
+    while (kPowersOfTwo && (rows & (rows - 1)) != 0) ++rows;
     Kernel<Rows> kernel{};
-    const auto add = [&]<int kM>() {
-      if constexpr (!(Rows::kRare || Dot::kFewRows) || std::has_single_bit(unsigned{kM})) {
-        kernel = {kM, kRowsOf<kM>, nullptr, decode_steps<Rows>, ragged_rows<kM>};
-        if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<kM, Rows>;
+    with_constant<cpu::kMaxPieceRows>(rows, [&](auto m) {
+      if constexpr (!kPowersOfTwo || std::has_single_bit(unsigned{m})) {
+        kernel = {m, kRowsOf<m>, nullptr, nullptr, decode_ragged<Rows>, decoded_rows<m>};
+        if constexpr (Rows::kQuantized) {
+          kernel.whole_rows = whole_rows<m, Rows>;
+          kernel.decode_whole = decode_whole<Rows>;
+        }
       }
-    };
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      ((kernel.rows_of_x < rows ? add.template operator()<i + 1>() : void()), ...);
-    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
+    });
     return kernel;
   }
 
   // Multiplies by some rows of W, and calls write(m, n, count, results) for kRowsAtOnce of them at most.
   template <class Rows, class Write>
-  static void multiply(const Rows& w, const Kernel<Rows>& kernel, Range rows, const float* x,
+  static void multiply(const Rows& w, const Kernel<Rows>& kernel, Range rows, const Pieces& x,
                        std::span<const LowRank> loras, const Write& write) {
-    const int rows_of_x = kernel.rows_of_x, rows_of_w = kernel.rows_of_w;
+    const int rows_of_x = x.count * x.rows, rows_of_w = kernel.rows_of_w;
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
-    float results[cpu::kMaxSmallM * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
+    float results[kMaxPieces * cpu::kMaxPieceRows * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
     float *scales = nullptr, *minima = nullptr;
     if constexpr (Rows::kQuantized)
       if (w.aligned()) {
@@ -306,13 +378,16 @@ struct SmallM {
           for (int j = 0; j < whole; j += rows_of_w) {
             // Scales of the next rows, in parts: so many lines at once would keep the codes waiting.
             w.chunk_scales().prefetch({first + at_once + j, first + at_once + j + rows_of_w}, chunks);
-            kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x, loras,
-                              results + j * rows_of_x);
+            if (x.count == 1)
+              kernel.whole_rows(w, first + j, typename Rows::Scales{scales, minima} + j * row_scales, x.data, loras,
+                                results + j * rows_of_x);
           }
+          if (x.count > 1 && whole > 0)
+            kernel.decoded_rows({&w, first, whole, scales, minima}, kernel.decode_whole, x, loras, results);
         }
-      for (int j = whole; j < count; j += rows_of_w)
-        kernel.ragged_rows(&w, kernel.decode_steps, steps(w), first + j, smaller(rows_of_w, count - j), x, loras,
-                           results + j * rows_of_x);
+      if (whole < count)
+        kernel.decoded_rows({&w, first + whole, count - whole}, kernel.decode_ragged, x, loras,
+                            results + whole * rows_of_x);
       for (int m = 0; m < rows_of_x; ++m) {
         for (int j = 0; j < count; j += rows_of_w)
           for (int i = 0; i < rows_of_w; ++i) row_results[j + i] = results[j * rows_of_x + m * rows_of_w + i];
