@@ -13,7 +13,8 @@
 // fp32. In bf16 subnormal numbers may count as zero. Results do not depend on the number of threads, and several
 // threads may call at once. Extra memory of a call:
 //
-//   cpu    8 MB, and 1 MB for each thread, kept for the next call
+//   cpu    8 MB, or 48 rows of an operand in fp32 where these are larger, and for each thread 1 MB (1.4 MB with AMX),
+//          kept for the next call
 //   cuda   128 KB for each SM
 //   either, with a dense product of the application: see set_dense_gemm (runtime.h)
 #pragma once
@@ -47,6 +48,9 @@ struct LoraView {
 //
 //   the experts of a mixture      weight.count == count; every row is in a group
 //   adapters over one base        weight.count == 1 and lora.count == count; rows before the first group have none
+//
+// An adapter of finite numbers adds to rows of its own group alone. On the cpu one with NaN or infinity can also make
+// NaN of other rows that are multiplied together with its own.
 //
 // On the cpu the offsets are checked. On cuda the host cannot read them without waiting for the device; there the
 // kernels never touch rows that do not exist, whatever the offsets say.

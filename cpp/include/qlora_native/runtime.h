@@ -64,14 +64,13 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //
 //   cuda  It is used from 256 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
-//   cpu   It is used where it is faster (cpp/src/cpu/product/config.h): on processors with AMX, for bf16 from 1024 rows
-//   on, and
-//         for fp16 from 33 rows on if AMX multiplies fp16 too; with AVX-512 without BF16, for fp32 from 1024 rows on if
-//         the inner dimension is at most 4681. It should use the threads of the library's pool. An adapter is a product
-//         of its own, to which the one with W is added: so the part U . (s*B)^T + bias, or V . A, is rounded to the
-//         dtype of the result before it becomes a term of the sum. Extra memory of such a call: a panel, 8 MB at most,
-//         1 MB of U or V if the caller wants none, and what the dense product takes. Results are as reproducible as
-//         those of the dense product.
+//   cpu   It is used where it is faster (cpp/src/cpu/product/config.h): for fp16 from 33 rows on, on processors whose
+//         AMX multiplies fp16; for fp32 from 1024 rows on, with AVX-512 without BF16, if the inner dimension is at most
+//         4681. Products with dropout, or with rows of several adapters, never use it. It should use the threads of the
+//         library's pool. An adapter is a product of its own, to which the one with W is added: so the part U . (s*B)^T
+//         + bias, or V . A, is rounded to the dtype of the result before it becomes a term of the sum. Extra memory of
+//         such a call: a panel, 8 MB at most, 1 MB of U or V if the caller wants none, and what the dense product
+//         takes. Results are as reproducible as those of the dense product.
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
 // Names the kernels that products on a GPU do without, because a check found them wrong there: some of "gemv", "gemm",

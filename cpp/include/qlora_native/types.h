@@ -49,8 +49,9 @@ constexpr int kNestedBlocksize = 256;
 enum class ByteFormat : std::int8_t {
   absmax_int8,  // a signed byte, whose unit is scale / 127
   int8,         // a signed byte
-  e4m3,  // FP8 E4M3 with a sign and without infinity; 0x7F and 0xFF are NaN (OCP 8-bit Floating Point, rev. 1.0).
-         // Its scales are below 2^120.
+  e4m3,  // FP8 E4M3 with a sign and without infinity; 0x7F and 0xFF are NaN (OCP 8-bit Floating Point, rev. 1.0),
+         // and check_quantized_weight() refuses them: what a product makes of them is not defined. Its scales are below
+         // 2^120.
 };
 
 // A quantized weight W[N,K]; or `count` weights of one shape, one after another, like the experts of a mixture:

@@ -107,7 +107,6 @@ concept ProductPrimitives =
       { add_u64(n, n) } -> LongOf<V>;
       { xor_u64(n, n) } -> LongOf<V>;
       { mul_u32(n, n) } -> LongOf<V>;  // of the low halves
-      { low_u32(n) } -> LongOf<V>;
       { high_u32(n) } -> LongOf<V>;
       { at_least_u16(n, n, n, n, std::uint32_t{}) } -> std::same_as<std::uint64_t>;
     };

@@ -61,7 +61,7 @@ class BackwardInputOf : public Job {
     }
     floats_dy_ = strips_.packed_rows() * Product::packed_stride(units_.count());
     floats_v_ = packed_v_rows_ * v_stride_;
-    // V is complete before dX begins.
+    // V's and dX's accumulators are not kept at the same time.
     floats_kept_ = in_parts() ? larger(floats_kept_, Product::kept_floats({0, strips_.count}, args.weight.K)) : 0;
     bytes_ = (floats_dy_ + floats_v_ + floats_kept_) * 4;
     if (!adapters_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;

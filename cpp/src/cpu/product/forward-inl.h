@@ -36,7 +36,7 @@ class ForwardOf : public Job {
   void cut(std::int64_t threads) override {
     const std::int64_t max_strips = scaled_to_l2(kMaxStrips, kMinStrips, caches());
     const std::int64_t panels = Product::panels(args_.weight.N, args_.weight.K);
-    const bool by_strips = Product::strips_decode(strips_.vectors());  // ahead they decode 64 columns
+    const bool by_strips = Product::strips_decode(strips_.vectors());  // their least tile is a block of 64 rows of W
     const std::int64_t tasks =
         by_strips ? kTasksPerThread : tasks_per_thread(panels * ceil_div(rows_, kLanes), threads);
     const std::int64_t min_tile = by_strips                 ? kMaxStripBlockRows

@@ -33,7 +33,7 @@ struct Linear {
   }
 
  private:
-  using InOrder = DotF32<Dot::kActivation>;  // a dense product takes elements in their order
+  using InOrder = DotF32<Dot::kActivation>;  // its chunks can be stored in the order of their elements
 
   static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
                                    const LoraView& lora, const WeightRows& part, DType dtype) {

@@ -1,5 +1,5 @@
 // These prefetch while something else is multiplied: packed X of the next register tile or block of tiles, and the
-// codes that few rows are multiplied by next. X of many rows lies in the last-level cache, and no processor expects its
+// codes that are decoded next. X of many rows lies in the last-level cache, and no processor expects its
 // parts there, because they are not adjacent. On an Intel Xeon (Emerald Rapids), from 256 rows on, Y took 0.90 to 0.95
 // of the time with it, by tiles and in fp32, and dX in fp32 0.97.
 //

@@ -25,7 +25,7 @@ struct LayoutNn {
   static constexpr bool kByTiles = kTiled<Dot>;
   // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
   static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMaxStripRows;
-  // How W comes to a product by vectors: in stages (stage_nn-inl.h), or in panels. Rows that lie ragged in their blocks
+  // How W comes to a product: in stages (stage_nn-inl.h), or in panels. Rows that lie ragged in their blocks
   // or codes are not prefetched.
   enum class Decoded { in_stages, in_panels, in_ragged_panels };
   template <class Rows>
@@ -231,7 +231,7 @@ struct LayoutNn {
     }
   };
 
- private:
+  // The columns of a unit, whose rows of W these chunks are.
   template <bool kNatural, int kRows>
   static typename Dot::Columns to_columns(const Chunk (&chunk)[kRows]) {
     if constexpr (kRows == 1)

@@ -314,13 +314,8 @@ struct ProductNt {
       if (last) after(panel.lines, s, into);
     };
     NoDecoder none;
-    for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
-      if (s == x.range.begin) {
-        multiply_with(s, decoding);
-      } else {
-        multiply_with(s, none);
-      }
-    }
+    multiply_with(x.range.begin, decoding);
+    for (std::int64_t s = x.range.begin + 1; s < x.range.end; ++s) multiply_with(s, none);
   }
 
   template <int kWidth, class Decoding>

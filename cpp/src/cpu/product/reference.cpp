@@ -14,7 +14,7 @@ namespace {
 
 // Rows of x or dy that are held in fp32 at a time: 16 rows of 32768 columns are 2 MB.
 constexpr std::int64_t kTileRows = 16;
-// Columns of an output that one task sums: a cache line of doubles.
+// Columns of an output that one task sums: four cache lines of doubles.
 constexpr std::int64_t kTileCols = 32;
 
 double* doubles(Slot slot, std::int64_t count) {

@@ -144,7 +144,7 @@ class StageNn {
       return chunk;
     };
     const auto multiply = [&](const typename Dot::Chunk(&chunk)[kUnitRows]) __attribute__((always_inline)) {
-      const typename Dot::Columns columns = columns_of(chunk);
+      const typename Dot::Columns columns = Layout::template to_columns<false>(chunk);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const auto value = Dot::broadcast(dy + i * stride);
@@ -169,12 +169,6 @@ class StageNn {
   [[gnu::always_inline]] static void prefetch_codes(CodesAhead& ahead, std::int64_t unit) {
     constexpr std::int64_t kBytes = Rows::kChunkBytes * kUnitRows;
     if (kBytes >= 64 || unit % 2 == 0) ahead.prefetch_lines(larger<std::int64_t>(kBytes / 64, 1));
-  }
-  static typename Dot::Columns columns_of(const typename Dot::Chunk (&chunk)[kUnitRows]) {
-    if constexpr (kUnitRows == 1)
-      return Dot::columns(chunk[0]);
-    else
-      return Dot::columns(chunk[0], chunk[1]);
   }
 
   const Rows& w_;

@@ -6,9 +6,9 @@
 //   B   [16 units of the inner dimension][16 columns]
 //   C   [16 rows][16 columns], fp32
 //
-// Their rows may lie any distance apart in memory, so the layouts of the products need no change: for Y A is a decoded
-// panel of W and B is packed X (product_nt-inl.h), for dX A is packed dY and B are interleaved rows of W
-// (product_nn-inl.h). amx/tile.h has the instruction, and amx/tile_emulated.h computes the same in plain C++.
+// Their rows may lie any distance apart in memory. For Y A is a decoded panel of W and B is packed X, which lie as for
+// vectors (product_nt-inl.h). For dX A is packed dY and B are interleaved rows of W, in a layout of their own
+// (product_nn_layout-inl.h). amx/tile.h has the instruction, and amx/tile_emulated.h computes the same in plain C++.
 #pragma once
 
 #include <cstdint>

@@ -374,15 +374,14 @@ inline U64 high_u32(U64 a) { return _mm256_srli_epi64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return _mm256_xor_si256(a, b); }
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const I32 limit = _mm256_set1_epi16(static_cast<short>(threshold));
-  const I32 first = _mm256_or_si256(w0, _mm256_slli_epi64(w1, 32)),
-            last = _mm256_or_si256(w2, _mm256_slli_epi64(w3, 32));
+  const I32 first = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xAA),
+            last = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xAA);
   const auto reaches = [&](I32 numbers) { return _mm256_cmpeq_epi16(_mm256_max_epu16(numbers, limit), numbers); };
   // All eight numbers of a counter side by side, then a byte for each.
   const I32 even_counters = reaches(_mm256_unpacklo_epi64(first, last));
   const I32 odd_counters = reaches(_mm256_unpackhi_epi64(first, last));
   return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even_counters, odd_counters)));
 }
-inline U64 low_u32(U64 a) { return _mm256_and_si256(a, set1_u64(0xFFFFFFFFull)); }
 
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

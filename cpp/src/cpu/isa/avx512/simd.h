@@ -314,11 +314,10 @@ inline U64 high_u32(U64 a) { return _mm512_srli_epi64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return _mm512_xor_si512(a, b); }
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const I32 limit = _mm512_set1_epi16(static_cast<short>(threshold));
-  const __mmask32 low = _mm512_cmpge_epu16_mask(_mm512_or_si512(w0, _mm512_slli_epi64(w1, 32)), limit);
-  const __mmask32 high = _mm512_cmpge_epu16_mask(_mm512_or_si512(w2, _mm512_slli_epi64(w3, 32)), limit);
+  const __mmask32 low = _mm512_cmpge_epu16_mask(_mm512_mask_blend_epi32(0xAAAA, w0, _mm512_slli_epi64(w1, 32)), limit);
+  const __mmask32 high = _mm512_cmpge_epu16_mask(_mm512_mask_blend_epi32(0xAAAA, w2, _mm512_slli_epi64(w3, 32)), limit);
   return _pdep_u64(low, 0x0F0F0F0F0F0F0F0Full) | _pdep_u64(high, 0xF0F0F0F0F0F0F0F0ull);
 }
-inline U64 low_u32(U64 a) { return _mm512_and_si512(a, set1_u64(0xFFFFFFFFull)); }
 
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

@@ -415,7 +415,6 @@ inline U64 iota_u64() { return U64{0, 1}; }
 inline U64 mul_u32(U64 a, U64 b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
 inline U64 high_u32(U64 a) { return vshrq_n_u64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return veorq_u64(a, b); }
-inline U64 low_u32(U64 a) { return vandq_u64(a, set1_u64(0xFFFFFFFFull)); }
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const U64 first = vsliq_n_u64(w0, w1, 32), last = vsliq_n_u64(w2, w3, 32);
   const uint16x8_t limit = vdupq_n_u16(static_cast<std::uint16_t>(threshold));

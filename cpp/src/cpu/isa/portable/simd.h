@@ -264,9 +264,6 @@ inline U64 add_u64(U64 a, U64 b) {
 inline U64 iota_u64() {
   return each_lane64([](int i) { return static_cast<std::uint64_t>(i); });
 }
-inline U64 low_u32(U64 a) {
-  return each_lane64([&](int i) { return a.lane[i] & 0xFFFFFFFFu; });
-}
 inline U64 high_u32(U64 a) {
   return each_lane64([&](int i) { return a.lane[i] >> 32; });
 }
