@@ -22,9 +22,9 @@ namespace {
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
 //   tiles                            1 (Y)       1 (dX)    3       -
 //
-// Where loads are slow, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon (Ice Lake), with
-// a 4096 x 4096 weight, small_m took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86 for 16 and 0.84 for 24. For 32
-// it took as long.
+// Where loads are slow, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon (Ice Lake),
+// with a 4096 x 4096 weight, small_m took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86 for 16 and 0.84 for 24.
+// For 32 it took as long.
 //
 // "Loads are slow" is bf16 with AVX-512 without BF16. "The dense tiles" is fp16 on a processor with AMX-FP16,
 // whose tiles only the application's product uses here. "The dense is faster" is fp32 with AVX-512 without BF16
