@@ -1,6 +1,7 @@
 """Guards the fused loss in transformers' models: the same loss and gradients as before, and no logits."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from models import assert_same
 import qlora_native as qn
 from qlora_native.integrations.fuse import fuse_loss
 from qlora_native.integrations.fuse._loss import DeferredLogits
+from qlora_native.testing import relative_error, unit_roundoff
 
 peft = pytest.importorskip("peft")
 
@@ -118,15 +120,40 @@ def test_what_takes_no_gradient_gets_logits(mode):
         torch.testing.assert_close(outputs.loss, plain(**inputs).loss)
 
 
-def test_copy_of_a_fused_model_has_a_head_of_its_own():
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
+def test_copy_of_a_fused_model_has_a_head_of_its_own(how):
     model = make("llama")
     fuse_loss(model)
-    other = copy.deepcopy(model)
+    other = how(model)
     with torch.no_grad():
         other.lm_head.weight.zero_()
     assert other(**batch()).loss.item() == pytest.approx(torch.tensor(96.0).log().item(), rel=1e-6)
     assert model(**batch()).loss.item() != pytest.approx(torch.tensor(96.0).log().item(), rel=1e-6)
     assert fuse_loss(model) and fuse_loss(other)
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_stay_deferred_under_mixed_precision(family, dtype):
+    """accelerate computes the forward pass under autocast, and widens what the model returns."""
+    accelerate = pytest.importorskip("accelerate")
+    own = make(family, dtype)
+    fused = copy.deepcopy(own)
+    fuse_loss(fused)
+    results = []
+    for model in (own, fused):
+        outputs = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)(**batch())
+        if model is fused:
+            assert_deferred(outputs)
+        assert outputs.logits.dtype == torch.float32 and outputs.logits.device.type == "cpu"
+        outputs.loss.backward()
+        results.append((outputs.loss, outputs.logits + 0, next(model.parameters()).grad))
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 4 * unit_roundoff(torch.bfloat16)
 
 
 @pytest.mark.parametrize("head", ["dense", "adapted", "4 bits", "4 bits, adapted"])

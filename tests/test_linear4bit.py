@@ -88,6 +88,20 @@ def test_layer_and_its_copies_compute_what_the_function_does(options):
     assert moved.shape == q.shape and {t.device.type for t in moved.tensors().values()} == {"meta"}
 
 
+def test_quantized_model_keeps_the_hooks_of_its_layers():
+    """As `replace` does, test_replace.py shows for which hooks."""
+    model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
+    called = []
+    handles = [layer.register_forward_hook(lambda layer, *_: called.append(type(layer).__name__)) for layer in model]
+    qn.nn.quantize_model(model, embeddings=True, skip=(), progress=False)
+    model(torch.tensor([1]))
+    assert called == ["Embedding4bit", "Linear4bit"]
+    for handle in handles:
+        handle.remove()
+    model(torch.tensor([1]))
+    assert len(called) == 2
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_container_of_a_layer_shares_its_tensors(options):
     layer, _ = layer_of(options)

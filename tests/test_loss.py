@@ -10,7 +10,7 @@ from qlora_native._core import head as _head
 from qlora_native._core import loss as _loss
 from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_cross_entropy
-from qlora_native.testing import SUM_FACTOR, unit_roundoff
+from qlora_native.testing import SUM_FACTOR, relative_error, unit_roundoff
 
 T, K, V, RANK = 37, 48, 1030, 3
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -129,6 +129,21 @@ def test_cutting_into_chunks_changes_no_row(rows, monkeypatch):
     whole = linear_cross_entropy(hidden, weight, labels, bias, reduction="none")
     assert loss.shape == (rows,)
     assert_close(loss, whole, torch.float32)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**15, 2.0**16])
+def test_gradient_of_a_mean_keeps_the_bits_of_half_precision(scale):
+    """Over thousands of rows p / T is below what fp16 holds, and torch's GradScaler begins with 2^16."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(2048, K).half(), torch.randint(V, (2048,))
+    weight = (torch.randn(V, K) / K**0.5).half()
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = linear_cross_entropy(*inputs, labels) * scale
+    wide = [each.detach().double().requires_grad_() for each in inputs]
+    expected = F.cross_entropy(F.linear(*wide), labels) * scale
+    for actual, exact in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, wide), strict=True):
+        smallest = 2.0**-24 * exact.numel() ** 0.5 / exact.norm().item()  # fp16's step below 2^-14, in each element
+        assert relative_error(actual, exact) < 8 * unit_roundoff(torch.float16) + smallest
 
 
 def test_ignored_rows_have_no_loss_and_no_gradient():

@@ -18,6 +18,7 @@ from peak import megabytes  # noqa: E402
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
+from qlora_native.testing import relative_error  # noqa: E402
 
 pytestmark = models.MARKS
 FAMILIES = ("llama", "gpt-neox", "t5", "gpt2")
@@ -318,6 +319,40 @@ def test_live_quantized_model_is_reloaded_bit_for_bit(folders, family, format, d
         state = again.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(models.logits(again), expected)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 8, "time_step_rank": 8}
+
+
+@pytest.mark.parametrize("how", ["live", "while loading"])
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+def test_models_that_multiply_by_weights_themselves_compute(name, how, tmp_path):
+    """Mamba reads the weights of dt_proj and of its head, FalconMamba asks its config whether it may read them."""
+    torch.manual_seed(0)
+    options = {"tie_word_embeddings": False, "initializer_range": 0.3}
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SMALL, **options)
+    ).eval()
+    expected = model(models.ids() % 64).logits
+    if how == "live":
+        qn.nn.quantize_model(model, skip=(), progress=False)
+    else:
+        model.save_pretrained(tmp_path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config())
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, qn.nn.Linear4bit)
+    assert type(model.lm_head) is nn.Linear
+    assert relative_error(model(models.ids() % 64).logits, expected) < 0.3
+    assert model.config._is_quantized and model.hqq_quantized
+    model.dequantize()
+    assert not hasattr(model, "hqq_quantized") and not hasattr(model.config, "_is_quantized")
+
+
+def test_weights_that_an_inner_model_keeps_in_fp32_stay():
+    model = models.make("t5").to(torch.bfloat16)
+    wrapped = nn.ModuleDict({"encoder": model.encoder})
+    qn.nn.quantize_model(wrapped, progress=False)
+    assert type(model.encoder.block[0].layer[-1].DenseReluDense.wo) is nn.Linear
+    wrapped["encoder"](models.ids())
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def _check_loaded() -> None:
         raise RuntimeError(
             "Linear4bit: expected qlora_native.integrations.peft to be imported before get_peft_model, got a PEFT that "
             "was imported after the layer was made and would take its codes for the weight. Import it, and make the "
-            "model anew"
+            "model anew, or load it"
         )
 
 

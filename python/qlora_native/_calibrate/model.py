@@ -17,6 +17,7 @@ from .._core.progress import Progress
 from .._core.weight import QuantizedWeight
 from .._layers import callbacks
 from .._layers.experts import Experts4bit
+from .._layers.hooks import take_over_hooks
 from .._layers.linear import linear_class
 from .._layers.quantize_model import check_model, find
 from .batches import check_tokens, checked_batches
@@ -296,6 +297,7 @@ class Calibration:
         if id(dense) not in self._layer_of:
             q = self._weights[id(dense.weight)]
             layer = linear_class(q).from_quantized(q, dense.bias).train(self._modes[dense])
+            take_over_hooks(layer, dense)
             self._layer_of[id(dense)] = layer
             self._weights[id(dense.weight)] = layer.quantized_weight  # a layer tied to this one shares its parameters
         self._undo.append(partial(setattr, parent, child, dense))

@@ -2,7 +2,9 @@
 
 For each chunk one product makes the logits, the op `cross_entropy_` overwrites them with their gradient, and the
 products of the gradient follow at once. With the reductions "mean" and "sum" the gradients are known before backward
-begins, up to one factor: forward computes those that are wanted, and backward scales them. Without a reduction each row
+begins, up to one factor: forward computes those that are wanted, and backward scales them. Only there the mean's factor
+is applied, but for what is between two powers of two: in fp16 a logit's gradient, divided by thousands of rows, would
+be zero. Without a reduction each row
 has a factor of its own, which only backward knows, so backward computes the logits again.
 """
 
@@ -113,12 +115,10 @@ def linear_cross_entropy(
             first = int(outside.nonzero()[0])
             got = f"{int(outside.sum())} others, the first {int(flat[first])} at row {first}"
             raise bad("labels", f"0 ... {V - 1} or {ignore_index}", got)
-    factor = None
-    if reduction == "mean":
-        factor = (1.0 / (flat != ignore_index).sum().to(torch.float32)).expand(flat.shape[0]).contiguous()
+    count = (flat != ignore_index).sum().to(torch.float32) if reduction == "mean" else None
     of_weight = (None, *op_arguments(weight)) if quantized else (weight, *[None] * 9, V, K, 0, 0, 0, 0)
     loss, logprobs = LinearCrossEntropy.apply(
-        reduction, factor, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
+        reduction, count, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
         ignore_index, logit_scale, softcap or 0.0, label_smoothing, z_loss,
     )  # fmt: skip
     if reduction == "none":
@@ -177,7 +177,7 @@ def _operands(
     minimum, nested_minimum, zero_point, N, K, bits, blocksize, nested_blocksize, byte_format,
     bias, lora_a, lora_b, lora_scaling, ignore_index, scale, softcap, label_smoothing, z_loss, wanted, row_gradients,
 ):  # fmt: skip
-    """Check the op's arguments, as far as the ops that it calls do not.
+    """Check what the ops that this one calls do not check themselves.
 
     Returns:
         hidden, labels, the Head, the options that `cross_entropy_` takes before its gradient, wanted and row_gradients.
@@ -266,6 +266,7 @@ refuse_second_derivative("linear_cross_entropy", "linear_cross_entropy")
 
 # The positions, among the op's arguments, of the tensors that may be trained.
 _ARGUMENTS = [each.name for each in torch.ops.qlora_native.linear_cross_entropy.default._schema.arguments]
+_LABELS = _ARGUMENTS.index("labels")
 _HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = map(_ARGUMENTS.index, ("hidden", "weight", "bias", "lora_a", "lora_b"))
 
 
@@ -290,17 +291,21 @@ class _DifferentiatedOnce(torch.autograd.Function):
 class LinearCrossEntropy(torch.autograd.Function):
     """The op with its gradients.
 
-    Takes `reduction`, a factor of each row, and then the op's arguments up to `z_loss`. Returns the loss, reduced or
-    [T], and the log-probabilities [T], which are not differentiable.
+    Takes `reduction`, the number of rows of a mean, and then the op's arguments up to `z_loss`. Returns the loss,
+    reduced or [T], and the log-probabilities [T], which are not differentiable.
     """
 
     @staticmethod
-    def forward(ctx: Any, reduction: str, factor: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """Compute the loss. `factor`, fp32 [T] or None, multiplies each row's loss: the mean's 1 / rows."""
+    def forward(ctx: Any, reduction: str, count: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Compute the loss. `count`, fp32 [] or None, divides each row's loss: the rows of the mean."""
         needed = ctx.needs_input_grad[2:]
         wanted = [needed[_HIDDEN], needed[_WEIGHT], needed[_BIAS], needed[_LORA_A] or needed[_LORA_B]]
         now = wanted if reduction != "none" else [False] * 4
-        loss, log_probability, *gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, now, factor)
+        power = factors = None
+        if count is not None:
+            power = torch.exp2(count.clamp(min=1).log2().floor())  # backward divides by it
+            factors = (power / count).expand_as(arguments[_LABELS]).contiguous()
+        loss, log_probability, *gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, now, factors)
         ctx.mark_non_differentiable(log_probability)
         ctx.set_materialize_grads(False)
         ctx.reduction, ctx.wanted = reduction, wanted
@@ -309,8 +314,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.others = [None if i in ctx.tensors else each for i, each in enumerate(arguments)]
             ctx.save_for_backward(*(arguments[i] for i in ctx.tensors))
             return loss, log_probability
-        ctx.save_for_backward(*gradients)
-        return (loss if factor is None else loss * factor).sum(), log_probability
+        ctx.save_for_backward(power, *gradients)
+        return (loss if count is None else loss / count).sum(), log_probability
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -326,7 +331,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             row_gradients = dloss.float().contiguous()
             gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, ctx.wanted, row_gradients)[2:]
         else:
-            gradients = [gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors]
+            power, *gradients = ctx.saved_tensors
+            scale = dloss.float() if power is None else dloss.float() / power
+            # In fp32: of GradScaler's factor fp16 would make infinity.
+            gradients = [(gradient.float() * scale).to(gradient.dtype) for gradient in gradients]
             if torch.is_grad_enabled():  # create_graph=True
                 marker = dloss.detach().requires_grad_()
                 gradients = [_DifferentiatedOnce.apply(gradient, marker) for gradient in gradients]

@@ -125,7 +125,7 @@ def _(
 class Recompute:
     """How to compute a tensor again from operands that backward needs in any case, so that nothing keeps the tensor.
 
-    It is an attribute of the tensor, for between the two ops is the code of a model, which passes on nothing else.
+    It is an attribute of the tensor, because the code of a model between the two ops passes on nothing but the tensor.
     """
 
     def __init__(self, tensor: Tensor, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> None:

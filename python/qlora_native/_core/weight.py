@@ -22,7 +22,7 @@ from .quant_state import bitsandbytes_entries, bitsandbytes_fields
 
 
 def check_finite(name: str, tensor: Tensor) -> float:
-    """The largest absolute value of a tensor of scales or of a table; 0 if it has bytes, or no values.
+    """The largest absolute value of a tensor of scales or of a table; 0, unchecked, if it has bytes or no values.
 
     Raises:
         ValueError: a value is NaN or Inf.
@@ -83,7 +83,8 @@ class QuantizedWeight:
         offset: fp32, one element, added to each decoded scale; None without double quantization.
         code: fp32 [16], the values of the codes; None with 8 bits. The unit of a byte of "int8" is scale / 127.
         shape: (N, K), or (E, N, K).
-        blocksize: elements that share a scale: a power of two in 32 ... 4096, but the only one that a format has.
+        blocksize: elements that share a scale: a power of two in 32 ... 4096, or the one of a format of files or
+            of microscaling.
         format: one of those above.
         dtype: the dtype of the weight that was quantized, and by default of `dequantize()`.
         minimum: the minima, in the dtype of `absmax`: fp16 [blocks] in "q4_1" and "q5_1"; uint8 [blocks] in "q2_k",
@@ -166,7 +167,7 @@ class QuantizedWeight:
         return f"QuantizedWeight(shape={self.shape}, {how}, {where})"
 
     def check_values(self) -> QuantizedWeight:
-        """Check that scales and tables are finite, which the constructor does not. Only "fp8" has codes that are NaN.
+        """Check that scales and tables are finite, and that no code of "fp8" is NaN. The constructor does not.
 
         Use it for a weight that comes from a file or from another library. It waits for a GPU. It decodes the weight, a
         part at a time, only if the largest scale times the largest level exceeds fp32.

@@ -112,6 +112,12 @@ class QuantizedLayer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.replace_weight(q)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, or copy, the layer. As where one is made, integrations are loaded."""
+        super().__setstate__(state)
+        for load in callbacks.load_integrations:
+            load()
+
     def replace_weight(self, q: QuantizedWeight) -> None:
         """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
 

@@ -14,6 +14,25 @@ _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reas
 # Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
 _SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
+# {class of a module: linear layers below it whose weight it reads: it multiplies by it, or takes its dtype}.
+_READ = {
+    "MambaMixer": ("dt_proj",),
+    "MambaForCausalLM": ("lm_head",),
+    "Mamba2ForCausalLM": ("lm_head",),
+    "FalconMambaForCausalLM": ("lm_head",),
+    "xLSTMForCausalLM": ("lm_head",),
+}
+
+
+def kept_by_models(model: nn.Module) -> list[str]:
+    """The names of layers that `model`, or one that it is made of, keeps in fp32 or whose weight it reads itself."""
+    names = [
+        name
+        for module in model.modules()
+        for name in (*(getattr(module, "_keep_in_fp32_modules", None) or ()), *_READ.get(type(module).__name__, ()))
+    ]
+    return list(dict.fromkeys(names))
+
 
 @dataclass(frozen=True)
 class Unquantized:

@@ -65,7 +65,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     def replace_weight(self, q: QuantizedWeight) -> None:
-        """Replace the weight, its format and its blocksize by those of `q`, whose tensors are shared, not copied.
+        """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
 
         Args:
             q: a weight [num_embeddings, embedding_dim].

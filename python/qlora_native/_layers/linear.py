@@ -23,6 +23,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for odd K)
         absmax         the scales: double-quantized uint8 [blocks], frozen parameter; or fp32 [blocks], buffer
         nested_absmax, nested_code, offset     fp32, buffers of the double quantization; None without it
+        minimum, nested_minimum, zero_point, column_order    of formats of files; None in others (see QuantizedWeight)
         codebook       fp32 [16], buffer: what the codes mean
         bias           [N], parameter, or None
 
@@ -82,7 +83,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
             q: a weight [N, K].
 
         Raises:
-            ValueError: its codes do not have 4 bits. `Linear8bit` is for "int8".
+            ValueError: its codes do not have 4 bits. `Linear8bit` is for those of 8.
         """
         if q.bits != self._bits:
             expected = f"one of {self._bits} bits in {type(self).__name__}"
@@ -206,10 +207,10 @@ class Linear4bit(QuantizedLayer, nn.Linear):
 
 
 class Linear8bit(Linear4bit):
-    """A `Linear4bit` with twice the bits: the format is "int8", 255 linear levels.
+    """A `Linear4bit` with twice the bits: "int8", 255 linear levels, or a format of files whose codes have 8 bits.
 
-    `weight` is uint8 [N, K], a signed byte for each element, and there is no `codebook`. All else is as in
-    `Linear4bit`, also for PEFT, and `isinstance` takes it for one.
+    `weight` is uint8 [N, K], a byte for each element, and there is no `codebook`. All else is as in `Linear4bit`, also
+    for PEFT, and `isinstance` takes it for one.
     """
 
     _bits, _format = 8, "int8"

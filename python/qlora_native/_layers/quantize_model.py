@@ -18,9 +18,17 @@ from . import callbacks
 from .adapters import added_by_peft
 from .base import QuantizedLayer
 from .callbacks import Experts
-from .eligible import Unquantized, is_linear, linears_of_routers, note_reason, unquantized_parameters
+from .eligible import (
+    Unquantized,
+    is_linear,
+    kept_by_models,
+    linears_of_routers,
+    note_reason,
+    unquantized_parameters,
+)
 from .embedding import Embedding4bit, can_be_quantized
 from .experts import Experts4bit
+from .hooks import take_over_hooks
 from .linear import linear_class
 from .sizes import size_report, why_nothing
 
@@ -129,7 +137,7 @@ class Found:
 
 def find(model: nn.Module, skip: tuple[str, ...], strict: bool, embeddings: bool) -> Found:
     """Find what is to be quantized, and check what can be checked before memory is taken."""
-    skip += tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    skip += tuple(kept_by_models(model))
     names = _to_quantize(model, skip, embeddings)
     experts = [each for find in callbacks.find_experts for each in find(model) if not _skipped(each, skip)]
     for each in experts:
@@ -187,7 +195,9 @@ def _replace(model: nn.Module, found: Found, layers: dict[int | tuple[int, str],
     """Put the layers into the model."""
     for name in found.names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[id(model.get_submodule(name))])
+        dense = model.get_submodule(name)
+        take_over_hooks(layers[id(dense)], dense)
+        setattr(model.get_submodule(parent), child, layers[id(dense)])
     for each in found.experts:
         for name in each.names:
             each.module._parameters.pop(name, None)

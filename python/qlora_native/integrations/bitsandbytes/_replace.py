@@ -19,21 +19,10 @@ from torch import nn
 from ..._core.errors import bad, bad_type
 from ..._core.weight import QuantizedWeight
 from ..._layers.adapters import is_of_peft
+from ..._layers.hooks import take_over_hooks
 from ...nn import Linear4bit
 from ._experts import from_quant_state, put_experts, quantized_experts
 
-# Attributes of nn.Module that the new layer takes over from the old one. A handle that a user has removes its hook from
-# the dictionaries themselves, so they are shared.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 # Fields of transformers' config for how bitsandbytes stores and places weights. Ours takes one value of each.
 _NOT_OURS = ("bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload")
 
@@ -127,12 +116,7 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
     # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
         layer.compute_dtype = module.compute_dtype
-    for hooks in _HOOKS:
-        setattr(layer, hooks, getattr(module, hooks))
-    if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(layer, module._hf_hook)
+    take_over_hooks(layer, module)
     return layer.train(module.training)
 
 

@@ -73,7 +73,7 @@ def _replace(models: list[PreTrainedModel], found: str) -> str | None:
     elif any(map(_requires_sdpa, models)):
         wanted, reason = REPLACED, f"its code requires {REPLACED!r} by name"
     for each in models:
-        # Also sets back what an outer model has set, which an inner config follows if the outer one does not list it.
+        # The call of an outer model may have changed this config, where it does not list it. That is set back, too.
         if config._attn_implementation != wanted:
             each.set_attn_implementation({"": wanted})  # of this config alone
     if reason is None and config._attn_implementation != NAME:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def _fuse_activation(module: nn.Module) -> bool:
     if name is None:
         return False
     module._gated_as = name
-    module.forward = MethodType(_activation_forward, module)  # a method, so that a copy of the model has its own
+    module.forward = partial(_activation_forward, module)  # which a copy of the model, or a pickle, has of its own
     return True
 
 
@@ -140,7 +140,7 @@ def _fuse_norm(module: nn.Module) -> bool:
     for shift in (0.0, 1.0):
         if _agrees(result, normal * (shift + weight.double())):
             module._norm_shift, module._norm_eps = shift, eps
-            module.forward = MethodType(_norm_forward, module)
+            module.forward = partial(_norm_forward, module)
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""Results of a module that are computed only if anything but the step that follows reads them."""
+"""Lazy tensors: what a module returns is computed only if anything but the op that is meant to follow reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Deferred:
-    """A tensor for everything but what a subclass knows better: any use of it computes the tensor."""
+    """Stands for a tensor, which any use computes but for the operations that a subclass defers, too."""
 
     computed: Tensor | None = None
 

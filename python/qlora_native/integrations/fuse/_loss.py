@@ -5,15 +5,17 @@
 transformers passes a model's logits and labels to its loss function. While the model trains, its head returns a
 `DeferredLogits` in place of logits, which holds the input of the head, and the loss function that is set here computes
 the loss from it by `qlora_native.functional.linear_cross_entropy`. `DeferredLogits` records what a model family does to
-its logits: a factor (Granite, Cohere) or a soft cap (Gemma 2). Any other use, such as `outputs.logits` in a user's
+its logits: a factor (Granite, Cohere) or a soft cap (Gemma 2), and that they are widened to fp32, which models do and
+accelerate does for mixed precision. Any other use, such as `outputs.logits` in a user's
 loop, computes the logits. TRL's SFTTrainer has a loss of its own without logits, and does not call the loss function.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from ..._core.versions import require
@@ -39,27 +41,55 @@ class DeferredLogits(Deferred):
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
+        dtype: of z.
     """
 
-    def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
+    def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         """Defer the logits of `hidden`."""
-        self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
+        self.head, self.hidden = head, hidden
+        self.scale, self.softcap = 1.0, None
+        device = hidden.device.type
+        # What is read after the model's forward pass is computed as it would have been there.
+        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.dtype = self._made_in = self._autocast or hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of z."""
+        return self.hidden.device
 
     def compute(self) -> Tensor:
         """The logits, as the model would have made them."""
-        logits = type(self.head).forward(self.head, self.hidden)
-        if self.softcap is not None:
-            return self.softcap * torch.tanh(self.scale / self.softcap * logits)
-        return logits if self.scale == 1.0 else self.scale * logits
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            logits = type(self.head).forward(self.head, self.hidden)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(self.scale / self.softcap * logits)
+            elif self.scale != 1.0:
+                logits = self.scale * logits
+        return logits.to(self.dtype)
 
-    def _changed(self, scale: float, softcap: float | None) -> DeferredLogits:
-        return DeferredLogits(self.head, self.hidden, scale, softcap)
+    def _changed(self, **changes: Any) -> DeferredLogits:
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        return changed
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """z in fp32, or what else a tensor's `to` makes."""
+        if self.computed is None and args == (torch.float32,) and not kwargs:
+            return self.float()
+        return self.tensor().to(*args, **kwargs)
+
+    def float(self) -> Any:
+        """z in fp32, in which the loss is computed anyway."""
+        return self._changed(dtype=torch.float32) if self.computed is None else self.tensor().float()
 
     def __mul__(self, factor: Any) -> Any:
-        """z times a factor of the family's."""
-        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.computed is None:
+        """z times a factor of the family's, which is not widened before it."""
+        known = isinstance(factor, int | float) and math.isfinite(factor) and factor > 0
+        if known and self.computed is None and self.dtype == self._made_in:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
-            return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
+            softcap = None if self.softcap is None else self.softcap * factor
+            return self._changed(scale=self.scale * factor, softcap=softcap)
         return self.tensor() * factor
 
     def __truediv__(self, divisor: Any) -> Any:
@@ -68,7 +98,9 @@ class DeferredLogits(Deferred):
 
     def tanh(self) -> Any:
         """A soft cap's: tanh(s * l) has the cap 1."""
-        return self._changed(self.scale, 1.0) if self.softcap is None else self.tensor().tanh()
+        if self.computed is None and self.softcap is None and self.dtype == self._made_in:
+            return self._changed(softcap=1.0)
+        return self.tensor().tanh()
 
     @classmethod
     def __torch_function__(
@@ -104,7 +136,7 @@ def replace_loss(causal: PreTrainedModel) -> str | None:
     if reason is not None:
         return f"{type(causal).__name__} keeps its own loss: {reason}"
     head._wants_loss = False
-    head.forward = MethodType(_head_forward, head)  # bound, so that a copy of the model gets one of its own
+    head.forward = partial(_head_forward, head)  # which a copy of the model, or a pickle, has of its own
     causal.register_forward_pre_hook(_before, with_kwargs=True)
     causal.register_forward_hook(_after, always_call=True)
     causal.loss_function = _loss

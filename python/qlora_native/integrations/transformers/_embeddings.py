@@ -20,7 +20,7 @@ from ... import functional
 from ..._core.errors import FLOAT_DTYPES, bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
-from ..._layers.eligible import is_linear, note_reason
+from ..._layers.eligible import is_linear, kept_by_models, note_reason
 from ..._layers.embedding import can_be_quantized
 from ...nn import Embedding4bit, Linear4bit
 from ._weight_files import file_has
@@ -86,7 +86,7 @@ def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: s
     Returns:
         The paths of linear layers that are tied to an embedding or to each other, and are not read from the files.
     """
-    keep = list(model._keep_in_fp32_modules or ())
+    keep = kept_by_models(model)
     for name, module in list(model.named_modules()):
         chosen = wanted if quantized is None else file_has(quantized, f"{name}.weight")
         if not chosen or not can_be_quantized(module) or not should_convert_module(name, keep):

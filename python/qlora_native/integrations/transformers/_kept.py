@@ -21,7 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
-from ..._layers.eligible import is_linear
+from ..._layers.eligible import is_linear, kept_by_models
 from ..._layers.experts import Experts4bit
 from ..._layers.linear import linear_class
 from ._embeddings import embedding_like
@@ -29,12 +29,6 @@ from ._experts import find_experts, run_quantized
 
 _SHOWN = 8  # names in an error
 NO_LAYER = "which no linear layer, embedding or stack of experts has, or whose dtype the model reads"
-# Layers whose weight is read by the module around them, which multiplies by it or takes its dtype.
-_READ = ("dt_proj",)
-_READ_IN = {
-    name: ("lm_head",)
-    for name in ("MambaForCausalLM", "Mamba2ForCausalLM", "FalconMambaForCausalLM", "xLSTMForCausalLM")
-}
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def targets(model: nn.Module) -> dict[str, Target]:
     """Where `model` can have quantized weights: {name of the parameter: the place}."""
     found: dict[str, Target] = {}
     # transformers casts to the dtype of the weights that it keeps in fp32, such as T5's, what it multiplies by them.
-    keep = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_READ, *_READ_IN.get(type(model).__name__, ())]
+    keep = [*kept_by_models(model), "dt_proj"]  # Jamba and Falcon's Mamba read it, too, unless the model is quantized
     for path, module in model.named_modules():
         if not should_convert_module(path, keep):
             continue

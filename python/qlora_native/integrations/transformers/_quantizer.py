@@ -27,7 +27,14 @@ from ... import _C, functional
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
-from ..._layers.eligible import has_reason, is_linear, linears_of_routers, note_reason, unquantized_parameters
+from ..._layers.eligible import (
+    has_reason,
+    is_linear,
+    kept_by_models,
+    linears_of_routers,
+    note_reason,
+    unquantized_parameters,
+)
 from ..._layers.sizes import size_report, why_nothing
 from ...nn import Embedding4bit, Experts4bit, Linear4bit, MappedWeights
 from ._config import METHOD, BitsAndBytesConfig
@@ -86,7 +93,7 @@ class Quantizer(HfQuantizer):
         config = self.quantization_config
         if config.mapped and not self.pre_quantized:
             raise bad("mapped", "a folder in 4 bits (python -m qlora_native quantize writes one)", "one in 16 bits")
-        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept_by_models(model))
         with_embeddings = config.llm_int8_skip_modules == []
         if not self.pre_quantized and (routers := linears_of_routers(model)):
             keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
@@ -139,8 +146,8 @@ class Quantizer(HfQuantizer):
             path, layer: the layer and its path.
             q: the whole weight.
             model: the model that is loaded.
-            missing_keys: the names that have no tensors yet, or None. Those of the layer are taken out: only now it is
-                known which tensors it has, as a file, or a part, may have other scales.
+            missing_keys: the names that have no tensors yet, or None. Those of the layer are taken out here,
+                because a file, or a part of it, decides whether scales are nested, and so which tensors there are.
 
         Returns:
             The tensors of the layer, by name.
@@ -225,6 +232,9 @@ class Quantizer(HfQuantizer):
             module = model.get_submodule(parent)
             del module._modules[own]
             setattr(module, own, nn.Parameter(experts.parameter(dtype), requires_grad=False))
+        vars(model).pop("hqq_quantized", None)  # what adopt() set, and the base class leaves
+        for config in _configs(model):
+            vars(config).pop("_is_quantized", None)
         return model
 
 
@@ -289,7 +299,7 @@ def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list
 
     `skip` has names as in `llm_int8_skip_modules`; None skips the output layer and tied weights.
     """
-    keep = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    keep = HfQuantizer.get_modules_to_not_convert(model, skip, kept_by_models(model))
     return [
         name
         for name, module in model.named_modules()
@@ -315,10 +325,17 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
     # attribute: it turns checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import
     # bitsandbytes.)
     model.hqq_quantized = True
+    for config in _configs(model):  # where from_pretrained sets it: models that multiply by a weight ask for it
+        config._is_quantized = True
     if is_peft_available():
         from ..peft import _lora as peft
 
         peft.register()
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of those that it is made of."""
+    return [module.config for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
 
 
 def _weights_of_experts(model: nn.Module) -> set[int]:

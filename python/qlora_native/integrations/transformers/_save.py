@@ -14,7 +14,7 @@ from ..._core.errors import bad
 from ..._layers import callbacks
 from ..._layers.adapters import modules_without_peft
 from ..._layers.base import QuantizedLayer
-from ..._layers.eligible import is_linear
+from ..._layers.eligible import is_linear, kept_by_models
 from ..._layers.embedding import Embedding4bit
 from ._config import FORMATS
 from ._experts import find_experts
@@ -73,7 +73,7 @@ def _why_not_saved(model: nn.Module, layers: dict[str, QuantizedLayer], dense: l
     if other is not None and not isinstance(other, Quantizer) and getattr(model, "is_quantized", False):
         method = getattr(other.quantization_config.quant_method, "value", other.quantization_config.quant_method)
         return bad("model", "all quantized layers to be ours", f"others, of {method}: no file holds both")
-    keep = [*dense, *(model._keep_in_fp32_modules or ())]
+    keep = [*dense, *kept_by_models(model)]
     for name, layer in layers.items():
         if not isinstance(layer, Embedding4bit) and not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")
