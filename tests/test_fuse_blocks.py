@@ -1,7 +1,6 @@
 """Guards fuse_blocks: fused activations and norms give the same losses and gradients, and save less."""
 
 import copy
-import pickle
 import warnings
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from fuse_models import batch, make, step
 from models import assert_same
 from peak import saved_bytes
+from test_adamw_resume import pickled
 from torch import nn
 
 import qlora_native as qn
@@ -82,9 +82,7 @@ def test_other_modes_of_a_model_give_what_they_gave(mode):
     assert (run(model) - expected).norm() <= 8 * SUM_FACTOR * unit_roundoff(dtype) * expected.norm()
 
 
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
 def test_state_dict_and_copies_are_as_before(how):
     model = make("llama")
     names = list(model.state_dict())

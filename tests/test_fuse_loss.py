@@ -1,7 +1,6 @@
 """Guards the fused loss in transformers' models: the same loss and gradients as before, and no logits."""
 
 import copy
-import pickle
 import warnings
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from fuse_models import COMMON, batch, make, step, transformers
 from models import assert_same
+from test_adamw_resume import pickled
 
 import qlora_native as qn
 from qlora_native.integrations.fuse import fuse_loss
@@ -118,10 +118,6 @@ def test_what_takes_no_gradient_gets_logits(mode):
     if mode != "no labels":
         plain = make("llama").train(mode != "eval")
         torch.testing.assert_close(outputs.loss, plain(**inputs).loss)
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

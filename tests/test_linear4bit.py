@@ -89,7 +89,7 @@ def test_layer_and_its_copies_compute_what_the_function_does(options):
 
 
 def test_quantized_model_keeps_the_hooks_of_its_layers():
-    """As `replace` does, test_replace.py shows for which hooks."""
+    """test_replace.py shows this of each kind of hook."""
     model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64))
     called = []
     handles = [layer.register_forward_hook(lambda layer, *_: called.append(type(layer).__name__)) for layer in model]

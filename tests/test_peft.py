@@ -1,6 +1,7 @@
 """Guards LoRA through PEFT's dispatch: what is fused, computed, saved and merged; and starts from LoftQ."""
 
 import copy
+import pickle
 from functools import partial
 from statistics import median
 
@@ -24,6 +25,7 @@ from lora import (  # noqa: E402
     relative_error,
 )
 from peft.utils import hotswap  # noqa: E402
+from process import succeed  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -441,3 +443,15 @@ def test_loftq_of_one_weight_is_the_best_of_its_rank():
     layer = first_layer(pair()[0])
     with pytest.raises(NotImplementedError, match="initialize_loftq"):  # PEFT's own would take the codes for the weight
         layer.loftq_init("default", config())
+
+
+def test_unpickled_model_takes_adapters_where_peft_was_imported_first(tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(pickle.dumps(torch.nn.Sequential(Linear4bit.from_linear(torch.nn.Linear(64, 64)))))
+    succeed(
+        "-c",
+        f"import pickle, peft\n"
+        f"model = pickle.load(open({str(path)!r}, 'rb'))\n"
+        f"model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']))\n"
+        f"assert type(model.base_model.model[0]).__name__ == 'LoraLinear4bit', model",
+    )

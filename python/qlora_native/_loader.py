@@ -72,6 +72,6 @@ def _is_pretrained(module: nn.Module) -> bool:
     return isinstance(module, sys.modules["transformers"].PreTrainedModel)
 
 
-callbacks.load_integrations.append(_load_integrations)
+callbacks.loaders.append(_load_integrations)
 callbacks.check_loaded.append(_check_loaded)
 callbacks.check_model.append(_check_model)

@@ -136,8 +136,7 @@ class Calibration:
         budget: Budget | None = None,
     ) -> None:
         """Find the weights and the layers, and check the arguments. `prepare` is called before a layer is run."""
-        for load in callbacks.load_integrations:
-            load()
+        callbacks.load_integrations()
         self._model, self._sequential = model, sequential
         found = find(model, skip, strict=False, embeddings=False)
         if not found.names and not found.experts:

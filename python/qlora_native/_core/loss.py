@@ -2,10 +2,10 @@
 
 For each chunk one product makes the logits, the op `cross_entropy_` overwrites them with their gradient, and the
 products of the gradient follow at once. With the reductions "mean" and "sum" the gradients are known before backward
-begins, up to one factor: forward computes those that are wanted, and backward scales them. Only there the mean's factor
-is applied, but for what is between two powers of two: in fp16 a logit's gradient, divided by thousands of rows, would
-be zero. Without a reduction each row
-has a factor of its own, which only backward knows, so backward computes the logits again.
+begins, up to one factor: forward computes those that are wanted, and backward scales them. Forward divides those of a
+mean by what its rows are of a power of two, and backward by that power: divided by thousands of rows at once, a logit's
+gradient in fp16 would be zero. Without a reduction each row has a factor of its own, which only backward knows, so
+backward computes the logits again.
 """
 
 from __future__ import annotations

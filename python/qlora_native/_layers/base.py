@@ -107,16 +107,14 @@ class QuantizedLayer(nn.Module):
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
-        for load in callbacks.load_integrations:
-            load()
+        callbacks.load_integrations()
         self.compute_dtype: torch.dtype | None = None
         self.replace_weight(q)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, or copy, the layer. As where one is made, integrations are loaded."""
         super().__setstate__(state)
-        for load in callbacks.load_integrations:
-            load()
+        callbacks.load_integrations()
 
     def replace_weight(self, q: QuantizedWeight) -> None:
         """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.

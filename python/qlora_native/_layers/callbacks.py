@@ -30,8 +30,14 @@ class Experts(Protocol):
         """Make the library run the module, whose parameters `Experts4bit` have replaced."""
 
 
-load_integrations: list[Callable[[], None]] = []  # called before a layer is made, and before a model is quantized
+loaders: list[Callable[[], None]] = []  # called by load_integrations()
 check_loaded: list[Callable[[], None]] = []  # called when PEFT reads the codes of a layer
 check_model: list[Callable[[nn.Module, set[int]], None]] = []  # may the weights with these ids be quantized?
 find_experts: list[Callable[[nn.Module], Iterable[Experts]]] = []
 adopt_model: list[Callable[[nn.Module], None]] = []  # called after layers of a model have been quantized
+
+
+def load_integrations() -> None:
+    """Load the integrations, before a layer is made or loaded, and before a model is quantized."""
+    for load in loaders:
+        load()

@@ -95,8 +95,7 @@ def quantize_model(
     check_model(model, skip)
     if not isinstance(embeddings, bool):
         raise bad_type("embeddings", "a bool", type(embeddings).__name__)
-    for load in callbacks.load_integrations:
-        load()
+    callbacks.load_integrations()
     found = find(model, tuple(skip), strict, embeddings)
     if not found.names and not found.experts:
         warnings.warn(f"quantize_model: found no nn.Linear to quantize; {why_nothing(model)}", stacklevel=2)
