@@ -13,7 +13,7 @@
 namespace qlora_native::cpu {
 
 enum class ProductKernel {
-  small_m,  // product_small_m-inl.h: lanes along K, each weight of up to 8 rows decoded where it is used
+  small_m,  // product_small_m-inl.h: lanes along K; up to 8 rows decode each weight where they use it
   vectors,  // product_nt-inl.h and product_nn-inl.h, by panels of decoded W; dX in fp32 without them, by stage_nn-inl.h
   tiles,   // the same two by tile products (tiles-inl.h); few rows without panels, by strip_nt-inl.h and strip_nn-inl.h
   panels,  // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)

@@ -22,6 +22,7 @@ struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
   // Rows of each of several pieces. With four rows of W they are 16 accumulators, and a multiply-add takes half a load.
   static constexpr int kRowsOfPiece = 4, kMaxPieces = static_cast<int>(ceil_div(cpu::kMaxSmallM, kRowsOfPiece));
+  static_assert(kMaxPieces * kRowsOfPiece >= cpu::kMaxPieceRows);
 
   template <class Rows>
   static std::int64_t steps(const Rows& rows) {
@@ -115,7 +116,7 @@ struct SmallM {
     F32 part[kRows][kM][kParts];
     Totals<kM> total;
 
-    [[gnu::always_inline]] Accumulators() {
+    [[gnu::always_inline]] void clear() {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
@@ -125,7 +126,7 @@ struct SmallM {
           for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
         }
     }
-    // Takes what the other ones hold so far. Totals of a single chain are zero before finish().
+    // Takes what the other ones hold so far. A single chain has no totals before finish().
     [[gnu::always_inline]] void assign(const Accumulators& other) {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
@@ -161,12 +162,14 @@ struct SmallM {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
-        for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kM; ++m) {
+          if constexpr (kChainSteps == 0) total.of[j][m] = zero();
 #pragma GCC unroll 8
           for (int i = 0; i < kParts; ++i) {
             total.of[j][m] = add(total.of[j][m], part[j][m][i]);
             part[j][m][i] = zero();
           }
+        }
     }
     // Adds what the adapters add to rows n ... n+count-1 of W and rows of x from `first_row` on, and writes the totals
     // to out[m][j].
@@ -198,6 +201,7 @@ struct SmallM {
                          std::span<const LowRank> loras, float* out) {
     constexpr int kRows = kRowsOf<kM>;
     Accumulators<kM> accumulators;
+    accumulators.clear();
     const std::uint8_t* codes[kRows];
     for (int j = 0; j < kRows; ++j) codes[j] = w.codes_at(n + j, 0);
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
@@ -280,13 +284,17 @@ struct SmallM {
     const float* units;
     F32 vector(int k) const { return load(units + k * kLanes); }
   };
+  // The accumulators begin with the first block.
   template <int kM>
   static void multiply_decoded(Range block, const float* x, const float* decoded, Accumulators<kM>& accumulators) {
     constexpr int kRows = kRowsOf<kM>;
     // The copy stays in registers. As far as the compiler knows x might lie where the accumulators do, so that it
     // would store each of them at once.
     Accumulators<kM> copy;
-    copy.assign(accumulators);
+    if (block.begin == 0)
+      copy.clear();
+    else
+      copy.assign(accumulators);
     for (std::int64_t s = block.begin; s < block.end; ++s) {
       DecodedStep step[kRows];
       for (int j = 0; j < kRows; ++j) step[j].units = decoded + ((s - block.begin) * kRows + j) * kStepUnits;
@@ -321,7 +329,6 @@ struct SmallM {
     int rows_of_x, rows_of_w;
     void (*whole_rows)(const Rows& w, std::int64_t n, const typename Rows::Scales& scales, const float* x,
                        std::span<const LowRank> loras, float* out);
-    DecodeSteps *decode_whole, *decode_ragged;
     void (*decoded_rows)(const Source& source, DecodeSteps* decode, const Pieces& x, std::span<const LowRank> loras,
                          float* out);
 
@@ -340,11 +347,8 @@ struct SmallM {
     Kernel<Rows> kernel{};
     with_constant<cpu::kMaxPieceRows>(rows, [&](auto m) {
       if constexpr (!kPowersOfTwo || std::has_single_bit(unsigned{m})) {
-        kernel = {m, kRowsOf<m>, nullptr, nullptr, decode_ragged<Rows>, decoded_rows<m>};
-        if constexpr (Rows::kQuantized) {
-          kernel.whole_rows = whole_rows<m, Rows>;
-          kernel.decode_whole = decode_whole<Rows>;
-        }
+        kernel = {m, kRowsOf<m>, nullptr, decoded_rows<m>};
+        if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<m, Rows>;
       }
     });
     return kernel;
@@ -357,7 +361,7 @@ struct SmallM {
     const int rows_of_x = x.count * x.rows, rows_of_w = kernel.rows_of_w;
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
-    float results[kMaxPieces * cpu::kMaxPieceRows * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
+    float results[kMaxPieces * kRowsOfPiece * kRowsAtOnce + 3], row_results[kRowsAtOnce] = {};
     float *scales = nullptr, *minima = nullptr;
     if constexpr (Rows::kQuantized)
       if (w.aligned()) {
@@ -383,10 +387,10 @@ struct SmallM {
                                 results + j * rows_of_x);
           }
           if (x.count > 1 && whole > 0)
-            kernel.decoded_rows({&w, first, whole, scales, minima}, kernel.decode_whole, x, loras, results);
+            kernel.decoded_rows({&w, first, whole, scales, minima}, decode_whole<Rows>, x, loras, results);
         }
       if (whole < count)
-        kernel.decoded_rows({&w, first + whole, count - whole}, kernel.decode_ragged, x, loras,
+        kernel.decoded_rows({&w, first + whole, count - whole}, decode_ragged<Rows>, x, loras,
                             results + whole * rows_of_x);
       for (int m = 0; m < rows_of_x; ++m) {
         for (int j = 0; j < count; j += rows_of_w)
