@@ -375,6 +375,51 @@ TEST(scale_that_is_nan_makes_its_part_of_products_nan) {
     }
 }
 
+// Zero times NaN is NaN, and rows of several groups lie in one vector, strip or tile.
+TEST(adapter_that_is_not_finite_reaches_the_rows_of_its_groups_alone) {
+  if (qn::cpu_tensors_backend() != "cpu") return;  // linear.h says so
+  const auto expect_same_rows = [](const Tensor& actual, const Tensor& expected, std::int64_t begin, std::int64_t end) {
+    std::int64_t different = 0;
+    for (std::int64_t row = begin; row < end; ++row)
+      for (std::int64_t col = 0; col < actual.cols(); ++col) different += actual.at(row, col) != expected.at(row, col);
+    EXPECT(different == 0);
+  };
+  const auto has_nan = [](const Tensor& matrix, std::int64_t row) {
+    for (std::int64_t col = 0; col < matrix.cols(); ++col)
+      if (std::isnan(matrix.at(row, col))) return true;
+    return false;
+  };
+  const std::vector<std::int64_t> few = {1, 4, 5, 7}, many = {3, 9, 40, 47, 150};
+  for (const DType dtype : kDTypes)
+    for (const std::int64_t rank : {5, 70})
+      for (const auto& offsets : {few, many})
+        for (const bool shared : {false, true}) {
+          Case c{.M = offsets.back(), .N = 150, .K = 192, .dtype = dtype, .rank = rank, .offsets = offsets};
+          c.dropout = rank == 5 ? 0.25f : 0.0f, c.lora_dtype = dtype, c.shared_adapter = shared;
+          Layer finite(c);
+          finite.run();
+          for (std::int64_t adapter = 0; adapter < c.adapters(); ++adapter) {
+            Layer layer(c);
+            for (std::int64_t i = adapter * rank; i < (adapter + 1) * rank; ++i)
+              for (std::int64_t k = 0; k < c.K; ++k) layer.a.set(i, k, k % 2 == 0 ? NAN : INFINITY);
+            for (std::int64_t i = adapter * c.N; i < (adapter + 1) * c.N; ++i)
+              for (std::int64_t r = 0; r < rank; ++r) layer.b.set(i, r, i % 2 == 0 ? NAN : INFINITY);
+            layer.run();
+            const std::int64_t begin = offsets[adapter], end = shared ? c.M : offsets[adapter + 1];
+            EXPECT(has_nan(layer.y, begin) && has_nan(layer.dx, begin));
+            EXPECT(has_nan(layer.y, end - 1) && has_nan(layer.dx, end - 1));
+            for (const auto& [first, last] : {std::pair{std::int64_t{0}, begin}, {end, c.M}}) {
+              expect_same_rows(layer.y, finite.y, first, last);
+              expect_same_rows(layer.dx, finite.dx, first, last);
+            }
+            for (const auto& [first, last] : {std::pair{std::int64_t{0}, adapter}, {adapter + 1, c.adapters()}}) {
+              expect_same_rows(layer.da, finite.da, first * rank, last * rank);
+              expect_same_rows(layer.db, finite.db, first * c.N, last * c.N);
+            }
+          }
+        }
+}
+
 // ---- the loss ----
 
 struct LossCase {

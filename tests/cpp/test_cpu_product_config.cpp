@@ -22,7 +22,7 @@ ProductShape shape_of(Product product, qn::DType dtype, std::int64_t M) {
 // The number of rows, 1 ... 5000, from which on the kernel is chosen; 0 if it never is.
 std::int64_t first_rows(ProductKernel kernel, ProductShape p) {
   for (p.M = 1; p.M <= 5000; ++p.M)
-    if (qn::cpu::choose_product(p).kernel == kernel) return p.M;
+    if (qn::cpu::choose_product(p) == kernel) return p.M;
   return 0;
 }
 
@@ -90,21 +90,21 @@ TEST(panels_are_left_where_they_would_not_fit) {
   ProductShape p = shape_of(Product::backward_input, qn::DType::f16, 2048);
   p.has_dense_gemm = p.dense_gemm_has_tiles = true;
   p.N = 65536;
-  EXPECT(qn::cpu::choose_product(p).kernel == ProductKernel::panels && qn::cpu::panel_columns(p.N, p.dtype) == 64);
+  EXPECT(qn::cpu::choose_product(p) == ProductKernel::panels && qn::cpu::panel_columns(p.N, p.dtype) == 64);
   p.N = 151936;
-  EXPECT(qn::cpu::choose_product(p).kernel == ProductKernel::vectors);
+  EXPECT(qn::cpu::choose_product(p) == ProductKernel::vectors);
   p.product = Product::forward;
-  EXPECT(qn::cpu::choose_product(p).kernel == ProductKernel::panels);
+  EXPECT(qn::cpu::choose_product(p) == ProductKernel::panels);
 }
 
 TEST(description_has_the_shape_and_the_kernel) {
   ProductShape p = shape_of(Product::backward_input, qn::DType::bf16, 7);
   p.rank = 16;
   p.dropout = true;
-  EXPECT(qn::cpu::describe(p, {ProductKernel::tiles}) ==
+  EXPECT(qn::cpu::describe(p, ProductKernel::tiles) ==
          "dX [7, 4096] of W [4096, 4096] in bfloat16, rank 16, dropout: tiles");
   p = shape_of(Product::forward, qn::DType::f32, 1);
-  EXPECT(qn::cpu::describe(p, {ProductKernel::small_m}) == "Y [1, 4096] of W [4096, 4096] in float32: small_m");
+  EXPECT(qn::cpu::describe(p, ProductKernel::small_m) == "Y [1, 4096] of W [4096, 4096] in float32: small_m");
 }
 
 }  // namespace

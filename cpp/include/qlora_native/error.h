@@ -8,7 +8,8 @@
 
 namespace qlora_native {
 
-// A bad argument. The message says which one, what was expected and what came. It is thrown before anything is written.
+// A bad argument. The message says which one, what was expected and what came. Every operation checks its arguments,
+// and throws this before anything is written.
 class QLN_API Error : public std::invalid_argument {
  public:
   Error(const std::string& argument, const std::string& expected, const std::string& got)
@@ -19,7 +20,8 @@ class QLN_API Error : public std::invalid_argument {
   std::string argument_;
 };
 
-// Something that this build does not have, or that is not possible on this machine.
+// Something that this build does not have, or that is not possible on this machine. Every operation throws this if the
+// backend of its device has no kernel for it.
 class QLN_API Unavailable : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -5,7 +5,7 @@
 //   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
 // `o` is the element-wise product, and p the probability of dropout. If the rows of X are in groups (RowGroups), each
-// group has its own weight and adapter, or only its own adapter.
+// group has its own weight and adapter, or only its own adapter. Results overwrite what their memory held.
 //
 // Every pointer is to memory of the stream's device (types.h), also those to codebooks and scales.
 //
@@ -15,7 +15,7 @@
 //
 //   cpu    8 MB, or 48 rows of an operand in fp32 where these are larger, and for each thread 1 MB (1.4 MB with AMX),
 //          kept for the next call
-//   cuda   128 KB for each SM
+//   cuda   128 KB for each SM; with an adapter 160 KB, and U or V if the caller wants none
 //   either, with a dense product of the application: see set_dense_gemm (runtime.h)
 #pragma once
 
@@ -49,8 +49,8 @@ struct LoraView {
 //   the experts of a mixture      weight.count == count; every row is in a group
 //   adapters over one base        weight.count == 1 and lora.count == count; rows before the first group have none
 //
-// An adapter of finite numbers adds to rows of its own group alone. On the cpu one with NaN or infinity can also make
-// NaN of other rows that are multiplied together with its own.
+// An adapter adds to rows of its own group alone. On cuda one with NaN or infinity can also make NaN of other rows that
+// are multiplied together with its own.
 //
 // On the cpu the offsets are checked. On cuda the host cannot read them without waiting for the device; there the
 // kernels never touch rows that do not exist, whatever the offsets say.

@@ -177,7 +177,7 @@ class AttentionBackward : AttentionBlocks<Dot> {
   void pack_gradients(std::int64_t rows, const HeadOfQueries& head, const Squares& squares, bool need_dq,
                       bool need_dkv) const {
     const F32 scale = set1(in_.scale);
-    const typename Layout::Panel panel{{0, rows / kUnitRows}, {0, 1}, squares.ds_columns};
+    const typename Layout::WholePanel panel{{0, rows / kUnitRows}, {0, 1}, squares.ds_columns};
     for (std::int64_t unit = 0; unit < rows / kUnitRows; ++unit) {
       typename Dot::Chunk ds_chunk[kUnitRows];
       for (int r = 0; r < kUnitRows; ++r) {

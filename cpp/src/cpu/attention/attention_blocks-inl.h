@@ -100,7 +100,7 @@ class AttentionBlocks {
     Layout::pack(x, {0, blocks * kBlock}, out);
   }
   void pack_columns(const ConstMatrix& x, std::int64_t blocks, float* out) const {
-    decode_panel(Rows(x), typename Layout::Panel{{0, blocks * kBlockUnits}, {0, chunks()}, out});
+    decode_panel(Rows(x), typename Layout::WholePanel{{0, blocks * kBlockUnits}, {0, chunks()}, out});
   }
   void pack_transposed(const ConstMatrix& x, float* out) const {
     Nt::pack_strip(Rows(x), 0, kVectors, {0, chunks()}, out);

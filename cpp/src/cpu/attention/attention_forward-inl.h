@@ -138,7 +138,7 @@ class AttentionForward : AttentionBlocks<Dot> {
       sum[i] = zero();
     }
     if (reduce_max(mul(least_factor, set1(-1.0f))) > -1.0f) scale_sums<kCount>(factors, head);
-    const typename Layout::Panel panel{{0, rows / kUnitRows}, {0, 1}, packed};
+    const typename Layout::WholePanel panel{{0, rows / kUnitRows}, {0, 1}, packed};
     for (std::int64_t unit = 0; unit < rows / kUnitRows; ++unit) {
       typename Dot::Chunk chunk[kUnitRows];
       for (int r = 0; r < kUnitRows; ++r) {

@@ -23,7 +23,7 @@ struct DotTiles : DotBf16 {
 template <const CpuBackend& (*kOthers)(), decltype(Products::forward) kForwardSmallM>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
-    switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+    switch (choose(args, part)) {
       case cpu::ProductKernel::tiles:
         return make_job<Forward, DotTiles>(args, part);
       case cpu::ProductKernel::panels:
@@ -35,7 +35,7 @@ struct TiledBackend {
     }
   }
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
-    switch (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
+    switch (choose(args, part)) {
       case cpu::ProductKernel::tiles:
         return make_job<BackwardInput, DotTiles>(args, part);
       case cpu::ProductKernel::panels:
@@ -51,14 +51,13 @@ struct TiledBackend {
 
  private:
   // The other backend logs what it multiplies.
-  static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
-                                   const LoraView& lora, const WeightRows& part, DType dtype) {
-    const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
-    cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
-    if (kForwardSmallM == nullptr && config.kernel != cpu::ProductKernel::panels)
-      config.kernel = cpu::ProductKernel::tiles;
-    if (config.kernel != cpu::ProductKernel::vectors) cpu::log_product(shape, config);
-    return config.kernel;
+  template <class Args>
+  static cpu::ProductKernel choose(const Args& args, const WeightRows& part) {
+    const cpu::ProductShape shape = cpu::product_shape(args, part, true);
+    cpu::ProductKernel kernel = cpu::choose_product(shape, cpu::forced_kernel());
+    if (kForwardSmallM == nullptr && kernel != cpu::ProductKernel::panels) kernel = cpu::ProductKernel::tiles;
+    if (kernel != cpu::ProductKernel::vectors) cpu::log_product(shape, kernel);
+    return kernel;
   }
 };
 

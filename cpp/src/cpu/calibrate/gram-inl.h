@@ -32,7 +32,7 @@ class Gram {
  private:
   using Nn = ProductNn<Dot>;
   using Layout = LayoutNn<Dot>;
-  using Panel = typename Layout::Panel;
+  using Panel = typename Layout::WholePanel;
   static constexpr std::int64_t kPanelRows = 256;
   static constexpr std::int64_t kPanelUnits = kPanelRows / Dot::kElementsPerUnit;
   // X is read, and gram added to, once for every tile. On Zen 4 tiles of 12 chunks took a tenth less time than those of

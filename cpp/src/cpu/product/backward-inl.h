@@ -54,7 +54,8 @@ class BackwardInputOf : public Job {
     std::int64_t strip = 0;
     for (const JobAdapter& adapter : adapters_) {
       const Range strips = strips_.of({adapter.begin, adapter.end}, strip);
-      low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapter.lora, args.weight.K)), strips});
+      low_ranks_.push_back(
+          {nullptr, DenseRows<Dot, false>(lora_a(adapter.lora, args.weight.K)), {adapter.begin, adapter.end}, strips});
       strip = strips.end - 1;
       packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
       floats_kept_ += Product::kept_floats(strips, lora.rank);

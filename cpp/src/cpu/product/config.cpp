@@ -109,29 +109,8 @@ bool loads_are_slow(DType dtype) {
   return in_use && dtype == DType::bf16;
 }
 
-}  // namespace
-
-std::optional<ProductKernel> forced_kernel() {
-  static const std::optional<ProductKernel> forced = read_forced_kernel();  // if it throws, the next call tries again
-  return forced;
-}
-
-ProductConfig choose_product(const ProductShape& shape, std::optional<ProductKernel> forced) {
-  if (forced && kKernels[static_cast<int>(*forced)].supports(shape)) return {*forced};
-  const bool faster = shape.dense_gemm_is_faster && columns_of_panel(shape) >= kMinFasterColumns;
-  MinRows min = shape.isa_has_tiles          ? kWithTiles
-                : shape.dense_gemm_has_tiles ? kWithDenseTiles
-                : faster                     ? kWithFasterDense
-                                             : kWithVectors;
-  if (shape.loads_are_slow) min.vectors = kMaxSmallM + 1;
-  if (shape.M >= min.panels && supports_panels(shape)) return {ProductKernel::panels};
-  if (shape.M >= min.tiles && supports_tiles(shape)) return {ProductKernel::tiles};
-  if (shape.M < min.vectors && supports_small_m(shape)) return {ProductKernel::small_m};
-  return {ProductKernel::vectors};
-}
-
-ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                           const WeightRows& rows, DType dtype, bool isa_has_tiles) {
+ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
+                      const WeightRows& rows, DType dtype, bool isa_has_tiles) {
   const auto& adapters = rows.adapters;
   return {.product = product,
           .dtype = dtype,
@@ -149,7 +128,35 @@ ProductShape product_shape(ProductShape::Product product, const QuantizedWeightV
           .loads_are_slow = loads_are_slow(dtype)};
 }
 
-std::string describe(const ProductShape& shape, const ProductConfig& config) {
+}  // namespace
+
+std::optional<ProductKernel> forced_kernel() {
+  static const std::optional<ProductKernel> forced = read_forced_kernel();  // if it throws, the next call tries again
+  return forced;
+}
+
+ProductKernel choose_product(const ProductShape& shape, std::optional<ProductKernel> forced) {
+  if (forced && kKernels[static_cast<int>(*forced)].supports(shape)) return *forced;
+  const bool faster = shape.dense_gemm_is_faster && columns_of_panel(shape) >= kMinFasterColumns;
+  MinRows min = shape.isa_has_tiles          ? kWithTiles
+                : shape.dense_gemm_has_tiles ? kWithDenseTiles
+                : faster                     ? kWithFasterDense
+                                             : kWithVectors;
+  if (shape.loads_are_slow) min.vectors = kMaxSmallM + 1;
+  if (shape.M >= min.panels && supports_panels(shape)) return ProductKernel::panels;
+  if (shape.M >= min.tiles && supports_tiles(shape)) return ProductKernel::tiles;
+  if (shape.M < min.vectors && supports_small_m(shape)) return ProductKernel::small_m;
+  return ProductKernel::vectors;
+}
+
+ProductShape product_shape(const LinearForwardArgs& args, const WeightRows& rows, bool isa_has_tiles) {
+  return shape_of(ProductShape::Product::forward, args.weight, args.lora, rows, args.x.dtype, isa_has_tiles);
+}
+ProductShape product_shape(const LinearBackwardInputArgs& args, const WeightRows& rows, bool isa_has_tiles) {
+  return shape_of(ProductShape::Product::backward_input, args.weight, args.lora, rows, args.dy.dtype, isa_has_tiles);
+}
+
+std::string describe(const ProductShape& shape, ProductKernel kernel) {
   const auto matrix = [](std::int64_t rows, std::int64_t cols) {
     return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
   };
@@ -159,15 +166,15 @@ std::string describe(const ProductShape& shape, const ProductConfig& config) {
   if (shape.rank > 0) text += ", rank " + std::to_string(shape.rank);
   if (!shape.one_adapter) text += ", several adapters";
   if (shape.dropout) text += ", dropout";
-  return text + ": " + kKernels[static_cast<int>(config.kernel)].name;
+  return text + ": " + kKernels[static_cast<int>(kernel)].name;
 }
 
-void log_product(const ProductShape& shape, const ProductConfig& config) {
+void log_product(const ProductShape& shape, ProductKernel kernel) {
   static const bool enabled = [] {
     const char* value = std::getenv("QLN_PRINT_CONFIG");
     return value != nullptr && *value == '1';
   }();
-  if (enabled) std::fprintf(stderr, "%s\n", describe(shape, config).c_str());
+  if (enabled) std::fprintf(stderr, "%s\n", describe(shape, kernel).c_str());
 }
 
 }  // namespace qlora_native::cpu

@@ -33,8 +33,8 @@ struct ProductShape {
   bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
   bool loads_are_slow = false;        // so that vectors multiply few rows slowly
 };
-ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                           const WeightRows& rows, DType dtype, bool isa_has_tiles);
+ProductShape product_shape(const LinearForwardArgs& args, const WeightRows& rows, bool isa_has_tiles);
+ProductShape product_shape(const LinearBackwardInputArgs& args, const WeightRows& rows, bool isa_has_tiles);
 
 constexpr std::int64_t kMaxSmallM = 24;  // rows of x that small_m takes
 constexpr int kMaxPieceRows = 8;         // as many of them as it multiplies while a weight is in registers
@@ -47,17 +47,14 @@ constexpr std::int64_t panel_columns(std::int64_t inner, DType dtype) {
 // Bytes of rows of U or V that are computed at once where the caller does not want them.
 constexpr std::int64_t kLowRankBytes = std::int64_t{1} << 20;
 
-struct ProductConfig {
-  ProductKernel kernel = ProductKernel::vectors;
-};
 // The kernel that QLN_FORCE_KERNEL names for tests and measurements: small_m, vectors, tiles or panels.
 std::optional<ProductKernel> forced_kernel();
 
 // The kernel `forced` if it supports the shape, or else the one that the table of config.cpp has.
-ProductConfig choose_product(const ProductShape& shape, std::optional<ProductKernel> forced = std::nullopt);
+ProductKernel choose_product(const ProductShape& shape, std::optional<ProductKernel> forced = std::nullopt);
 
 // QLN_PRINT_CONFIG=1 prints this for each product.
-std::string describe(const ProductShape& shape, const ProductConfig& config);
-void log_product(const ProductShape& shape, const ProductConfig& config);
+std::string describe(const ProductShape& shape, ProductKernel kernel);
+void log_product(const ProductShape& shape, ProductKernel kernel);
 
 }  // namespace qlora_native::cpu

@@ -66,10 +66,10 @@ class ForwardOf : public Job {
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
     const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
     constexpr std::int64_t kPanels = Product::kPanels * Product::kPanelFloats;
-    const std::int64_t low_rank_floats = adapters_.empty() ? 0 : Product::kPanelFloats;
+    const std::int64_t low_rank_floats = adapters_.empty() ? 0 : Product::kPanelFloats + kKeptFloats;
     float* panels = scratch_floats(
         Slot::thread, kPanels + low_rank_floats + Product::accumulator_floats(x.vectors(), args_.weight.K));
-    LowRankPanel low_rank{.memory = panels + kPanels};
+    LowRankPanel low_rank{.memory = panels + kPanels, .kept = panels + kPanels + Product::kPanelFloats};
     typename Product::Tiles tiles;
     Product::multiply(
         tiles, w, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels,
@@ -166,6 +166,7 @@ class ForwardOf : public Job {
   // A panel of s*B, which stays from strip to strip.
   struct LowRankPanel {
     float* memory;
+    float* kept;  // kKeptFloats, for keep_other_rows()
     std::size_t adapter = 0;
     Range rows{0, 0}, chunks{0, 0};
 
@@ -191,15 +192,49 @@ class ForwardOf : public Job {
         if (!low_rank.holds(piece.adapter, rows, c)) {
           const LoraView& lora = adapters_[piece.adapter].lora;
           decode_panel(DenseRows<Dot, true>(lora_b(lora, args_.weight.N), lora.scaling), panel);
-          low_rank = {low_rank.memory, piece.adapter, rows, panel.chunks};
+          low_rank = {low_rank.memory, low_rank.kept, piece.adapter, rows, panel.chunks};
           // Another adapter's rows are far off, where no processor expects them.
           if (piece.adapter + 1 < adapters_.size())
             prefetch(rows_of(lora_b(adapters_[piece.adapter + 1].lora, args_.weight.N), rows.begin, rows.count()));
         }
-        Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
-                                none);
+        keep_other_rows(piece, into, rows.count(), low_rank.kept, [&] {
+          Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
+                                  none);
+        });
       }
     }
+  }
+
+  // Calls multiply(), which adds to the accumulators of a piece, and leaves those of other adapters' rows as they were:
+  // the zeros that these rows have for U would make NaN of a B that is NaN or infinite.
+  static constexpr std::int64_t kKeptFloats = 2 * Product::kMaxPanelRows * kLanes;
+  template <class Multiply>
+  void keep_other_rows(const Piece& piece, const typename Product::Accumulators& accumulators, std::int64_t count,
+                       float* kept, const Multiply& multiply) const {
+    // The first and the last vector may have rows of others. fn(lanes that are the piece's own, accumulators, kept).
+    const auto each_shared = [&](const auto& fn) {
+      float* beside = kept;
+      for (int vector = 0; vector < piece.width; ++vector) {
+        const std::uint32_t own = own_lanes(adapters_[piece.adapter], piece.vector + vector);
+        if (own == kAllLanes) continue;
+        for (std::int64_t row = 0; row < count; ++row, beside += kLanes)
+          fn(own, accumulators.data + row * accumulators.row_stride + vector * kLanes, beside);
+      }
+    };
+    each_shared([](std::uint32_t, const float* from, float* to) { store(to, load(from)); });
+    multiply();
+    each_shared([](std::uint32_t own, float* to, const float* from) {
+      store(to, add(mask_lanes(load(to), own), mask_lanes(load(from), own ^ kAllLanes)));
+    });
+  }
+  // The lanes of a vector that are rows of an adapter; those after the last row of all count as its last adapter's.
+  static constexpr std::uint32_t kAllLanes = (std::uint32_t{1} << kLanes) - 1;
+  std::uint32_t own_lanes(const JobAdapter& adapter, std::int64_t vector) const {
+    const auto lanes_before = [&](std::int64_t row) {
+      const std::int64_t lanes = larger<std::int64_t>(row - vector * kLanes, 0);
+      return lanes < kLanes ? (std::uint32_t{1} << lanes) - 1 : kAllLanes;
+    };
+    return (adapter.end == rows_ ? kAllLanes : lanes_before(adapter.end)) & ~lanes_before(adapter.begin);
   }
 
   // Prefetches some columns of a strip's Y, to write them.

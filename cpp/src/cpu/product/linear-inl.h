@@ -16,7 +16,7 @@ namespace {
 template <class Dot>
 struct Linear {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
-    switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+    switch (choose(args, part)) {
       case cpu::ProductKernel::small_m:
         return make_job<ForwardSmallM, Dot>(args, part);
       case cpu::ProductKernel::panels:
@@ -26,21 +26,19 @@ struct Linear {
     }
   }
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
-    if (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype) ==
-        cpu::ProductKernel::panels)
-      return make_job<BackwardInputPanels, InOrder>(args, part);
+    if (choose(args, part) == cpu::ProductKernel::panels) return make_job<BackwardInputPanels, InOrder>(args, part);
     return make_job<BackwardInput, Dot>(args, part);
   }
 
  private:
   using InOrder = DotF32<Dot::kActivation>;  // its chunks can be stored in the order of their elements
 
-  static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
-                                   const LoraView& lora, const WeightRows& part, DType dtype) {
-    const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, false);
-    const cpu::ProductConfig config = cpu::choose_product(shape, cpu::forced_kernel());
-    cpu::log_product(shape, config);
-    return config.kernel;
+  template <class Args>
+  static cpu::ProductKernel choose(const Args& args, const WeightRows& part) {
+    const cpu::ProductShape shape = cpu::product_shape(args, part, false);
+    const cpu::ProductKernel kernel = cpu::choose_product(shape, cpu::forced_kernel());
+    cpu::log_product(shape, kernel);
+    return kernel;
   }
 };
 

@@ -70,6 +70,8 @@ class Decoder {
     panel.clear_rest();
     steps_.start(0);
   }
+  Decoder(const Decoder&) = delete;  // steps_ points into it
+  Decoder& operator=(const Decoder&) = delete;
 
   // Decodes two chunks of one line, which is a cache line of 4-bit codes for each row. Later codes are prefetched into
   // the second-level cache: rows that are a power of two apart share so few sets of the first one that they would push

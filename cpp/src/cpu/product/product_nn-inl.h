@@ -36,7 +36,10 @@ struct ProductNn : LayoutNn<Dot> {
   struct LowRank {
     float* v = nullptr;  // packed, from the first row of the first strip on; zero in rows of other adapters
     DenseRows<Dot, false> a;
-    Range strips;
+    Range rows;    // of X
+    Range strips;  // that have one of them
+
+    bool has(Range these) const { return rows.begin <= these.begin && these.end <= rows.end; }
   };
   // What all adapters of a product add: mask o (the sum of their parts).
   struct LowRanks {
@@ -170,18 +173,37 @@ struct ProductNn : LayoutNn<Dot> {
   // Begins the accumulators of a part with what its adapters add, and says whether there is an adapter.
   static bool add_low_rank(Tiles& tiles, const LowRanks& lora, const Part& part) {
     if (lora.parts.empty()) return false;
-    const Range covered = lora.parts.front().strips;
-    // An adapter that is the only one of all strips sets the accumulators; several add to them.
-    const bool covers = lora.parts.size() == 1 && covered.begin <= part.strips.begin && covered.end >= part.strips.end;
-    if (!covers) __builtin_memset(part.accumulators, 0, static_cast<std::size_t>(part.floats()) * sizeof(float));
+    // A strip that is one adapter's alone is set by it; others begin with zeros.
+    if (!lora.parts.front().has(part.all_strips.rows_of(part.strips)))
+      __builtin_memset(part.accumulators, 0, static_cast<std::size_t>(part.floats()) * sizeof(float));
     for (const LowRank& adapter : lora.parts) {
-      const Part adapter_part = part.within(adapter.strips);
-      if (adapter_part.strips.begin >= adapter_part.strips.end) continue;
+      Range strips = part.within(adapter.strips).strips;
+      if (strips.begin >= strips.end) continue;
       const Packed v{adapter.v, {0, units_of(adapter.a.rows())}, part.all_strips.first(adapter.strips.begin)};
-      multiply(tiles, adapter.a, v, adapter_part, !covers);
+      const auto shared = [&](std::int64_t strip) { return !adapter.has(part.all_strips.rows_of({strip, strip + 1})); };
+      if (shared(strips.begin)) add_beside_others(tiles, adapter, v, part, strips.begin++);
+      if (strips.begin < strips.end && shared(strips.end - 1)) add_beside_others(tiles, adapter, v, part, --strips.end);
+      if (strips.begin < strips.end) multiply(tiles, adapter.a, v, part.within(strips), false);
     }
     if (lora.dropout) apply_dropout(lora, part);
     return true;
+  }
+  // Adds to a strip that has rows of other adapters, too, and leaves their accumulators as they were: the zeros that
+  // these rows have for V would make NaN of an A that is NaN or infinite.
+  static void add_beside_others(Tiles& tiles, const LowRank& adapter, const Packed& v, const Part& part,
+                                std::int64_t strip) {
+    const std::int64_t first = part.all_strips.first(strip);
+    for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+      const Part chunk = part.only(strip, c);
+      alignas(64) float kept[kStripRows * kChunk];
+      __builtin_memcpy(kept, chunk.accumulators, sizeof(kept));
+      multiply(tiles, adapter.a, v, chunk, true);
+      for (int row = 0; row < part.all_strips.size(strip); ++row) {
+        if (adapter.has({first + row, first + row + 1})) continue;
+        for (int i = 0; i < Dot::kColumnVectors; ++i)
+          store(chunk.accumulators + Part::place(row, i), load(kept + Part::place(row, i)));
+      }
+    }
   }
 
   // The vectors of a chunk whose columns w has; decoding spreads its columns over all of them.

@@ -45,6 +45,8 @@ struct LayoutNn {
   // So many units are multiplied at a time. A panel has zeros up to the next multiple.
   static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
+  // Chunks of columns of a tile, at most. The scales of a group of rows of W have room for so many.
+  static constexpr std::int64_t kMaxTileChunks = 32;
   // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long ranges. The
   // same holds for ragged W. With stages they are as wide as the second-level cache has room for the accumulators. With
   // many rows panels are long, so that the accumulators are added to rarely. Two panels and the accumulators stay below
@@ -65,13 +67,13 @@ struct LayoutNn {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
     const std::int64_t fitting = kMaxAccumulators / (round_up(rows, kStripRows) * kChunk);
     if (decoded == Decoded::in_stages)
-      tuned = {smaller<std::int64_t>(larger<std::int64_t>(fitting, 4), 32), rows <= kStripRows ? 1 : 2};
+      tuned = {smaller<std::int64_t>(larger<std::int64_t>(fitting, 4), kMaxTileChunks), rows <= kStripRows ? 1 : 2};
     else if (rows <= (ragged && kOneChain<Dot> ? 32 : kByTiles ? 0 : 8))
-      tuned = {32, 1};
+      tuned = {kMaxTileChunks, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
     else if (kByTiles && rows <= 64)
-      tuned = rows <= 32 ? Tiling{32, 1} : Tiling{16, 2};
+      tuned = rows <= 32 ? Tiling{kMaxTileChunks, 1} : Tiling{16, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
   // Floats of the accumulators of a task, which stay in the second-level cache.
@@ -88,6 +90,7 @@ struct LayoutNn {
       return strip * (rows / count) + smaller(strip, rows % count);
     }
     int size(std::int64_t strip) const { return static_cast<int>(first(strip + 1) - first(strip)); }
+    Range rows_of(Range strips) const { return {first(strips.begin), first(strips.end)}; }
     // Returns where a strip begins in packed X. A last tile has zeros after the last row.
     std::int64_t first_packed(std::int64_t strip) const {
       if (strip < count) return first(strip);
@@ -186,7 +189,7 @@ struct LayoutNn {
                            static_cast<std::size_t>(zeros * line_stride()) * sizeof(float));
     }
   };
-  using Panel = PanelOf<1>;
+  using WholePanel = PanelOf<1>;
   // Transposes a panel of whole steps of kLanes units: [chunk][unit][64 columns] -> [column][unit], `stride` apart.
   static void transpose_panel(const float* panel, std::int64_t units, std::int64_t chunks, float* out,
                               std::int64_t stride) {
@@ -227,6 +230,15 @@ struct LayoutNn {
       if (part.strips.begin >= part.strips.end) return part;
       part.accumulators = at(accumulators, part.strips.begin, chunks.begin);
       if (totals != nullptr) part.totals = at(totals, part.strips.begin, chunks.begin);
+      return part;
+    }
+    // A single strip and chunk of this part.
+    Part only(std::int64_t strip, std::int64_t chunk) const {
+      Part part = *this;
+      part.strips = {strip, strip + 1};
+      part.chunks = {chunk, chunk + 1};
+      part.accumulators = accumulators_of(strip, chunk);
+      if (totals != nullptr) part.totals = at(totals, strip, chunk);
       return part;
     }
   };

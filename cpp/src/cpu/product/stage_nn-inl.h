@@ -24,31 +24,29 @@ class StageNn {
   using Scales = typename Rows::Scales;
   static constexpr int kUnitRows = Dot::kElementsPerUnit;  // rows of W in a unit
   static constexpr std::int64_t kUnits = 64;               // of a group
-  static constexpr std::int64_t kScaledChunks = 32;        // of a group, whose scales are decoded at once
-  static constexpr std::int64_t kScaleFloats = kUnits * kUnitRows * (kScaledChunks * Rows::kChunkScales + kLanes);
+  static constexpr std::int64_t kScaleFloats =
+      kUnits * kUnitRows * (Layout::kMaxTileChunks * Rows::kChunkScales + kLanes);
   static constexpr std::int64_t kAllScales = (Scales::kHasMinimum ? 2 : 1) * kScaleFloats;
   static_assert(kAllScales + kUnits * kChunk <= Layout::kPanels * Layout::kPanelFloats);
 
  public:
   // Adds x . w to the accumulators of a part, or sets them to it. w is aligned.
   static void multiply(const Rows& w, const Packed& x, const Part& part, bool accumulate) {
-    for (std::int64_t c = part.chunks.begin; c < part.chunks.end; c += kScaledChunks)
-      StageNn(w, x, part, {c, smaller(c + kScaledChunks, part.chunks.end)}).multiply_columns(accumulate);
+    StageNn(w, x, part).multiply_all(accumulate);
   }
 
  private:
-  StageNn(const Rows& w, const Packed& x, const Part& part, Range chunks)
+  StageNn(const Rows& w, const Packed& x, const Part& part)
       : w_(w),
         x_(x),
         part_(part),
-        chunks_(chunks),
-        scale_row_(ChunkScales::stride_of(chunks.count() * Rows::kChunkScales)),
-        ahead_(w.codes_at(x.units.begin * kUnitRows, chunks.begin), w.row_bytes(), chunks.count() * Rows::kChunkBytes) {
-  }
+        scale_row_(ChunkScales::stride_of(part.chunks.count() * Rows::kChunkScales)),
+        ahead_(w.codes_at(x.units.begin * kUnitRows, part.chunks.begin), w.row_bytes(),
+               part.chunks.count() * Rows::kChunkBytes) {}
 
-  void multiply_columns(bool accumulate) {
+  void multiply_all(bool accumulate) {
     const std::int64_t rows = smaller(kUnits * kUnitRows, w_.rows());  // of the first group
-    ahead_.prefetch_lines(rows * chunks_.count() * Rows::kChunkBytes / 64);
+    ahead_.prefetch_lines(rows * part_.chunks.count() * Rows::kChunkBytes / 64);
     ahead_.prefetch_ends(rows);
     for (std::int64_t unit = x_.units.begin; unit < x_.units.end; unit += kUnits)
       multiply_group({unit, smaller(unit + kUnits, x_.units.end)}, accumulate || unit != x_.units.begin);
@@ -57,13 +55,13 @@ class StageNn {
     const Range rows{units.begin * kUnitRows, smaller(units.end * kUnitRows, w_.rows())};
     float* minima = Scales::kHasMinimum ? part_.panels + kScaleFloats : nullptr;
     if constexpr (Rows::kQuantized) {
-      w_.chunk_scales().decode(rows, chunks_, part_.panels, minima, scale_row_);
-      w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kUnits * kUnitRows, w_.rows())}, chunks_);
+      w_.chunk_scales().decode(rows, part_.chunks, part_.panels, minima, scale_row_);
+      w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kUnits * kUnitRows, w_.rows())}, part_.chunks);
     }
     if (rows.end == w_.rows()) ahead_.stay();  // this is the last group
-    for (std::int64_t c = chunks_.begin; c < chunks_.end; ++c) {
+    for (std::int64_t c = part_.chunks.begin; c < part_.chunks.end; ++c) {
       const std::uint8_t* codes = w_.codes_at(rows.begin, c);
-      const Scales scales = Scales{part_.panels, minima} + (c - chunks_.begin) * Rows::kChunkScales;
+      const Scales scales = Scales{part_.panels, minima} + (c - part_.chunks.begin) * Rows::kChunkScales;
       if constexpr (kUnitRows == 1)
         if (part_.all_strips.rows > Layout::kMaxDirectRows) {
           decode_stage(codes, scales, units.count());
@@ -174,7 +172,6 @@ class StageNn {
   const Rows& w_;
   const Packed& x_;
   const Part& part_;
-  Range chunks_;
   std::int64_t scale_row_;  // from a row's scales to the next row's
   CodesAhead ahead_;        // codes of the next group
 };

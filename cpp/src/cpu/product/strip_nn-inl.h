@@ -30,8 +30,7 @@ class StripNn {
   using Scales = typename Rows::Scales;
   static constexpr std::int64_t kUnits = 4 * kTileUnits, kRows = kUnits * Dot::kElementsPerUnit;
   static constexpr std::int64_t kStageFloats = kUnits * kChunk;
-  static constexpr std::int64_t kScaledChunks = 32;  // of a group, whose scales are decoded at once
-  static constexpr std::int64_t kScaleFloats = kRows * (kScaledChunks * Rows::kChunkScales + kLanes);
+  static constexpr std::int64_t kScaleFloats = kRows * (Layout::kMaxTileChunks * Rows::kChunkScales + kLanes);
   static_assert(Dot::kElementsPerUnit == 2);
   static_assert(2 * kStageFloats + (Scales::kHasMinimum ? 2 : 1) * kScaleFloats <=
                 Layout::kPanels * Layout::kPanelFloats);
@@ -39,19 +38,18 @@ class StripNn {
  public:
   // Adds x . w to the accumulators of a part, or sets them to it. w is aligned.
   static void multiply(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, bool accumulate) {
-    for (std::int64_t c = part.chunks.begin; c < part.chunks.end; c += kScaledChunks)
-      StripNn(tiles, w, x, part, {c, smaller(c + kScaledChunks, part.chunks.end)}).multiply_columns(accumulate);
+    StripNn(tiles, w, x, part).multiply_all(accumulate);
   }
 
  private:
-  StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part, Range chunks)
+  StripNn(Tiles& tiles, const Rows& w, const Packed& x, const Part& part)
       : tiles_(tiles),
         w_(w),
         x_(x),
         part_(part),
-        chunks_(chunks),
-        scale_row_(ChunkScales::stride_of(chunks.count() * Rows::kChunkScales)),
-        ahead_(w.codes_at(2 * x.units.begin, chunks.begin), w.row_bytes(), chunks.count() * Rows::kChunkBytes) {}
+        scale_row_(ChunkScales::stride_of(part.chunks.count() * Rows::kChunkScales)),
+        ahead_(w.codes_at(2 * x.units.begin, part.chunks.begin), w.row_bytes(),
+               part.chunks.count() * Rows::kChunkBytes) {}
 
   static constexpr std::int64_t kLinesOfUnit = 2 * Rows::kChunkBytes / 64;  // of a chunk
 
@@ -65,8 +63,8 @@ class StripNn {
     float* out;
   };
   Stage stage_of(std::int64_t i) const {
-    const std::int64_t unit = x_.units.begin + i / chunks_.count() * kUnits;
-    const std::int64_t chunk = chunks_.begin + i % chunks_.count();
+    const std::int64_t unit = x_.units.begin + i / part_.chunks.count() * kUnits;
+    const std::int64_t chunk = part_.chunks.begin + i % part_.chunks.count();
     const std::int64_t units = smaller(kUnits, x_.units.end - unit);
     float* data = part_.panels + i % 2 * kStageFloats;
     return {.unit = unit,
@@ -75,7 +73,7 @@ class StripNn {
             .data = data,
             .left = units,
             .codes = w_.codes_at(2 * unit, chunk),
-            .scales = Scales{scales(), scales() + kScaleFloats} + (chunk - chunks_.begin) * Rows::kChunkScales,
+            .scales = Scales{scales(), scales() + kScaleFloats} + (chunk - part_.chunks.begin) * Rows::kChunkScales,
             .out = data};
   }
 
@@ -83,7 +81,7 @@ class StripNn {
   [[gnu::always_inline]] void decode_some(Stage& stage, std::int64_t count) {
     if (stage.left == 0) return;
     if constexpr (Rows::kQuantized)
-      if (stage.left == stage.units && stage.chunk == chunks_.begin) {
+      if (stage.left == stage.units && stage.chunk == part_.chunks.begin) {
         if (stage.unit != x_.units.begin) ahead_.prefetch_ends(kRows);  // of the group that has been decoded
         decode_scales(stage);
       }
@@ -127,15 +125,15 @@ class StripNn {
   // The scales of a group, before its first chunk is decoded.
   void decode_scales(const Stage& stage) {
     const Range rows{2 * stage.unit, smaller(2 * (stage.unit + stage.units), w_.rows())};
-    w_.chunk_scales().decode(rows, chunks_, scales(), Scales::kHasMinimum ? scales() + kScaleFloats : nullptr,
+    w_.chunk_scales().decode(rows, part_.chunks, scales(), Scales::kHasMinimum ? scales() + kScaleFloats : nullptr,
                              scale_row_);
-    w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kRows, w_.rows())}, chunks_);
+    w_.chunk_scales().prefetch({rows.end, smaller(rows.end + kRows, w_.rows())}, part_.chunks);
   }
   float* scales() const { return part_.panels + 2 * kStageFloats; }
 
-  void multiply_columns(bool accumulate) {
-    const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * chunks_.count();
-    for (std::int64_t i = 0; i < smaller(kUnits, units) * chunks_.count(); ++i)
+  void multiply_all(bool accumulate) {
+    const std::int64_t units = x_.units.count(), stages = ceil_div(units, kUnits) * part_.chunks.count();
+    for (std::int64_t i = 0; i < smaller(kUnits, units) * part_.chunks.count(); ++i)
       ahead_.prefetch_lines(kLinesOfUnit);  // the first group
     ahead_.prefetch_ends(2 * smaller(kUnits, units));
     Stage stage = stage_of(0);
@@ -177,7 +175,6 @@ class StripNn {
   const Rows& w_;
   const Packed& x_;
   const Part& part_;
-  Range chunks_;
   std::int64_t scale_row_;  // from a row's scales to the next row's
   CodesAhead ahead_;        // codes of the next group
 };
