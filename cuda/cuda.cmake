@@ -64,7 +64,7 @@ if(qln_with_cuda)
   file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemv/*.cu cuda/product/gemm/*.cu
        cuda/quantize/*.cu cuda/loss/*.cu cuda/elementwise/*.cu cuda/optimizer/*.cu)
   list(APPEND qln_cuda_sources cuda/runtime/backend.cu cuda/runtime/availability.cu cuda/runtime/driver.cu
-       cuda/runtime/memory.cu)
+       cuda/runtime/memory.cu cuda/runtime/workspace.cu)
   # The compiler must not contract a * b + c, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra
                      -Xcompiler=-Wno-missing-field-initializers)

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements])
   }
 }
 
-// to[i] = from[i] for i < count <= 8; the other elements become `rest`.
+// to[i] = from[i] for i < count <= 8; the other elements become `padding`.
 template <class T>
 __device__ __forceinline__ void load_vec8(const T* from, int count, T padding, T (&to)[kVecSize]) {
   if (count == kVecSize && is_aligned(from, kVectorElements<T, kVecSize> * sizeof(T))) {

@@ -21,6 +21,7 @@ class RuntimeDriver final : public Driver {
     return value != 0;
   }
   bool is_capturing(void* stream) override {
+    const CurrentDevice current(device_);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     QLN_CHECK_CUDA(cudaStreamIsCapturing(stream_of(stream), &status));
     return status != cudaStreamCaptureStatusNone;
@@ -94,10 +95,13 @@ class RuntimeDriver final : public Driver {
     return event;
   }
   void destroy_event(void* event) noexcept override { cudaEventDestroy(event_of(event)); }
+  // The default stream, whose handle is null, is that of the current device.
   void record(void* event, void* stream) override {
+    const CurrentDevice current(device_);
     QLN_CHECK_CUDA(cudaEventRecord(event_of(event), stream_of(stream)));
   }
   void wait(void* stream, void* event) override {
+    const CurrentDevice current(device_);
     QLN_CHECK_CUDA(cudaStreamWaitEvent(stream_of(stream), event_of(event), cudaEventWaitDefault));
   }
   void synchronize(void* event) noexcept override {
@@ -115,6 +119,7 @@ class RuntimeDriver final : public Driver {
     return true;
   }
   bool is_earlier(void* first, void* second) override {
+    const RelaxedCapture relaxed;
     float milliseconds = 0.0f;
     QLN_CHECK_CUDA(cudaEventElapsedTime(&milliseconds, event_of(first), event_of(second)));
     return milliseconds > 0.0f;

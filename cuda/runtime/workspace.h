@@ -2,7 +2,6 @@
 // one (runtime.h), else from the backend.
 #pragma once
 
-#include "device/simt.cuh"
 #include "hooks.h"
 #include "runtime/launch.h"
 
@@ -38,11 +37,8 @@ class Workspace {
   DeviceMemory memory_;
 };
 
-template <class T>
-__global__ void clear_kernel(T* at, std::int64_t count) {
-  griddepcontrol_launch_dependents();
-  for (std::int64_t i = thread_index(); i < count; i += block_threads()) at[i] = T{};
-}
+// Sets words to 0 by a kernel, which the next kernel of the stream may overlap.
+void clear_words(std::uint32_t* at, std::int64_t count, const Stream& stream);
 
 // The flags and tickets that blocks of a call's kernels share. They are 0 after clear(), which precedes all of the
 // kernels, and follows the allocation of all of the call's memory: nothing may come between kernels that overlap
@@ -67,8 +63,7 @@ class Counters {
     if (count_ == 0) return false;
     auto* const all = reinterpret_cast<std::uint32_t*>(workspace_.data());
     if (next_waits) {
-      launch<clear_kernel<std::uint32_t>>({.blocks = 1, .threads = 256, .next_programmatic_launch = true}, stream_, all,
-                                          count_);
+      clear_words(all, count_, stream_);
     } else {
       fill_bytes(all, 0, static_cast<std::size_t>(count_) * sizeof(std::uint32_t), stream_);
     }

@@ -133,6 +133,11 @@ void PagedWeights::Impl::release(std::size_t index) {
   weight = {.arrays = std::move(weight.arrays), .bytes = weight.bytes};
 }
 
+void PagedWeights::Impl::check_not_captured(void* stream) const {
+  check(!driver_->is_capturing(stream), "stream", "one that is not captured into a graph, for paged weights move",
+        "one that is");
+}
+
 // Later copies may overwrite the copy of this weight, once the products with it have ended.
 void PagedWeights::Impl::free_copy(Weight& weight) {
   if (weight.was_used) driver_->wait(copies_, weight.used);
@@ -147,6 +152,7 @@ void PagedWeights::Impl::drop(std::size_t index) {
 
 void PagedWeights::Impl::written(std::size_t index, void* stream) {
   const std::unique_lock held = lock();
+  check_not_captured(stream);
   driver_->record(written_, stream);
   driver_->wait(copies_, written_);
   drop(index);
@@ -186,8 +192,7 @@ void PagedWeights::Impl::fetch(std::size_t index, std::size_t kept) {
 }
 
 void PagedWeights::Impl::begin_use(std::size_t index, void* stream) {
-  check(!driver_->is_capturing(stream), "stream", "one that is not captured into a graph, for paged weights move",
-        "one that is");
+  check_not_captured(stream);
   order_.use(index);
   Weight& weight = weights_[index];
   if (!placement_.holds(index)) {
@@ -210,10 +215,9 @@ void PagedWeights::Impl::begin_use(std::size_t index, void* stream) {
 
 void PagedWeights::Impl::end_use(std::size_t index, void* stream) {
   Weight& weight = weights_[index];
-  if (weight.user != stream) free_copy(weight);  // the event is about to forget the other stream
+  free_copy(weight);  // the event is about to forget the use before, which may be of another stream
   driver_->record(weight.used, stream);
   weight.was_used = true;
-  weight.user = stream;
 }
 
 WeightUse::WeightUse(QuantizedWeightView& weight, const Stream& stream)

@@ -60,7 +60,6 @@ class PagedWeights::Impl {
     void* fetched = nullptr;    // event: the copy is complete
     void* ready = nullptr;  // event: the caller's stream has reached the first product with a copy that was expected
     void* used = nullptr;   // event: the latest product has ended
-    void* user = nullptr;   // the stream of that product
     bool was_fetched = false;
     bool was_used = false;      // since the copy was made
     bool is_expected = false;   // the copy was made ahead of a product that has not come yet
@@ -69,6 +68,7 @@ class PagedWeights::Impl {
 
   void allocate(Weight& weight, std::size_t index);
   void fetch(std::size_t weight, std::size_t kept);
+  void check_not_captured(void* stream) const;
   void free_copy(Weight& weight);
   void drop(std::size_t weight);
   void count_stall(Weight& weight);
