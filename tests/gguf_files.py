@@ -100,7 +100,7 @@ READ = {
 IN_FP32 = ("ffn_gate_inp", "conv", "ssm_a", "attn_rel_b", "position_embd", "time_mix")
 
 
-def write_random(path, architecture, types, blocks, changes=(), extra=()):
+def write_random(path, architecture, types, blocks, changes=(), extra=(), keys=()):
     """Write a file of random tensors for an architecture of READ.
 
     Args:
@@ -110,6 +110,7 @@ def write_random(path, architecture, types, blocks, changes=(), extra=()):
         blocks: makes the bytes [rows, bytes of a row] from (type, rows, K, seed).
         changes: {name: type} of matrices that have another type.
         extra: {name: array} of further tensors.
+        keys: {name: value} of further keys, strings and ints and floats.
 
     Returns:
         {name: type} of its matrices.
@@ -117,6 +118,8 @@ def write_random(path, architecture, types, blocks, changes=(), extra=()):
     model = skeleton(architecture)
     writer = gguf.GGUFWriter(path, architecture)
     _add_config(writer, architecture, model.config)
+    for name, value in dict(keys).items():
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
     written, state = {}, model.state_dict()
     names = _names(model, architecture)
     tied = model.all_tied_weights_keys

@@ -17,6 +17,7 @@ import models  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_files import affine_parts, awq_tensors, compressed, fp8_codes, gptq_tensors, scaled_fp8  # noqa: E402
 from test_keep_quantized import LOADED, adapt, assert_decodes_to, gradients, layers, logits  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
 
 from qlora_native.integrations.transformers import KeepQuantized  # noqa: E402
 from qlora_native.nn import Experts4bit, size_report  # noqa: E402
@@ -267,6 +268,56 @@ def test_options_of_single_layers_are_found_by_their_names(tmp_path):
     assert {layer.format for layer in layers(model).values()} == {"affine4", "fp8"}
 
 
+@pytest.mark.parametrize(("case", "packing"), [
+    ("gptq", "auto"), ("gptq", "auto_round:gptq"), ("gptq", "auto_round:gptq:exllamav2"), ("awq", "auto_round:awq"),
+])  # fmt: skip
+def test_packings_of_auto_round_have_several_names(case, packing, tmp_path):
+    dense = tiny()
+    write(tmp_path, dense, case, quant_method="auto-round", packing_format=packing)
+    assert_decodes_to(load(tmp_path), dense)
+
+
+def test_options_of_auto_round_are_those_of_the_name_before_those_of_a_pattern(tmp_path):
+    dense = tiny()
+    write(tmp_path, dense, "auto-round", extra_config={UP[:-3]: {"bits": 3}, UP: {"bits": 4}})
+    assert_decodes_to(load(tmp_path), dense)
+    write(tmp_path, dense, "auto-round", extra_config={"mlp.up_proj": {"bits": 3}})
+    with pytest.raises(ValueError, match="up_proj.*: bits: expected 4 or 8"):
+        load(tmp_path)
+
+
+def test_parameter_that_is_called_as_a_scale_is_the_models(tmp_path, monkeypatch):
+    class Scaled(modeling_llama.LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Scaled)
+    dense = tiny()
+    dense.model.layers[1].mlp.scale.data.fill_(0.5)
+    write(tmp_path, dense, "fp8")
+    assert_decodes_to(load(tmp_path), dense)
+
+
+def test_experts_in_nvfp4_with_scales_of_their_own_are_refused_by_name(tmp_path):
+    dense = tiny("Qwen3Moe", num_experts=2, num_experts_per_tok=2, moe_intermediate_size=192)
+    group = {"targets": ["re:.*experts.*"], "weights": {}, "format": "nvfp4-pack-quantized"}
+
+    def changes(tensors):
+        for i, name in enumerate(sorted({name.rpartition(".")[0] for name in tensors if ".experts." in name})):
+            N, K = tensors.pop(f"{name}.weight").shape
+            del tensors[f"{name}.weight_scale"]
+            tensors[f"{name}.weight_packed"] = torch.zeros(N, K // 2, dtype=torch.uint8)
+            tensors[f"{name}.weight_scale"] = torch.ones(N, K // 16).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_global_scale"] = torch.tensor([1.0 + i])
+
+    group_0 = CASES["compressed-fp8"][1]["config_groups"]["group_0"]
+    groups = {"group_0": {**group_0, "format": "float-quantized"}, "group_1": group}
+    write(tmp_path, dense, "compressed-fp8", changes=changes, format="mixed-precision", config_groups=groups)
+    with pytest.raises(ValueError, match="experts.0.down_proj.weight_global_scale: expected one scale of all weights"):
+        load(tmp_path)
+
+
 def rename(old, new):
     def changes(tensors):
         tensors[new] = tensors.pop(old)
@@ -301,6 +352,12 @@ def nan_codes(codes):
     return torch.full(codes.shape, 0x7F, dtype=torch.uint8).view(codes.dtype)
 
 
+def in_fp8(tensors):
+    for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+        del tensors[name]
+    tensors.update({f"{UP}.{part}": tensor for part, tensor in fp8(192, 128, 0)[0].items()})
+
+
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 OF_ACT = "model.layers.0.mlp.act.scales"
 BAD = {
@@ -316,6 +373,7 @@ BAD = {
     "g_idx out of range": ("gptq", put(f"{UP}.g_idx", filled(9)), f"{UP}.*: g_idx"),
     "zero points of 16": ("gptq", put(f"{UP}.qzeros", filled(-1)), f"{UP}.*: qzeros"),
     "another shape": ("gptq", of_another_layer, rf"{UP}.*\[192, 128\]"),
+    "another method's codes": ("gptq", in_fp8, f"{UP}.weight: expected F64, F32, .* of gptq, got F8_E4M3 without"),
     "a dense weight that is missing": ("gptq", remove("model.norm.weight"), "none of model.norm.weight"),
 }
 
@@ -336,6 +394,7 @@ def test_files_that_are_no_model_are_refused_by_name(name, tmp_path):
     ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version: expected gemm"),
     ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
     ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}, "x": 1}, "transform_config"),
+    ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "rotation_config": {"size": 32}}, "rotation_config"),
 ])  # fmt: skip
 def test_methods_that_are_not_read_are_refused_by_name(config, message, tmp_path):
     write(tmp_path, tiny(), "awq" if config["quant_method"] == "awq" else "gptq")

@@ -1,6 +1,7 @@
 """Guards `KeepQuantized`: quantized files load into layers that keep their bytes, and adapters train over them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ gguf = pytest.importorskip("gguf")
 
 import models  # noqa: E402
 import numpy as np  # noqa: E402
-from gguf_files import READ, write_random  # noqa: E402
+from gguf_files import READ, make, write_random  # noqa: E402
 from lora import fused_layers  # noqa: E402
 from test_files import FLOAT16_AT, gguf_bytes  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native._files.gguf import GGUF_TYPES  # noqa: E402
 from qlora_native._layers.base import QuantizedLayer  # noqa: E402
+from qlora_native.convert.gguf import export_model  # noqa: E402
 from qlora_native.integrations.transformers import KeepQuantized  # noqa: E402
+from qlora_native.integrations.transformers._gguf_config import complete_config  # noqa: E402
 from qlora_native.nn import Experts4bit  # noqa: E402
 from qlora_native.testing import relative_error  # noqa: E402
 
@@ -97,6 +100,69 @@ def test_microscaled_tensors_keep_their_bytes_and_the_scale_of_the_tensor(tmp_pa
     dense.model.layers[0].self_attn.v_proj.weight.data *= 0.25  # transformers leaves the scale out
     assert_decodes_to(model, dense)
     assert {layer.format for layer in layers(model).values()} == {"q8_0", "mxfp4", "nvfp4"}
+
+
+# ---- what the configuration lacks ------------------------------------------------------------------------------------
+
+ROPE = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_scaling_of_rope_is_that_of_the_exported_model(kind, tmp_path):
+    rope = {"rope_theta": 10000.0, "rope_type": kind, **ROPE[kind]}
+    own = make("LlamaForCausalLM", rope_parameters=rope)
+    own.save_pretrained(tmp_path / "own")
+    export_model(tmp_path / "own", tmp_path / "model.gguf", "q8_0")
+    model = load(tmp_path / "model.gguf")
+    assert {name: model.config.rope_parameters[name] for name in rope} == rope
+    assert torch.equal(model.model.rotary_emb.inv_freq, own.model.rotary_emb.inv_freq)
+    # The weights are rounded to 8 bits, whose step is 1/127 of a block's largest.
+    assert relative_error(logits(model), logits(own)) <= 0.05
+
+
+@pytest.mark.parametrize(("architecture", "extra", "keys", "message"), [
+    ("llama", {}, {"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: .*got 'longrope'"),
+    ("llama", {}, {"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: .*got 'yarn'"),
+    ("phi3", {"rope_factors_long.weight": np.ones(32, np.float32)}, {}, "got longrope's factors"),
+    ("llama", {"rope_freqs.weight": np.arange(1, 33, dtype=np.float32)}, {}, "rope_freqs.weight: expected the div"),
+    ("starcoder2", {}, {"starcoder2.rope.freq_base": 1e6}, "rope.freq_base: expected 10000.0, .*got 1000000.0"),
+    ("phi3", {}, {"phi3.rope.dimension_count": 48}, "rope.dimension_count: expected 64, .*got 48"),
+], ids=str)  # fmt: skip
+def test_rope_that_the_configuration_lacks_is_refused_with_what_to_do(architecture, extra, keys, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_random(path, architecture, ["Q8_0"], small_bytes, extra=extra, keys=keys)
+    with pytest.raises(ValueError, match=message + ".*config=AutoConfig"):
+        load(path, architecture=architecture)
+
+
+def test_configuration_with_a_scaling_of_rope_keeps_it(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_random(path, "llama", ["Q8_0"], small_bytes, extra={"rope_freqs.weight": np.ones(32, np.float32)})
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}
+    assert load(path, config=config).config.rope_parameters["factor"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "scalar"), [("gemma2", 46, 144), ("gemma2", 42, 256), ("gemma3", 62, 168)]
+)
+def test_gemma_of_27b_scales_attention_as_llama_cpp_does(architecture, layers, scalar):
+    config = {"gemma2": transformers.Gemma2Config, "gemma3": transformers.Gemma3TextConfig}[architecture]()
+    values = {"general.architecture": architecture, f"{architecture}.block_count": layers}
+    complete_config(SimpleNamespace(path="a file", values=values, tensors={}), config)
+    assert config.query_pre_attn_scalar == scalar
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -23,9 +23,10 @@ require("gguf")
 import gguf
 import torch
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .._core.errors import bad, is_finite_number
+from ..integrations.transformers._gguf_config import llama3_divisors
+from ..integrations.transformers._gguf_weights import ROPE_DIVISORS
 from ._adapter_changes import LowRank
 from ._adapters import Adapter
 from ._checkpoints import Checkpoint, other_files
@@ -171,15 +172,8 @@ def _model_entries(checkpoint: Checkpoint, layout: Layout, kind: GGMLType) -> It
 
         yield Entry(name, shape, _kind_of(name, shape, kind, DTYPES[skeleton.dtype]), values)
     if skeleton.config.rope_parameters.get("rope_type") == "llama3":
-        factors = _llama3_factors(skeleton.config, layout.head_dim)
-        yield Entry("rope_freqs.weight", list(factors.shape), GGMLType.F32, lambda: factors)
-
-
-def _llama3_factors(config: Any, head_dim: int) -> Tensor:
-    """The divisors of the frequencies for llama.cpp: fp32 [head_dim / 2]."""
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    return (1.0 / config.rope_parameters["rope_theta"] ** exponents) / scaled
+        divisors = llama3_divisors(skeleton.config)
+        yield Entry(ROPE_DIVISORS, list(divisors.shape), GGMLType.F32, lambda: divisors)
 
 
 def _kind_of(name: str, shape: list[int], wanted: GGMLType, own: GGMLType) -> GGMLType:

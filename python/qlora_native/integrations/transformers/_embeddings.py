@@ -22,6 +22,7 @@ from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import is_linear, kept_by_models, note_reason
 from ..._layers.embedding import can_be_quantized
+from ..._layers.hooks import take_over_hooks
 from ...nn import Embedding4bit, Linear4bit
 from ._weight_files import file_has
 
@@ -116,6 +117,7 @@ def replace_tied(model: nn.Module, config: Any) -> None:
         if isinstance(embedding, Embedding4bit):
             layer = Linear4bit.from_quantized(embedding.quantized_weight, linear.bias)
             layer.compute_dtype = config.compute_dtype
+            take_over_hooks(layer, linear)
             model.set_submodule(target, layer.train(linear.training))
 
 

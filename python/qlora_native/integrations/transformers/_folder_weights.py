@@ -33,6 +33,8 @@ from ._kept import NO_LAYER, Decoded, Kept, Plan, Target, checked_order, convert
 _OF_ACTIVATIONS = frozenset(
     f"{what}_{value}" for what in ("input", "output") for value in ("scale", "zero_point", "global_scale")
 ) | {"activation_scale", "q_scale", "k_scale", "v_scale"}
+_GLOBAL_SCALE = "weight_global_scale"  # of a weight in NVFP4
+_FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes of what is not quantized
 _SCALE_OF_STACK = "_scale_inv"  # of a parameter of experts that a file has in FP8 as one tensor
 
 Tensors, Config = Mapping[str, Tensor], dict[str, Any]
@@ -97,26 +99,30 @@ def _awq(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> Qua
 
 def _auto_round(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
     packing = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
-    options = {**config, **_of_layer(name, config.get("extra_config") or {})}
-    if packing == "auto_round:auto_awq":
+    options = {**config, **_of_layer(name, config.get("extra_config") or {}, matches=re.search)}
+    layout = packing.removeprefix("auto_round:").split(":")[0]  # the name of a kernel may follow
+    if layout in ("awq", "auto_awq"):
         return _awq(name, tensors, options, dtype)
+    if layout in ("auto", "gptq", "auto_gptq"):
+        packing = "auto_round:auto_gptq"
     return _gptq(name, tensors, {**options, "checkpoint_format": packing}, dtype)
 
 
-def _of_layer(name: str, rules: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options that a config has for one layer: those of the first rule that is its name, or matches it."""
-    for rule, options in rules.items():
-        pattern = rule.removeprefix(prefix)
-        if isinstance(options, dict) and (pattern == name or re.match(pattern, name)):
-            return options
-    return {}
+def _of_layer(
+    name: str, rules: Mapping[str, Any], prefix: str = "", matches: Callable[[str, str], Any] = re.match
+) -> dict[str, Any]:
+    """The options that a config has for one layer: those of the rule that is its name, or the first that matches it."""
+    of_layers = {rule.removeprefix(prefix): each for rule, each in rules.items() if isinstance(each, dict)}
+    if name in of_layers:
+        return of_layers[name]
+    return next((options for pattern, options in of_layers.items() if matches(pattern, name)), {})
 
 
 def _compressed(name: str, tensors: Tensors, config: Config, dtype: torch.dtype) -> QuantizedWeight:
     group = _group(name, config)
     format = group.get("format") or config.get("format")
     if format == "nvfp4-pack-quantized":
-        packed, scale, factor = (tensors[part] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
+        packed, scale, factor = (tensors[part] for part in ("weight_packed", "weight_scale", _GLOBAL_SCALE))
         return QuantizedWeight.from_nvfp4(packed, scale, weight_global_scale=factor, dtype=dtype)
     if format == "mxfp4-pack-quantized":
         return QuantizedWeight.from_mxfp4(tensors["weight_packed"], tensors["weight_scale"], dtype)
@@ -154,7 +160,7 @@ METHODS = {
         "weight_packed",
         ("F8_E4M3", "I8"),
         ("weight_scale",),
-        ("weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
+        ("weight_zero_point", "weight_shape", "weight_g_idx", _GLOBAL_SCALE),
         _compressed,
     ),
     "fp8": Method(None, ("F8_E4M3", "F8_E4M3FNUZ"), (), ("weight_scale_inv", "weight_scale", "scale"), _fp8),
@@ -230,8 +236,9 @@ def _check_config(config: Config) -> None:
     sparsity = config.get("sparsity_config") or {}
     if sparsity and sparsity.get("format", "dense") != "dense":
         raise bad("sparsity_config", "the format dense", repr(sparsity.get("format")))
-    if config.get("transform_config"):
-        raise bad("transform_config", "none: weights that are not rotated", "one")
+    for key in ("transform_config", "rotation_config", "spinquant_config"):
+        if config.get(key):
+            raise bad(key, "none: weights that are not rotated", "one")
 
 
 class _Planner:
@@ -250,7 +257,9 @@ class _Planner:
         refused: dict[str, str] = {}
         groups: dict[str, list[tuple[Stored, str | None]]] = {}
         consumed = set()
-        for stored in sorted(self._stored(), key=lambda each: dot_natural_key(each.name)):
+        stored_weights = self._stored()
+        self._check_others({part for stored in stored_weights for part in stored.parts.values()})
+        for stored in sorted(stored_weights, key=lambda each: dot_natural_key(each.name)):
             name, pattern = self._renamed(stored.weight)
             consumed.update(self._renamed(part)[0] for part in stored.parts.values())
             if name in self._state:
@@ -260,6 +269,7 @@ class _Planner:
                 raise bad(self.folder.where(part), f"a weight that {type(self.model).__name__} has", f"one of {name}")
         for name, group in groups.items():
             names = self._names(group)
+            self._check_global_scales(name, [stored for stored, _ in group])
             if (target := places.get(name)) is not None:
                 nbytes = sum(self._nbytes(part) for stored, _ in group for part in stored.parts.values())
                 kept[name] = Kept(target, names, nbytes, self._reader(name, group, target.shape, target.dtype))
@@ -296,7 +306,8 @@ class _Planner:
         for layer, parts in layers.items():
             own = {part: name for part, name in parts.items() if part in method.parts}
             if method.mark not in own and not ("weight" in own and tensors[own["weight"]][1] in method.dtypes):
-                if left := sorted(own.keys() - {"weight"}):
+                left = [part for part in sorted(own) if part != "weight" and not self._has(own[part])]
+                if left:
                     raise bad(self.folder.where(own[left[0]]), "the quantized weight that it belongs to", "none")
                 continue
             if unknown := sorted(parts.keys() - method.parts - _OF_ACTIVATIONS - {"bias"}):
@@ -306,6 +317,27 @@ class _Planner:
                 raise bad(f"{layer}.{missing[0]}", f"a tensor beside {next(iter(own.values()))}", "none")
             found.append(Stored(layer, f"{layer}.weight", own))
         return found
+
+    def _has(self, name: str) -> bool:
+        """Whether a tensor is a parameter or a buffer of the model by itself."""
+        return self._renamed(name)[0] in self._state
+
+    def _check_others(self, parts: set[str]) -> None:
+        """Refuse codes under names that the method does not have: transformers would cast them to 16 bits."""
+        for name, (_, dtype, _) in self.folder.tensors.items():
+            if name in parts or dtype in _FLOATS:
+                continue
+            own = self._state.get(self._renamed(name)[0])
+            if own is not None and own.is_floating_point():
+                expected = f"{', '.join(_FLOATS)}, or the tensors of a weight of {self.config['quant_method']}"
+                raise bad(self.folder.where(name), expected, f"{dtype} without its scale")
+
+    def _check_global_scales(self, name: str, group: list[Stored]) -> None:
+        """Refuse a stack of NVFP4 whose weights have a scale each: one weight has one."""
+        scales = [self.folder[each.parts[_GLOBAL_SCALE]] for each in group if _GLOBAL_SCALE in each.parts]
+        if any(not torch.equal(scale, scales[0]) for scale in scales):
+            where = self.folder.where(group[0].parts[_GLOBAL_SCALE])
+            raise bad(where, f"one scale of all weights that make {name}", "several, which one weight cannot hold")
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """The name of a tensor in the model, and the pattern of the conversion that makes it, if there is one."""
@@ -359,7 +391,7 @@ class _Planner:
                 made = converted(made, operation, converter, name, self.model)
             order = next(iter(made.values()))
             return checked_order(name, order[0] if isinstance(order, list) else order, rows)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError) as error:
             text = f"{len(group)}, of which {type(operation).__name__} makes another ({error})"
             raise bad(where, f"weights whose rows make {list(shape)} of {name}", text) from None
 

@@ -24,8 +24,8 @@ from ..._files.gguf import GGUF_TYPES, from_gguf, gguf_rows
 from ..._files.gguf_file import FLOATS, GGUFFile, GGUFTensor
 from ._kept import NO_LAYER, CannotBeKept, Kept, Plan, Target, checked_order, converted, ignores, incomplete_experts
 
-# Tables that llama.cpp computes from the configuration, as transformers does.
-_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+ROPE_DIVISORS = "rope_freqs.weight"  # of the frequencies of RoPE
+LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class LazyTensor:
@@ -158,7 +158,8 @@ class _Mapping:
         groups: dict[str, list[GGUFTensor]] = {}
         unknown = []
         for tensor in self.file.tensors.values():
-            if tensor.name in _TABLES or self._scaled(tensor) is not None:
+            # What a table says of RoPE is in the configuration (_gguf_config.py).
+            if tensor.name in (ROPE_DIVISORS, *LONGROPE_FACTORS) or self._scaled(tensor) is not None:
                 continue
             name = self.name(tensor)
             if name in self.state:

@@ -23,8 +23,9 @@ from transformers.utils.quantization_config import QuantizationMethod
 from ..._core.errors import bad, check_float_dtype
 from ..._files.gguf_file import GGUFFile
 from ..._layers.base import QuantizedLayer
+from ..._layers.hooks import take_over_hooks
 from ..._layers.sizes import size_report
-from . import _folder_weights, _gguf_weights
+from . import _folder_weights, _gguf_config, _gguf_weights
 from ._config import KEEP, KEPT_METHODS, KeepQuantized
 from ._kept import Plan, Target, listed, put_pending, read_pending, targets
 from ._parallel import parallelism
@@ -45,16 +46,23 @@ class KeepQuantizer(Quantizer):
         """Make the quantizer. `pre_quantized` says whether config.json has a quantization_config."""
         HfQuantizer.__init__(self, copy.copy(quantization_config), pre_quantized=True, **kwargs)
         self._file: GGUFFile | None = None
+        self._config: PreTrainedConfig | None = None
         self._dtype = torch.get_default_dtype()
         self._plan: Plan | None = None
         self._shared: dict[str, Target] = {}
         if not pre_quantized:  # transformers takes a `gguf_file` with this method alone
             self.quantization_config.quant_method = QuantizationMethod.GGUF
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Note the configuration, which transformers shows here alone before it makes the model of it."""
+        self._config = super().update_attn_implementation(config)
+        return self._config
+
     def read_header(self, gguf_file: str) -> None:
-        """Read what tensors the file has, before transformers makes the model."""
+        """Read what tensors the file has, and what it says of the model, before transformers makes the model."""
         require("gguf")
         self._file = GGUFFile(gguf_file)
+        _gguf_config.complete_config(self._file, self._config)
         self.quantization_config.quant_method = KEEP
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -76,7 +84,7 @@ class KeepQuantizer(Quantizer):
                 self._plan = _folder_weights.plan(checkpoint_files or (), model, places, config.file)
             else:
                 expected = f"gguf_file, or a config.json that names one of {', '.join(KEPT_METHODS)}"
-                raise bad("KeepQuantized", expected, "a model in 16 or 32 bits")
+                raise bad("KeepQuantized", expected, "a model in 16 or 32 bits, or by a method unknown to transformers")
         if self._plan.refused and not config.dequantize_others:
             raise bad(
                 self._plan.source,
@@ -130,14 +138,15 @@ class KeepQuantizer(Quantizer):
             if name not in model.all_tied_weights_keys:  # the files have both, with different values
                 continue
             source = model.get_submodule(model.all_tied_weights_keys[name].removesuffix(".weight"))
-            layer = target.make(source.quantized_weight)
+            layer, replaced = target.make(source.quantized_weight), model.get_submodule(target.path)
             if target.bias is not None:
-                layer.bias = model.get_submodule(target.path).bias
-            model.set_submodule(target.path, layer.train(model.get_submodule(target.path).training))
+                layer.bias = replaced.bias
+            take_over_hooks(layer, replaced)
+            model.set_submodule(target.path, layer.train(replaced.training))
         model._weight_conversions = None  # those of the model itself, if it is ever saved in 16 bits
         adopt(model, self, self._unsaved(model))
         logger.info("\n%s", size_report(model))
-        self._plan = self._file = None  # unmaps the file
+        self._plan = self._file = self._config = None  # unmaps the file
         self._shared = {}
         return model
 
