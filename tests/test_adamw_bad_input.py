@@ -293,6 +293,32 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
         assert [int(optimizer.state[param]["step"]) for param in params] == [steps + 1] * 2
 
 
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("scaler", [False, True])
+def test_infinite_gradient_on_one_device_skips_the_step_on_all(where, scaler, monkeypatch):
+    """As above, the second group stands for parameters on another device."""
+    found = _optim_step.by_device
+
+    def by_device(params):
+        ((device, lists),) = found(params).items()
+        return {torch.device("cpu", 0) if len(params[0].shape) == 2 else device: lists}
+
+    monkeypatch.setattr(_optim_base, "by_device", by_device)
+    params = [parameter((300,)), parameter((64, 70))]
+    optimizer = qn.optim.AdamW8bit([{"params": [param]} for param in params])
+    if scaler:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    for value, steps in ((1.0, 1), (INF, 1), (1.0, 2)):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        params[where].grad.view(-1)[7] = value
+        before = [param.clone() for param in params]
+        optimizer.step()
+        assert [int(optimizer.state[param]["step"]) for param in params] == [steps] * 2
+        assert [torch.equal(*pair) for pair in zip(params, before, strict=True)] == [value == INF] * 2
+    assert optimizer.stats()["skipped_steps"] == 1
+
+
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Guards fuse_blocks: fused activations and norms give the same losses and gradients, and save less."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -145,6 +146,58 @@ def test_what_computes_something_else_is_left_alone(activation, norm):
         warnings.simplefilter("ignore")
         assert fuse_blocks(model) == 0
     assert "forward" not in vars(activation) and "forward" not in vars(norm)
+
+
+class Swish(nn.Module):
+    """SiLU, until its parameter is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+class Squared(nn.RMSNorm):
+    """An RMS norm while its weight is 1 or 0."""
+
+    def forward(self, x):
+        return self.weight * super().forward(x)
+
+
+def zeroed(norm):
+    """`norm` as at the end of a residual branch that begins at 0, whatever its weight multiplies."""
+    nn.init.zeros_(norm.weight)
+    return norm
+
+
+@pytest.mark.parametrize("norm", [zeroed(nn.LayerNorm(8, bias=False)), Squared(8, eps=1e-5)], ids=repr)
+def test_what_computes_something_else_for_other_parameters_is_left_alone(norm):
+    model = Block(Swish(), norm)
+    assert fuse_blocks(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_norm_whose_weight_begins_at_0_is_fused():
+    model = Block(nn.SiLU(), zeroed(nn.RMSNorm(8, eps=1e-5)))
+    assert fuse_blocks(model) == 2
+    assert not model.norm.weight.any()
+
+
+def test_hooks_do_not_see_what_modules_are_tried_with():
+    model, seen = Block(nn.SiLU(), nn.RMSNorm(8, eps=1e-5)), []
+    for module in (model.act_fn, model.norm):
+        module.register_forward_hook(lambda *_: seen.append(True))
+    assert fuse_blocks(model) == 2 and not seen
+    model(torch.randn(3, 8))
+    assert len(seen) == 2
+
+
+def test_module_that_cannot_be_copied_is_left():
+    norm = nn.RMSNorm(8, eps=1e-5)
+    norm.lock = threading.Lock()
+    assert fuse_blocks(Block(nn.SiLU(), norm)) == 1
 
 
 @pytest.mark.parametrize(

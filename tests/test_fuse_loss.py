@@ -189,6 +189,49 @@ def test_head_whose_adapter_has_dropout_keeps_the_models_own_loss():
     assert isinstance(model(**batch()).logits, torch.Tensor)
 
 
+def test_hook_within_the_heads_adapter_is_called():
+    model = qn.nn.quantize_model(make("llama"), skip=(), progress=False)
+    config = peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    assert fuse_loss(model)
+    called = []
+    model.base_model.lm_head.lora_A["default"].register_forward_hook(lambda *_: called.append(True))
+    assert isinstance(model(**batch()).logits, torch.Tensor) and called
+
+
+def test_logits_that_a_hook_reads_without_gradients_have_the_graph_of_the_loss():
+    model = make("llama")
+    expected = step(copy.deepcopy(model))
+    fuse_loss(model)
+
+    @torch.no_grad()
+    def largest(_, __, logits):
+        assert logits.abs().max() > 0
+
+    model.lm_head.register_forward_hook(largest)
+    assert_same(step(model), expected)
+
+
+def test_logits_are_refused_once_the_head_has_changed():
+    model = make("llama")
+    fuse_loss(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outputs = model(**batch())
+    outputs.loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="logits: the output layer has changed since the forward pass"):
+        outputs.logits.argmax(-1)
+    optimizer.zero_grad()
+    for parameter in (model.lm_head.weight, model.get_input_embeddings().weight):
+        parameter.requires_grad_(False)
+    outputs = model(**batch())
+    expected = outputs.logits + 0
+    outputs = model(**batch())
+    outputs.loss.backward()
+    optimizer.step()
+    assert torch.equal(outputs.logits + 0, expected)
+
+
 def test_model_with_another_loss_is_left_as_it_was():
     config = transformers.BertConfig(**COMMON)
     model = transformers.BertForMaskedLM(config)

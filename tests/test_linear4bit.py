@@ -425,3 +425,9 @@ def test_weight_takes_the_bytes_that_are_documented():
     assert qn.quantize(torch.zeros(1024, 1024), double_quant=False).bits_per_weight == pytest.approx(4.5, abs=0.001)
     int8 = qn.quantize(torch.zeros(1024, 1024), "int8", 128, False)
     assert int8.nbytes == elements + 4 * elements // 128
+
+
+def test_data_parallel_is_refused_with_what_to_do():
+    layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
+    with pytest.raises(NotImplementedError, match="nn.DataParallel: Linear4bit is not replicated; start a process for"):
+        layer._replicate_for_data_parallel()

@@ -226,6 +226,19 @@ def test_hook_on_an_inner_module_is_called():
     assert called
 
 
+def test_adapter_that_is_brought_when_its_module_is_called_is_called():
+    """accelerate keeps offloaded parameters on the meta device, and its hook brings the values."""
+    ours, _ = pair()
+    layer = first_layer(ours)
+    x = torch.randn(3, layer.in_features)
+    expected = layer(x)
+    inner = layer.lora_A["default"]
+    values = inner.weight.data
+    inner.weight = torch.nn.Parameter(torch.empty_like(values, device="meta"))
+    inner.forward = lambda x: torch.nn.functional.linear(x, values)
+    assert_close(layer(x), expected, ORDER)
+
+
 def test_dropout_is_fused_repeatable_and_off_in_evaluation(monkeypatch):
     model = peft.get_peft_model(quantized(), register(config(lora_dropout=0.5)))
     model.train()

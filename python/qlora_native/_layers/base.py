@@ -116,6 +116,13 @@ class QuantizedLayer(nn.Module):
         super().__setstate__(state)
         callbacks.load_integrations()
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel, whose replicas have no parameters. Trainer takes it where it sees several GPUs."""
+        raise NotImplementedError(
+            f"nn.DataParallel: {type(self).__name__} is not replicated; start a process for each GPU, with torchrun or "
+            "accelerate launch, or let one GPU be visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def replace_weight(self, q: QuantizedWeight) -> None:
         """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
 

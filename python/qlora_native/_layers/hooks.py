@@ -1,4 +1,4 @@
-"""Hooks of a module that a quantized layer takes the place of."""
+"""Hooks of a module that a quantized layer, or a product, takes the place of."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with the module, of which a product that computes its part would not know."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def take_over_hooks(layer: nn.Module, replaced: nn.Module) -> None:

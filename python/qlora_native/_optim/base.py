@@ -23,6 +23,8 @@ from .state import (
 )
 from .step import Batch, by_device
 
+Scaling = tuple[Tensor | None, Tensor | None]  # of gradients: see Optimizer8bit._scaling
+
 
 class Optimizer8bit(torch.optim.Optimizer):
     """A torch optimizer with moments in 8 bits: one native call a step, for all parameters of a device.
@@ -113,10 +115,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         new: list[tuple[int, Tensor]] = []  # (group, parameter) of the states that this step makes
         try:
             batches = self._batches(new)
-            for device in list(batches)[1:]:  # check all devices: one must not step if another refuses
-                self._run(device, batches[device], check_only=True)
+            for device in batches if len(batches) > 1 else ():  # one must not step if another refuses
+                self._run(device, batches[device], (None, None), check_only=True)
+            scaling = self._scaling(batches)
             for device, batch in batches.items():
-                self._run(device, batch)
+                self._run(device, batch, scaling)
                 new = [(group, param) for group, param in new if param.device != device]
         except BaseException:
             self._forget(new)
@@ -214,12 +217,13 @@ class Optimizer8bit(torch.optim.Optimizer):
                     batch.add(index, params, grads, states)
         return batches
 
-    def _run(self, device: torch.device, batch: Batch, check_only: bool = False) -> None:
+    def _run(self, device: torch.device, batch: Batch, scaling: Scaling, check_only: bool = False) -> None:
         """Step the parameters on a device, or with `check_only` raise what the step would raise."""
         if device not in self._skipped:
             self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
         skipped = self._skipped[device]
-        batch.run(self.param_groups, (None, None) if check_only else self._scaling(batch, skipped), skipped, check_only)
+        scale, found_inf = (None if tensor is None else tensor.to(device) for tensor in scaling)
+        batch.run(self.param_groups, (scale, found_inf), skipped, check_only)
 
     def _forget(self, new: list[tuple[int, Tensor]]) -> None:
         """Remove states that a failed step has made."""
@@ -258,20 +262,25 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Whether the moments of parameters on `device` live in an arena."""
         return False
 
-    def _scaling(self, batch: Batch, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The (inv_scale, found_inf) of a step on the device of `like`, each None if there is none.
+    def _scaling(self, batches: dict[torch.device, Batch]) -> Scaling:
+        """The (inv_scale, found_inf) of a step, each None if there is none.
 
-        A GradScaler sets both. The processes that share a parameter skip a step together.
+        A GradScaler sets both. Devices, and the processes that share a parameter, skip a step together.
         """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for name, tensor in (("grad_scale", scale), ("found_inf", found_inf)):
             check_memory(name, tensor)
+        if not batches:
+            return None, None
+        device = next(iter(batches))
         if scale is not None:  # in float64, so that the bits are those of GradScaler.unscale_
-            scale = torch.as_tensor(scale, device=like.device).double().reciprocal().float()
+            scale = torch.as_tensor(scale, device=device).double().reciprocal().float()
         if found_inf is not None:
-            found_inf = torch.as_tensor(found_inf, device=like.device).float()
-        if batch.sharded:
-            found_inf = any_unusable(batch.sharded, batch.grads, scale, found_inf, like)
+            found_inf = torch.as_tensor(found_inf, device=device).float()
+        sharded = [param for batch in batches.values() for param in batch.sharded]
+        if sharded or len(batches) > 1:
+            grads = [grad for batch in batches.values() for grad in batch.grads]
+            found_inf = any_unusable(sharded, grads, scale, found_inf, device)
         return scale, found_inf
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:

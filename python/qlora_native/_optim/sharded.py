@@ -63,11 +63,11 @@ def check_placements(param: Any) -> None:
 
 
 def any_unusable(
-    params: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, like: Tensor
+    params: list[Tensor], grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Whether a process that shares one of the parameters has to skip the step: fp32 [1] on the device of `like`."""
+    """Whether this process, or one that shares one of the parameters, has to skip the step: fp32 [1] on `device`."""
     largest = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel() > 0], math.inf)
-    scaled = largest.to(like.device, torch.float32) * (1.0 if inv_scale is None else inv_scale)
+    scaled = largest.to(device, torch.float32) * (1.0 if inv_scale is None else inv_scale)
     unusable = (~(scaled * scaled).isfinite()).float().reshape(1)  # the core's criterion
     if found_inf is not None:
         unusable = torch.maximum(unusable, found_inf)
@@ -75,7 +75,7 @@ def any_unusable(
         unusable = unusable.to(mesh.device_type)  # with offloading, parameters are elsewhere
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(unusable, torch.distributed.ReduceOp.MAX, mesh.get_group(dim))
-    return unusable.to(like.device)
+    return unusable.to(device)
 
 
 def to_global(state: dict[str, Any], param: Any, algorithm: Algorithm) -> dict[str, Any]:

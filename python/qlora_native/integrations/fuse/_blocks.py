@@ -42,6 +42,7 @@ class DeferredActivation(Deferred):
 
     def __init__(self, module: nn.Module, gate: Tensor) -> None:
         """Defer the activation of `gate`."""
+        super().__init__()
         self.module, self.gate = module, gate
 
     def compute(self) -> Tensor:
@@ -96,6 +97,8 @@ def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module]
 
 
 def _fuse_activation(module: nn.Module) -> bool:
+    if any(True for _ in (*module.parameters(), *module.buffers())):  # what it computes may change with these
+        return False
     probe = torch.linspace(-6.0, 6.0, 49)
     result = _tried(module, probe)
     name = next((name for name in ACTIVATIONS if _agrees(result, _DEFINITIONS[name](probe.double()))), None)
@@ -128,10 +131,15 @@ def _eps_of(module: nn.Module) -> float | None:
 
 def _fuse_norm(module: nn.Module) -> bool:
     eps = _eps_of(module)
-    trial = copy.deepcopy(module).float()  # in the dtype of few roundings
+    try:
+        trial = copy.deepcopy(module).float()  # in the dtype of few roundings
+    except (TypeError, RuntimeError):  # it holds what cannot be copied
+        return False
     weight = trial.weight.detach()
-    # Rows of several sizes, one near epsilon's, with a mean that is not 0.
     columns = torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)
+    # Whatever the weight is now, 0 or 1 at the beginning, training may make others of it.
+    weight.copy_(1.5 * torch.sin(3.0 * columns + 1.0))
+    # Rows of several sizes, one near epsilon's, with a mean that is not 0.
     sizes = torch.tensor([[1.0], [30.0], [0.5 * eps**0.5]], device=weight.device)
     x = (torch.sin(columns) + 0.3) * sizes
     result = _tried(trial, x)
@@ -155,10 +163,10 @@ def _norm_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> An
 
 
 def _tried(module: nn.Module, x: Tensor) -> Any:
-    """What a module makes of `x`, or None if it takes something else."""
+    """What a module makes of `x`, or None if it takes something else. Hooks do not see it."""
     try:
         with torch.no_grad():
-            return module(x)
+            return type(module).forward(module, x)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return None
 

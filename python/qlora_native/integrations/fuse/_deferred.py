@@ -13,9 +13,16 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Deferred:
-    """Stands for a tensor, which any use computes but for the operations that a subclass defers, too."""
+    """Stands for a tensor, which any use computes but for the operations that a subclass defers, too.
+
+    Whoever reads it first, as a hook may under `torch.no_grad`, its graph is that of the place where it was made.
+    """
 
     computed: Tensor | None = None
+
+    def __init__(self) -> None:
+        """Note whether gradients are recorded here."""
+        self._records_gradients = torch.is_grad_enabled()
 
     def compute(self) -> Tensor:
         """The tensor that this stands for."""
@@ -24,7 +31,9 @@ class Deferred:
     def tensor(self) -> Tensor:
         """The same, computed once."""
         if self.computed is None:
-            self.computed = self.compute()
+            # Outside of inference mode gradients are recorded.
+            with torch.inference_mode(False) if self._records_gradients else torch.no_grad():
+                self.computed = self.compute()
         return self.computed
 
     @classmethod

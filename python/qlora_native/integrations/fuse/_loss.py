@@ -29,6 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..._core.errors import FLOAT_DTYPES
 from ..._layers.adapters import dropout_of
+from ..._layers.hooks import has_hooks
 from ...functional import linear_cross_entropy
 from ...nn import Linear4bit
 from ._deferred import Deferred
@@ -46,12 +47,15 @@ class DeferredLogits(Deferred):
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         """Defer the logits of `hidden`."""
+        super().__init__()
         self.head, self.hidden = head, hidden
         self.scale, self.softcap = 1.0, None
         device = hidden.device.type
         # What is read after the model's forward pass is computed as it would have been there.
         self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.dtype = self._made_in = self._autocast or hidden.dtype
+        trained = (each for each in _operands(head, hidden) or () if isinstance(each, Tensor))
+        self._versions = [(each, each._version) for each in trained if not each.is_inference()]
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +63,16 @@ class DeferredLogits(Deferred):
         return self.hidden.device
 
     def compute(self) -> Tensor:
-        """The logits, as the model would have made them."""
+        """The logits, as the model would have made them.
+
+        Raises:
+            RuntimeError: the head has changed since.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "logits: the output layer has changed since the forward pass, in which fuse_loss made none; read "
+                "outputs.logits before optimizer.step()"
+            )
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             logits = type(self.head).forward(self.head, self.hidden)
             if self.softcap is not None:
@@ -224,4 +237,6 @@ def _plain_adapter(head: Any) -> str | None:
     name = active[0]
     inner = (head.lora_A[name], head.lora_B[name])
     plain = all(type(each) is nn.Linear and each.bias is None for each in inner) and name not in head.lora_variant
+    if any(map(has_hooks, (head.base_layer, head.lora_dropout[name], *inner))):
+        return None
     return name if plain and dropout_of(head, name) == 0 and not getattr(head, "fan_in_fan_out", False) else None

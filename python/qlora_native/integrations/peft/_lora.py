@@ -30,6 +30,7 @@ from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
 from ..._layers import callbacks
 from ..._layers.adapters import dropout_of
+from ..._layers.hooks import has_hooks
 from ...nn import Linear4bit
 from ._batch import can_be_stacked, distinct, index_of_rows, stacked
 from ._dequantized import base_to_merge_into, requantized, run_over_dequantized
@@ -179,7 +180,8 @@ class LoraLinear4bit(PeftLoraLinear):
             and type(self.lora_A[name]) is nn.Linear
             and type(self.lora_B[name]) is nn.Linear
             and isinstance(self.lora_dropout[name], (nn.Dropout, nn.Identity))
-            and not any(_has_hooks(module) for module in inner)
+            and not any(has_hooks(module) for module in inner)
+            and self.lora_A[name].weight.device.type != "meta"  # else accelerate brings it when the module is called
         )
 
     def _is_dora(self, name: str) -> bool:
@@ -188,7 +190,7 @@ class LoraLinear4bit(PeftLoraLinear):
         return (
             type(self.lora_variant[name]) is DoraLinearVariant
             and type(vector) is DoraLinearLayer
-            and not _has_hooks(vector)
+            and not has_hooks(vector)
             and not torch.compiler.is_compiling()
         )
 
@@ -313,12 +315,6 @@ def _is_plain_lora(module: nn.Module) -> bool:
         ("peft.tuners.lora.layer", "Linear"),
         ("peft.tuners.lora.layer", "ParamWrapper"),
         ("peft.tuners.lora.bnb", "Linear4bit"),
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
