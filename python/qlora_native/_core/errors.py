@@ -42,6 +42,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
+def named(prefix: str) -> Iterator[None]:
+    """Put what a value belongs to in front of an error about it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix}{error}") from None
+
+
+@contextmanager
 def weight_named(prefix: str) -> Iterator[None]:
     """Put the path of a weight in front of an error about it."""
     try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
+from .ops import OpArguments
 
 _ops = torch.ops.qlora_native
 # Bytes of a panel, at most, and of what it is multiplied by or gives. It is multiplied out of a cache.
@@ -85,10 +85,10 @@ def _add_product_tn(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 @dataclass
 class Head:
-    """The layer that makes logits: a dense weight [V, K] or a quantized one (as op arguments), a bias, an adapter."""
+    """The layer that makes logits: a dense weight [V, K] or a quantized one, a bias [V], an adapter."""
 
     dense: Tensor | None
-    quantized: tuple[Any, ...]
+    quantized: OpArguments
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
@@ -97,7 +97,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """V, the number of logits of a row."""
-        return self.quantized[-6] if self.dense is None else self.dense.shape[0]
+        return self.quantized.N if self.dense is None else self.dense.shape[0]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute logits [rows, V], and U [rows, rank] if there is an adapter."""

@@ -21,7 +21,7 @@ from .checked_devices import note_use
 from .errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory, is_finite
 from .head import Gradients, Head
 from .inputs import checked_bias, checked_input, checked_lora, in_stored_order
-from .ops import refuse_forward_mode, refuse_second_derivative, second_derivative_error
+from .ops import OpArguments, refuse_forward_mode, refuse_second_derivative, second_derivative_error
 from .weight import QuantizedWeight, op_arguments
 
 _ops = torch.ops.qlora_native
@@ -116,7 +116,7 @@ def linear_cross_entropy(
             got = f"{int(outside.sum())} others, the first {int(flat[first])} at row {first}"
             raise bad("labels", f"0 ... {V - 1} or {ignore_index}", got)
     count = (flat != ignore_index).sum().to(torch.float32) if reduction == "mean" else None
-    of_weight = (None, *op_arguments(weight)) if quantized else (weight, *[None] * 9, V, K, 0, 0, 0, 0)
+    of_weight = (None, *op_arguments(weight)) if quantized else (weight, *OpArguments(*[None] * 9, V, K, 0, 0, 0, 0))
     loss, logprobs = LinearCrossEntropy.apply(
         reduction, count, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
         ignore_index, logit_scale, softcap or 0.0, label_smoothing, z_loss,
@@ -209,7 +209,7 @@ def _operands(
     given = [tensor is not None for tensor in (hidden, weight, bias, lora_a)]
     if len(wanted) != 4 or any(want and not has for want, has in zip(wanted, given, strict=True)):
         raise bad("wanted", f"four bools, at most {given}: of hidden, weight, bias and adapter", list(wanted))
-    quantized = (
+    quantized = OpArguments(
         codes, absmax, nested_absmax, nested_code, offset, code, minimum, nested_minimum, zero_point,
         N, K, bits, blocksize, nested_blocksize, byte_format,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,30 @@ _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.de
 _WEIGHT = slice(_FORWARD["codes"], _FORWARD["byte_format"] + 1)
 _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["zero_point"] + 1)
 _WEIGHT_TENSOR_COUNT = _WEIGHT_TENSORS.stop - _WEIGHT_TENSORS.start
+
+
+class OpArguments(NamedTuple):
+    """The arguments of a torch op that are a weight, of one expert.
+
+    An op takes tensors and numbers alone, so each schema in python/bindings/ and each fake, whose parameters have the
+    names of its schema, spells them out in this order; torch.library.opcheck compares the two in the tests.
+    """
+
+    codes: Tensor | None  # None, as all tensors, if a dense weight takes the place of this one
+    absmax: Tensor | None
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
+    minimum: Tensor | None
+    nested_minimum: Tensor | None
+    zero_point: Tensor | None
+    N: int
+    K: int
+    bits: int
+    blocksize: int
+    nested_blocksize: int
+    byte_format: int
 
 
 # ---- fakes: shapes and dtypes of the results -------------------------------------------------------------------------

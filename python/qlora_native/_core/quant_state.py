@@ -15,7 +15,7 @@ from .errors import FLOAT_DTYPES, bad, bad_type, check_memory, dtype_name
 from .formats import CODEBOOKS, codes_shape
 from .json import parse_object
 
-FORMATS = ("nf4", "fp4")  # those that bitsandbytes has in files
+FILE_FORMATS = ("nf4", "fp4")  # those that bitsandbytes has in files
 QUANT_STATE = ".quant_state.bitsandbytes__"  # the format follows
 # What follows the name of a weight in the names of the tensors that belong to its codes.
 STATE_SUFFIXES = (
@@ -23,14 +23,14 @@ STATE_SUFFIXES = (
     ".quant_map",
     ".nested_absmax",
     ".nested_quant_map",
-    *(QUANT_STATE + format for format in FORMATS),
+    *(QUANT_STATE + format for format in FILE_FORMATS),
 )
 
 
 def bitsandbytes_entries(fields: Mapping[str, Any], transposed: bool) -> dict[str, Tensor]:
     """Make the entries of `QuantizedWeight.to_bitsandbytes` from its fields, by what follows the weight's name."""
     format = fields["format"]
-    if format not in FORMATS:
+    if format not in FILE_FORMATS:
         raise bad("format", "nf4 or fp4, the formats of bitsandbytes", format)
     for name, value in fields.items():
         check_memory(name, value)
@@ -114,7 +114,7 @@ def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
     sizes = isinstance(shape, list) and len(shape) in (2, 3) and all(map(is_size, shape))
     if not sizes or math.prod(shape) >= 2**60:
         raise bad(f"{key}: shape", "[N, K] or [E, N, K] of at least 1 and fewer than 2^60 elements", shape)
-    if state["quant_type"] not in FORMATS:
+    if state["quant_type"] not in FILE_FORMATS:
         raise bad(f"{key}: quant_type", "nf4 or fp4", repr(state["quant_type"]))
     if state["dtype"] not in list(map(dtype_name, FLOAT_DTYPES)):
         raise bad(f"{key}: dtype", "float32, bfloat16 or float16", repr(state["dtype"]))

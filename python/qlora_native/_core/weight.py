@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
 from .blocks import ceil_div, check_blocksize
-from .errors import bad, bad_type, check_float_dtype, check_memory, is_dtensor
+from .errors import bad, bad_type, check_float_dtype, check_memory, is_dtensor, named
 from .formats import CODEBOOKS
 from .layouts import E4M3, LAYOUTS, Layout
 from .mapped import before_use
 from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
+from .ops import OpArguments
 from .quant_state import bitsandbytes_entries, bitsandbytes_fields
 
 
@@ -361,10 +361,8 @@ class QuantizedWeight:
         """
         name = f"{prefix}{name}"
         fields = bitsandbytes_fields(state_dict, name)
-        try:
+        with named(f"{name}, "):
             return cls(**fields).check_values()
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}, {error}") from None
 
 
 def unchecked(*values: Any) -> QuantizedWeight:
@@ -377,17 +375,14 @@ def unchecked(*values: Any) -> QuantizedWeight:
     return q
 
 
-def op_arguments(q: QuantizedWeight) -> tuple[Any, ...]:
-    """The fifteen arguments of a torch op that are a weight: codes ... zero_point, N ... byte_format, of one expert.
+def op_arguments(q: QuantizedWeight) -> OpArguments:
+    """The arguments of a torch op that are this weight.
 
     Mapped codes are read from their file (mapped.py), because an op that takes these arguments follows.
-
-    An op takes tensors and numbers alone, so each schema in python/bindings/ and each fake, whose parameters have the
-    names of its schema, spells them out in this order; torch.library.opcheck compares the two in the tests.
     """
     before_use(q.codes)
     layout = LAYOUTS[q.format]
-    return (
+    return OpArguments(
         q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.code, q.minimum, q.nested_minimum, q.zero_point,
         *q.shape[-2:], layout.bits, q.blocksize, layout.nested_blocksize, layout.byte_format,
     )  # fmt: skip

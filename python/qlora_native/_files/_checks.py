@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.errors import bad, bad_type, check_float_dtype, check_memory
+from .._core.errors import bad, bad_type, check_float_dtype, check_memory, named
 from .._core.weight import QuantizedWeight
 
 
@@ -53,7 +53,5 @@ def weight_of(name: str, dtype: Any, **fields: Any) -> QuantizedWeight:
     """Make a weight, and check its values. An error begins with `name`, the argument that the values come from."""
     check_float_dtype("dtype", dtype)
     fields = {"nested_absmax": None, "nested_code": None, "offset": None, "code": None, **fields}
-    try:
+    with named(f"{name}, "):
         return QuantizedWeight(**fields, dtype=dtype).check_values()
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}, {error}") from None

@@ -15,6 +15,7 @@ from bitsandbytes.nn.parametrize import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..._core.errors import named
 from ..._core.formats import codes_shape
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
@@ -54,10 +55,8 @@ def quantized_experts(model: nn.Module) -> list[tuple[nn.Module, dict[str, Quant
             continue
         weights = {}
         for name in names:
-            try:
+            with named(f"{path}.{name}, "):
                 weights[name] = from_quant_state(*quantized[name])
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}.{name}, {error}") from None
         found.append((module, weights))
     return found
 

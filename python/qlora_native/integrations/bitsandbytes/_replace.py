@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
 
-from ..._core.errors import bad, bad_type
+from ..._core.errors import bad, bad_type, named
 from ..._core.weight import QuantizedWeight
 from ..._layers.adapters import is_of_peft
 from ..._layers.hooks import take_over_hooks
@@ -109,10 +109,8 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight:
 
 
 def _layer(name: str, module: nn.Module) -> Linear4bit:
-    try:
+    with named(f"{name}."):
         layer = Linear4bit.from_quantized(quantized_weight(module), module.bias)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}.{error}") from None
     # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
         layer.compute_dtype = module.compute_dtype

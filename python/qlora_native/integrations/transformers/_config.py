@@ -26,11 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..._core.blocks import chosen_blocksize
 from ..._core.errors import bad, bad_type, check_float_dtype, dtype_name
 from ..._core.microscaling import MICROSCALED
+from ..._core.quant_state import FILE_FORMATS
 from ..._layers.base import QuantizedLayer
 
 METHOD = "qlora_native"
 KEEP = f"{METHOD}_keep"
-FILE_FORMATS = ("nf4", "fp4")  # the formats of bitsandbytes' files, which we write too
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
 KEPT_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "auto-round")  # of folders
 _NOT_IN_FILES = ("strict", "mapped", "experts_in_mxfp4", "formats", "layers_dtype")

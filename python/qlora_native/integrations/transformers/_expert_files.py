@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import functional
 from ..._core.blocks import ceil_div
-from ..._core.errors import bad
+from ..._core.errors import bad, named
 from ..._core.quantize import double_quantized
 from ..._core.weight import QuantizedWeight
 from ..._layers.eligible import note_reason
@@ -213,7 +213,7 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
     together: Tensor | None = None
     e = 0
     for e, weight in enumerate(experts):
-        try:
+        with named(f"{path}, expert {e}: "):
             if weight.dim() == 3:
                 return functional.quantize(weight, *options)
             if apart:
@@ -222,14 +222,10 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
             if together is None:
                 together = weight.new_empty(layer._shape)
             together[e] = weight
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}, expert {e}: {error}") from None
     if together is None:
         return _stacked(quantized, layer.double_quant)
-    try:
+    with named(f"{path}: "):
         return functional.quantize(together, *options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWeight:

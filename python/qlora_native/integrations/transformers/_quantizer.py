@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_peft_available
 
 from ... import _C, functional
-from ..._core.errors import bad
+from ..._core.errors import bad, named
 from ..._core.weight import QuantizedWeight
 from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import (
@@ -258,10 +258,8 @@ class QuantizeWeight(ConversionOps):
             path = full_name.removesuffix(".weight")
             layer = model.get_submodule(path)
             config = self.hf_quantizer.quantization_config
-            try:
+            with named(f"{path}."):
                 q = functional.quantize(weight.t() if layer.transposed_source else weight, **config.quantize_options)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}.{error}") from None
             if q.shape != layer._shape:
                 raise bad(full_name, f"{list(layer._shape)}, as config.json says", list(q.shape))
             result.update(self.hf_quantizer.put_weight(path, layer, q, model, missing_keys))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from ..._core.errors import bad
+from ..._core.errors import bad, named
 from ..._core.formats import CODEBOOKS
 from ..._core.microscaling import MICROSCALED, nvfp4_block_fields, swapped_codes
 from ..._core.quant_state import QUANT_STATE, STATE_SUFFIXES, read_quant_state
@@ -89,14 +89,12 @@ def _read_blocks(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> 
     if others := found.keys() - {_BLOCKS, _SCALES, _SCALE_VALUES}:
         raise bad(name, "one weight", f"blocks, and {', '.join(sorted(name + suffix for suffix in others))}")
     blocks, scales = found[_BLOCKS], found[_SCALES]
-    try:
+    with named(f"{name}, "):
         if _SCALE_VALUES in found:
             fields = nvfp4_block_fields(blocks, scales, found[_SCALE_VALUES])
             code = CODEBOOKS["nvfp4"].to(blocks.device, copy=True)
             return QuantizedWeight(**fields, code=code, dtype=layer.dtype)
         return QuantizedWeight.from_mxfp4(blocks, scales, layer.dtype)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}, {error}") from None
 
 
 def check_weights_are_dense(
