@@ -175,18 +175,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the number of wrong results, or 1 where the device is missing."""
     args = arguments(argv)
     set_environment(args)
+    import machine
+    import plots
+    import report
+
+    if args.device == "cuda" and (reason := machine.gpu_missing()):
+        print(f"--device cuda: {reason}", file=sys.stderr)
+        return 1
+    result = measured(args)
+    wrong = result.pop("wrong")
+    if args.output:
+        folder = report.folder_of(result["machine"])
+        report.write_figures(folder, "products", result)
+        plots.draw(result, folder / "products")
+        report.write_products(folder)
+        print(f"\nwrote {folder}/products.md")
+    return len(wrong)
+
+
+def rows(*argv: str) -> list[dict[str, Any]]:
+    """Measure as this command line says, for another program (timing.in_own_process). Returns the rows as dicts.
+
+    Raises:
+        RuntimeError: a result was wrong.
+    """
+    args = arguments(argv)
+    set_environment(args)
+    result = measured(args)
+    if result["wrong"]:
+        raise RuntimeError("; ".join(result["wrong"]))
+    return [dataclasses.asdict(row) for row in result["rows"]]
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line selects, and print it. Returns the figures, and what was wrong."""
     import torch
 
     import machine
-    import plots
     import report
     from peers import DEFAULT, load
     from timing import Cpu, Gpu, set_allocator
 
     if args.device == "cuda":
-        if reason := machine.gpu_missing():
-            print(f"--device cuda: {reason}", file=sys.stderr)
-            return 1
         torch.set_default_device("cuda")
     torch.set_grad_enabled(False)
     peers, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
@@ -201,14 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure_all(args, peers, probes, clock, result)
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))
-    wrong = result.pop("wrong")
-    if args.output:
-        folder = report.folder_of(result["machine"])
-        report.write_figures(folder, "products", result)
-        plots.draw(result, folder / "products")
-        report.write_products(folder)
-        print(f"\nwrote {folder}/products.md")
-    return len(wrong)
+    return result
 
 
 def measure_all(args: argparse.Namespace, peers: Sequence, probes: Any, clock: Any, result: dict) -> None:

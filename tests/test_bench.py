@@ -456,6 +456,37 @@ def test_other_half_of_a_step_is_measured_against_its_parts(script, monkeypatch)
     assert text.count("× as fast") == 5
 
 
+def test_growth_is_one_row_for_each_number_of_rows_of_x(script):
+    growth, cases = script("growth"), script("cases")
+
+    def row(operation, M, ms, **more):
+        us = {growth.OURS: 1e3 * ms, "torch dense": 2e3 * ms, "decode, then dense": 3e3 * ms}
+        case = cases.Case(operation=operation, shape=cases.SQUARE, M=M, **more)
+        return vars(cases.Row(**vars(case), us=us, gb_per_s=1.0))
+
+    def rows(ms):
+        others = [
+            row("forward", 64, 9, rank=16),
+            row("forward", 64, 9, memory="kept"),
+            row("dx", 64, 9, via="autograd"),
+        ]
+        return [row(operation, M, ms * M) for operation in ("forward", "dx") for M in (1, 64)] + others
+
+    machine = {"cpu": "A", "isa": "avx2", "versions": {"torch": "2"}, "threads": 2, "date": "2026-01-02 03:04"}
+    page = growth.page({"machine": machine, "conditions": {"1 thread": rows(2), "2 threads": rows(1)}})
+    assert page.count("| M | 1 thread, ms | dense | decoded | 2 threads, ms | dense | decoded |\n") == 2
+    assert page.count("| 1 | 2 | 2.00 × | 3.00 × | 1 | 2.00 × | 3.00 × |\n") == 2
+    assert page.count("| 64 | 128 | 2.00 × | 3.00 × | 64 | 2.00 × | 3.00 × |\n") == 2
+
+
+def test_rows_for_another_program_fail_with_what_was_wrong(script, monkeypatch):
+    run = script("run")
+    monkeypatch.setattr(run, "set_environment", lambda _: None)
+    monkeypatch.setattr(run, "measured", lambda args: {"rows": [], "wrong": [f"forward M=1 {args.dtypes[0]}"]})
+    with pytest.raises(RuntimeError, match="forward M=1 bfloat16"):
+        run.rows("--operations", "forward")
+
+
 def test_figures_of_the_docs_are_those_of_the_reports(script):
     readme = script("readme")
     for path in readme.PARTS:
