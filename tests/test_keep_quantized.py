@@ -129,6 +129,14 @@ def test_scaling_of_rope_is_that_of_the_exported_model(kind, tmp_path):
     assert relative_error(logits(model), logits(own)) <= 0.05
 
 
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_factor_without_a_type_scales_rope_linearly(key, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_random(path, "llama", ["Q8_0"], small_bytes, keys={key: 4.0})
+    rope = load(path).config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+
+
 @pytest.mark.parametrize(("architecture", "extra", "keys", "message"), [
     ("llama", {}, {"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: .*got 'longrope'"),
     ("llama", {}, {"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: .*got 'yarn'"),

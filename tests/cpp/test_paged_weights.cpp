@@ -348,15 +348,16 @@ TEST(next_weight_is_copied_while_one_is_multiplied_by) {
   const std::vector<std::string> expected = {
       // Upwards. The copies of a and b are there since the first step ended, so nothing moves before b is in use; c
       // then
-      // takes the place of a as soon as the product with a has ended.
-      "caller: wait for a fetched", "caller: record a used",                             //
+      // takes the place of a as soon as the product with a has ended. Where a copy is used again, later copies wait for
+      // the use before, too, which the event forgets.
+      "caller: wait for a fetched", "copies: wait for a used", "caller: record a used",  //
       "copies: wait for a used", "copies: copy  to ring+0", "copies: record c fetched",  //
-      "caller: wait for b fetched", "caller: record b used",                             //
+      "caller: wait for b fetched", "copies: wait for b used", "caller: record b used",  //
       "caller: record c ready", "caller: wait for c fetched", "caller: record c used",   //
       // Downwards: c and b are there.
-      "caller: wait for c fetched", "caller: record c used",                             //
+      "caller: wait for c fetched", "copies: wait for c used", "caller: record c used",  //
       "copies: wait for c used", "copies: copy  to ring+0", "copies: record a fetched",  //
-      "caller: wait for b fetched", "caller: record b used",                             //
+      "caller: wait for b fetched", "copies: wait for b used", "caller: record b used",  //
       "caller: record a ready", "caller: wait for a fetched", "caller: record a used"};
   EXPECT(calls == expected);
   if (calls != expected)

@@ -56,12 +56,14 @@ def _scaling(file: GGUFFile, architecture: str, config: PreTrainedConfig, rope: 
     """The `rope_parameters` of the file's scaling, none if it has none."""
     begin = f"{architecture}.rope.scaling."
     found = {key.removeprefix(begin): value for key, value in file.values.items() if key.startswith(begin)}
-    kind = found.get("type", "none")
+    factor, context = found.get("factor"), found.get("original_context_length")
+    if factor is None:  # old files
+        factor = file.values.get(f"{architecture}.rope.scale_linear")
+    kind = found.get("type", "none" if factor is None or factor in (0.0, 1.0) else "linear")
     if kind == "none" and ROPE_DIVISORS in file.tensors:
         return _llama3(file, config, rope)
     if kind == "none" and not any(name in file.tensors for name in LONGROPE_FACTORS):
         return {}
-    factor, context = found.get("factor"), found.get("original_context_length")
     others = sorted(found.keys() - _READ)
     if kind == "linear" and factor is not None and not others:
         return {"rope_type": "linear", "factor": float(factor)}
