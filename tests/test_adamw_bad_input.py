@@ -266,8 +266,9 @@ def test_failed_step_changes_nothing_and_its_retry_is_an_undisturbed_step(cls, s
     assert_equal(everything(params, optimizer), everything(undisturbed, other))
 
 
-def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch):
-    """The second group stands for parameters on another device, which this machine may lack."""
+@pytest.fixture
+def two_devices(monkeypatch):
+    """(parameters, their optimizer), whose second group stands for another device, which this machine may lack."""
     found = _optim_step.by_device
 
     def by_device(params):
@@ -277,6 +278,11 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
     monkeypatch.setattr(_optim_base, "by_device", by_device)
     params = [parameter((300,)), parameter((64, 70))]
     optimizer = qn.optim.AdamW8bit([{"params": [param]} for param in params])
+    return params, optimizer
+
+
+def test_failed_step_on_a_second_device_changes_nothing_on_the_first(two_devices):
+    params, optimizer = two_devices
     for steps in range(2):
         for param in params:
             param.grad = torch.ones_like(param)
@@ -295,17 +301,8 @@ def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch
 
 @pytest.mark.parametrize("where", [0, 1])
 @pytest.mark.parametrize("scaler", [False, True])
-def test_infinite_gradient_on_one_device_skips_the_step_on_all(where, scaler, monkeypatch):
-    """As above, the second group stands for parameters on another device."""
-    found = _optim_step.by_device
-
-    def by_device(params):
-        ((device, lists),) = found(params).items()
-        return {torch.device("cpu", 0) if len(params[0].shape) == 2 else device: lists}
-
-    monkeypatch.setattr(_optim_base, "by_device", by_device)
-    params = [parameter((300,)), parameter((64, 70))]
-    optimizer = qn.optim.AdamW8bit([{"params": [param]} for param in params])
+def test_infinite_gradient_on_one_device_skips_the_step_on_all(where, scaler, two_devices):
+    params, optimizer = two_devices
     if scaler:
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     for value, steps in ((1.0, 1), (INF, 1), (1.0, 2)):

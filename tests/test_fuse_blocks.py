@@ -185,7 +185,7 @@ def test_norm_whose_weight_begins_at_0_is_fused():
     assert not model.norm.weight.any()
 
 
-def test_hooks_do_not_see_what_modules_are_tried_with():
+def test_hooks_see_the_inputs_of_the_model_alone():
     model, seen = Block(nn.SiLU(), nn.RMSNorm(8, eps=1e-5)), []
     for module in (model.act_fn, model.norm):
         module.register_forward_hook(lambda *_: seen.append(True))
@@ -194,7 +194,7 @@ def test_hooks_do_not_see_what_modules_are_tried_with():
     assert len(seen) == 2
 
 
-def test_module_that_cannot_be_copied_is_left():
+def test_module_that_holds_a_lock_is_left_alone():
     norm = nn.RMSNorm(8, eps=1e-5)
     norm.lock = threading.Lock()
     assert fuse_blocks(Block(nn.SiLU(), norm)) == 1
