@@ -72,7 +72,7 @@ def main() -> None:
     """Measure, print and write."""
     args = report.parser(__doc__).parse_args()
     description = machine.describe()
-    text = page({"machine": description, "conditions": measure(int(str(description["threads"])))})
+    text = page({"machine": description, "conditions": measure(description["threads"])})
     if args.output:
         report.write(report.folder_of(description) / "growth.md", text)
     print(text)

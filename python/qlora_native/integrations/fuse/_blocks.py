@@ -97,7 +97,7 @@ def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module]
 
 
 def _fuse_activation(module: nn.Module) -> bool:
-    if any(True for _ in (*module.parameters(), *module.buffers())):  # what it computes may change with these
+    if [*module.parameters(), *module.buffers()]:  # what it computes may change with these
         return False
     probe = torch.linspace(-6.0, 6.0, 49)
     result = _tried(module, probe)

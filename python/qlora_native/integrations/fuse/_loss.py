@@ -41,21 +41,22 @@ class DeferredLogits(Deferred):
     Attributes:
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
+        operands: of the head, as `linear_cross_entropy` takes them.
         scale, softcap: s, and c or None.
         dtype: of z.
     """
 
-    def __init__(self, head: nn.Module, hidden: Tensor) -> None:
+    def __init__(self, head: nn.Module, hidden: Tensor, operands: tuple[Any, ...]) -> None:
         """Defer the logits of `hidden`."""
         super().__init__()
-        self.head, self.hidden = head, hidden
+        self.head, self.hidden, self.operands = head, hidden, operands
         self.scale, self.softcap = 1.0, None
         device = hidden.device.type
         # What is read after the model's forward pass is computed as it would have been there.
         self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.dtype = self._made_in = self._autocast or hidden.dtype
-        trained = (each for each in _operands(head, hidden) or () if isinstance(each, Tensor))
-        self._versions = [(each, each._version) for each in trained if not each.is_inference()]
+        tensors = (each for each in operands if isinstance(each, Tensor))
+        self._versions = [(each, each._version) for each in tensors if not each.is_inference()]
 
     @property
     def device(self) -> torch.device:
@@ -168,8 +169,8 @@ def _after(model: nn.Module, *_: Any) -> None:
 
 def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The new forward of the head: returns a `DeferredLogits` while the model computes a training loss."""
-    if head._wants_loss and not args and not kwargs and _operands(head, x) is not None:
-        return DeferredLogits(head, x)
+    if head._wants_loss and not args and not kwargs and (operands := _operands(head, x)) is not None:
+        return DeferredLogits(head, x, operands)
     return type(head).forward(head, x, *args, **kwargs)
 
 
@@ -190,7 +191,7 @@ def _loss(
         return ForCausalLMLoss(logits.computed, labels, vocab_size, **options, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]
+    weight, bias, lora_a, lora_b, scaling = logits.operands
     loss = linear_cross_entropy(
         logits.hidden,
         weight,

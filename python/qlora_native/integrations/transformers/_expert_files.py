@@ -211,7 +211,6 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
     apart = whole_blocks and layer.format != "nvfp4"
     quantized: list[QuantizedWeight] = []
     together: Tensor | None = None
-    e = 0
     for e, weight in enumerate(experts):
         with named(f"{path}, expert {e}: "):
             if weight.dim() == 3:
