@@ -93,7 +93,7 @@ def experts(name: str, shape: tuple[int, int, int], lengths: Tensor, clock: timi
         checks.close(name, contestants[OURS](0), contestants[DENSE](0))
         for call in contestants.values():
             call(0)
-        found, _ = clock.alternate(contestants, probe, BUDGET_S)
+        found, _ = clock.alternate(contestants, probe, BUDGET_S, copies=False)
         rows.append({"name": f"{product}, {name}", "rows": T, "seconds": {k: t.median for k, t in found.items()}})
     return rows
 
@@ -116,7 +116,7 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
             ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *op_arguments(q), a, b, *rest),
         }
         for product, contestants in (("Y", forward), ("dX", backward)):
-            found, _ = clock.alternate(contestants, probe, BUDGET_S)
+            found, _ = clock.alternate(contestants, probe, BUDGET_S, copies=False)
             name = f"{product} of [{N}, {K}], {count} adapters in {str(dtype)[6:]}"
             rows.append({"name": name, "rows": M, "seconds": {k: t.median for k, t in found.items()}})
     return rows

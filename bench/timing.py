@@ -108,7 +108,12 @@ class Cpu:
         return elapsed * 1e-9
 
     def alternate(
-        self, contestants: Contestants, probe: Callable[[], object], budget_s: float, pause_s: float = PAUSE_S
+        self,
+        contestants: Contestants,
+        probe: Callable[[], object],
+        budget_s: float,
+        pause_s: float = PAUSE_S,
+        copies: bool = True,
     ) -> tuple[dict[str, Times], Times]:
         """Time the contestants alternately.
 
@@ -118,6 +123,9 @@ class Cpu:
             probe: the timed read before every call, described above.
             budget_s: the seconds for all together. Slow contestants are called less often.
             pause_s: the seconds to sleep before each probe.
+            copies: whether the contestants take another copy of their data by the next number. A short call then has
+                an untimed one before it, over another copy, so that its code is warm and its data are cold. Without
+                copies the untimed call would fetch the data of the timed one.
 
         Returns:
             (the times by name, the probe's times).
@@ -127,7 +135,7 @@ class Cpu:
         needed, warm = {}, {}
         for name, call in contestants.items():
             seconds = self.seconds(call, 0)
-            warm[name] = seconds < WARM_BELOW_S
+            warm[name] = copies and seconds < WARM_BELOW_S
             needed[name] = seconds + pause_s + self.seconds(probe) + warm[name] * seconds
         collecting = gc.isenabled()
         gc.disable()
