@@ -71,6 +71,13 @@ def save_with_adapter(folder, text, width, inner, layers, **options):
     adapted.save_pretrained(folder / "adapter")
 
 
+def joined():
+    """A model whose files have several of its layers in one tensor."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return transformers.NomicBertModel(transformers.NomicBertConfig(**sizes, intermediate_size=96))
+
+
 def load(folder, family="llama", **options):
     return AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
 

@@ -11,6 +11,7 @@ pytest.importorskip("gguf")  # gguf_files
 pytest.importorskip("compressed_tensors")
 
 import models  # noqa: E402
+import moe  # noqa: E402
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
 from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
@@ -99,7 +100,12 @@ def test_unsupported_layer_is_named_in_the_error(base, tmp_path):
         models.make(family).save_pretrained(tmp_path / family)
         with pytest.raises(ValueError, match=f"to: expected bf16, fp16, fp32, nf4 or fp4 for a {kind}, got int4"):
             convert(tmp_path / family, tmp_path / "out", to="int4", progress=False)
+    moe.make("mixtral").save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(
+        ValueError, match="to: expected nf4, fp4 or 16 bits for a MixtralForCausalLM, whose experts are"
+    ):
+        convert(tmp_path / "mixtral", tmp_path / "out", to="int4", progress=False)
     message = "blocksize: expected a divisor of 64, which a row of model.layers.0.mlp.gate_proj has, for compressed"
     with pytest.raises(ValueError, match=message):
         convert(base, tmp_path / "out", to="int8", blocksize=128, progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"gpt2", "falcon"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2", "falcon", "mixtral"}

@@ -159,6 +159,8 @@ def rope(kind, **changes):
         ({"hidden_act": "gelu"}, "hidden_act: expected silu, the only one that llama.cpp has for it, got gelu"),
         (rope("dynamic"), "rope_type: expected one of"),
         (rope("yarn", beta_fast=9.0), "beta_fast=9"),
+        (rope("yarn", beta_fast=32.0, beta_slow=1.0, truncate=True, attention_factor=1.0), "attention_factor=1.0"),
+        (rope("yarn", mscale=1.0, mscale_all_dim=1.0), "mscale=1.0"),
         (rope("linear", factor=-1.0), "factor: expected a positive"),
         ({"rms_norm_eps": 1e-60}, "rms_norm_eps: expected a positive number, got 1e-60"),
         ({"max_position_embeddings": 2**40}, "max_position_embeddings: expected a number from 1 to"),

@@ -115,6 +115,37 @@ def test_index_and_config_match_the_files(bases, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["blocksize"] == 128 and config["bnb_4bit_quant_type"] == "fp4"
     assert config["bnb_4bit_use_double_quant"] is False
+    assert config["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_layer_that_the_files_have_within_another_tensor_is_refused(tmp_path):
+    models.joined().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"files have layers.0.self_attn.k_proj.weight within another tensor"):
+        convert(tmp_path / "base", tmp_path / "out", to="nf4", progress=False)
+    model = transformers.NomicBertModel.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter: .*got layers.0.self_attn.q_proj.weight, which they have within"):
+        convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_that_a_base_in_4_bits_keeps_in_16_stays_so(bases, tmp_path):
+    kept = "model.layers.0.mlp.down_proj"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", kept])
+    load(bases["llama"], quantization_config=config).save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "out", to="nf4", double_quant=False, progress=False)
+    models.assert_same_bits(*(tensors_of(tmp_path / name) for name in ("base", "out")))
+    layers = models.layers_of(quantized(tmp_path / "out"))
+    assert kept not in layers and "model.layers.1.mlp.down_proj" in layers
+
+
+def test_tokenizer_of_the_adapter_is_the_merged_models(bases, tmp_path):
+    peft.get_peft_model(load(bases["llama"]), peft.LoraConfig()).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "adapter" / name).write_text('{"new": "token"}')
+    convert(bases["llama"], tmp_path / "out", tmp_path / "adapter", progress=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_text() == '{"new": "token"}'
 
 
 LAST = "model.layers.1.mlp.down_proj.weight"

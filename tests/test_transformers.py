@@ -41,6 +41,18 @@ def folders(tmp_path_factory):
     return made
 
 
+def test_layers_that_16_bit_files_join_are_saved_one_by_one(tmp_path):
+    models.joined().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    options = {"dtype": torch.bfloat16, "quantization_config": config()}
+    loaded = transformers.NomicBertModel.from_pretrained(tmp_path / "base", **options)
+    replaced = transformers.NomicBertModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    qn.nn.quantize_model(replaced, progress=False)
+    for name, model in {"loaded": loaded, "replaced": replaced}.items():
+        model.save_pretrained(tmp_path / name)
+        again = transformers.NomicBertModel.from_pretrained(tmp_path / name, **options)
+        models.assert_same_bits(again.state_dict(), loaded.state_dict())
+
+
 @pytest.mark.parametrize(
     ("family", "format", "blocksize"),
     [*((family, "fp4", 128) for family in FAMILIES), ("llama", "mxfp4", None), ("llama", "nvfp4", None)],

@@ -24,6 +24,12 @@ from ._adapter_files import PREFIX, assign, layers_over, peft_config, read_tenso
 from ._checkpoints import file_inside
 from ._skeleton import Part, Skeleton
 
+# The files of a tokenizer.
+TOKENIZER = (
+    "tokenizer_config.json tokenizer.json tokenizer.model special_tokens_map.json added_tokens.json "
+    "chat_template.jinja vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model"
+).split()
+
 
 class Adapter:
     """An adapter from a folder, over the model that it was trained for.
@@ -37,6 +43,7 @@ class Adapter:
         replaced: {name of a tensor of the model: its new value}, from `modules_to_save`, trained biases and resized
             embeddings.
         names: those of both.
+        tokenizer: the files of the tokenizer that was saved with the adapter, as trainers do. It may have new tokens.
         notes: sentences for a reader of the merged files.
     """
 
@@ -58,6 +65,8 @@ class Adapter:
         for name in sorted(self.model.names() - set(self.replaced)):
             if self.model.shape(name) != base.shape(name):
                 raise bad("adapter", "all tensors that have a row for each token of its vocabulary", f"no {name}")
+        there = (folder / "tokenizer_config.json").is_file()
+        self.tokenizer = [file_inside(folder, name) for name in TOKENIZER if there and (folder / name).is_file()]
         self.notes: list[str] = []
         self._tie(base)
 

@@ -87,6 +87,7 @@ class Skeleton:
         config: the config that transformers makes of config.json.
         dtype: the dtype of the weights in config.json.
         linears: the paths of the layers that are quantized where transformers loads the model (modules_to_quantize).
+        dense: those of the layers like these that the files keep in 16 bits beside others in 4.
         unread: what `check_files` has found in the files that transformers does not read: tensors of other versions or
             of parts that the class lacks, and buffers that it computes.
     """
@@ -107,12 +108,17 @@ class Skeleton:
             layers, names = getattr(config, "num_hidden_layers", 0), sum(map(len, checkpoint.shards.values()))
             if isinstance(layers, int) and layers > names:  # checked before millions of layers are made
                 raise bad("num_hidden_layers", f"no more than the {names} tensors of the files", layers)
+            self.dense: set[str] = set()
             self._make(model_class, config)
         except Exception as error:  # transformers raises errors of many types on bad values
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
         if self.dtype not in FLOAT_DTYPES:
             raise bad(f"{path}: dtype", "float32, bfloat16 or float16", dtype_name(self.dtype))
+        files = self.file_names(checkpoint)
+        if any(map(checkpoint.quantized, files.values())):
+            self.dense = {path for path in self.linears if not checkpoint.quantized(files.get(f"{path}.weight", ""))}
+            self.linears -= self.dense
         self.unread: list[str] = []
 
     def _make(self, model_class: type[nn.Module], config: Any) -> None:
@@ -120,7 +126,7 @@ class Skeleton:
             self._model = model_class(config)
         self.config = config
         self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        self.linears = set(modules_to_quantize(self._model))
+        self.linears = set(modules_to_quantize(self._model)) - self.dense
         self._state = self._model.state_dict()
         conversions = get_model_conversion_mapping(self._model)
         self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]

@@ -44,6 +44,9 @@ ROPE_PARAMETERS = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
+# What other parameters of RoPE may say, which is what llama.cpp takes. `attention_factor`, and the two of `mscale`, are
+# not among them: without them both libraries scale YaRN's attention by 1 + ln(factor) / 10.
+NEUTRAL_ROPE = {"partial_rotary_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 MERGE = "merge it, and export the model"
 
 # ---- a model ---------------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
     values = {name: _real(name, rope.pop(name, None)) for name in ("rope_theta", *ROPE_PARAMETERS[kind])}
     rope.pop("type", None)  # an older name of rope_type
     for name, value in rope.items():
-        if value not in (None, 1.0):  # 1 has no effect: partial_rotary_factor
+        if value is not None and value != NEUTRAL_ROPE.get(name):
             raise bad("config.json: rope_parameters", f"what GGUF has for {kind}", f"{name}={value}")
     writer.add_rope_freq_base(values["rope_theta"])
     if kind in ("linear", "yarn"):

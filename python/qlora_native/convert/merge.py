@@ -46,6 +46,9 @@ from ._staging import new_folder
 
 __all__ = ["TARGETS", "Report", "convert"]
 
+# Rounding that moves the weights this many times as far as the adapter did is worth a warning.
+MUCH = 0.5
+
 # The values of --to: {name: dtype, or a format of quantize()}.
 TARGETS: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
@@ -130,6 +133,8 @@ def convert(
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
+        for path in loaded.tokenizer if loaded is not None else ():
+            shutil.copy2(path, folder / path.name)
         config = (model if loaded is None else loaded.model).json
         config.pop("quantization_config", None)
         if conversion.format is not None:
@@ -140,7 +145,7 @@ def convert(
     conversion.note_dtypes()
     if conversion.calibrated is not None:
         conversion.calibrated.remove()
-    elif loaded is not None and to in ("nf4", "fp4", "int4") and (lost := conversion.report.error_of_delta) is not None:
+    elif loaded is not None and to in ("nf4", "fp4", "int4") and (lost := conversion.report.error_of_delta or 0) > MUCH:
         conversion.report.notes.append(
             f"rounding to 4 bits moved the weights {lost:.1f} times as far as the adapter did, so much of what it had "
             "learned may be lost: --calibrate FILE keeps it, and so does --to bf16 (docs/quality.md)"
@@ -254,10 +259,11 @@ class _Conversion:
         dense = [*model.other_linears(), *sorted(self.kept)]
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            bnb_4bit_compute_dtype=self.model.dtype,
             bnb_4bit_quant_type=self.format,
             bnb_4bit_use_double_quant=self.double_quant,
             blocksize=self.blocksize,
-            llm_int8_skip_modules=names_to_skip(dense, model.linears - self.kept) if self.kept else None,
+            llm_int8_skip_modules=names_to_skip(dense, model.linears - self.kept) if self.kept or model.dense else None,
         ).to_dict()
 
     def check(self, there: set[str]) -> None:
@@ -268,11 +274,26 @@ class _Conversion:
         """
         if self.adapter is not None:
             self._check_adapter(self.adapter, there)
+        if self.format is not None:
+            direct = {self.model.name_of(name) for names in self.checkpoint.shards.values() for name in names}
+            weights = {f"{path}.weight" for path in self.model.linears}
+            if joined := sorted((weights & there) - direct):
+                raise bad(
+                    "to",
+                    f"bf16, fp16 or fp32 for a {self.model.architecture}, whose files have {joined[0]} within another "
+                    "tensor (transformers loads these in 4 bits by its quantization_config)",
+                    self.target,
+                )
         for path in sorted(self.model.linears) if self.packed else ():
             if type(self.model.module(path)) is not nn.Linear:  # the format names its layers by this class
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
             compressed_tensors.check_layer(path, self.model.shape(f"{path}.weight")[1], self.blocksize)
-        if self.format is not None and (stacks := self.model.stacks()):
+        stacks = self.model.stacks()
+        if self.packed and stacks:
+            raise bad(
+                "to", f"nf4, fp4 or 16 bits for a {self.model.architecture}, whose experts are stacked", self.target
+            )
+        if self.format is not None and stacks:
             self.report.notes.append(
                 f"{len(stacks)} tensors of experts, {sum(stacks.values()):,} elements, stay in 16 bits: they are "
                 "quantized where transformers loads the checkpoint in 16 bits"
@@ -287,8 +308,12 @@ class _Conversion:
             ValueError: the files have no tensor that it could be merged into.
         """
         files = [name for names in self.checkpoint.shards.values() for name in names]
-        adapter.check_parts([(name, part) for name in files if (part := self.model.part_of(name)) is not None])
+        parts = [(name, part) for name in files if (part := self.model.part_of(name)) is not None]
+        adapter.check_parts(parts)
         direct = {self.model.name_of(name) for name in files}
+        if joined := sorted((there & set(adapter.names)) - direct - {part.own for _, part in parts}):
+            expected = "changes to tensors that the files have as such (PEFT's merge_and_unload merges these)"
+            raise bad("adapter", expected, f"{joined[0]}, which they have within another")
         needed = adapter.model.needed(there)
         for name in sorted({*adapter.names, *needed} - there):
             source = next((other for other in sorted(self.model.tied(name)) if other in direct), None)

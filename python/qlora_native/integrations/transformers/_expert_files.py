@@ -22,6 +22,7 @@ from ..._core.blocks import ceil_div
 from ..._core.errors import bad, named
 from ..._core.quantize import double_quantized
 from ..._core.weight import QuantizedWeight
+from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import note_reason
 from ..._layers.experts import Experts4bit
 from ._experts import find_experts
@@ -279,13 +280,22 @@ class _ReadEntries(ConversionOps):
 
 
 def saved_conversions(model: nn.Module) -> list[Any]:
-    """The conversions that transformers undoes when it saves `model`, without those of quantized experts.
+    """The conversions that transformers undoes when it saves `model`, without those that make quantized weights.
 
+    These join or split tensors, which codes and scales do not bear: files of a quantized layer have the model's names.
     Tensors of the same layers in 16 bits are then written as the model has them, which transformers reads too.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
-    paths = frozenset(experts_by_path(model))
-    return [c for c in conversions if not isinstance(c, _ExpertsConverter) and not _is_of_experts(c, paths)]
+    paths = [path for path, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    return [c for c in conversions if not isinstance(c, _ExpertsConverter) and not _makes_one_of(c, paths)]
+
+
+def _makes_one_of(conversion: Any, paths: list[str]) -> bool:
+    """Whether a conversion makes a tensor of one of the layers at `paths`."""
+    if not isinstance(conversion, WeightConverter):
+        return False
+    targets = [target.strip("^$.").removesuffix(".weight") for target in conversion.target_patterns]
+    return any(f".{path}".endswith(f".{target}") for path in paths for target in targets)

@@ -317,8 +317,7 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
     model.config.quantization_config = quantizer.quantization_config
     if isinstance(quantizer.quantization_config, BitsAndBytesConfig):
         quantizer.quantization_config.note_layers(model)
-    if experts_by_path(model):
-        model._weight_conversions = saved_conversions(model)
+    model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this
     # attribute: it turns checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import
     # bitsandbytes.)
