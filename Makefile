@@ -127,7 +127,7 @@ sanitize: $(stamp)-finetune $(stamp)-test
 # Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings
 # are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
-python_fuzz_targets := entries layer optimizer config folder export dtypes json files functions ops
+python_fuzz_targets := entries layer optimizer config folder export dtypes json files gguf functions ops
 comma := ,
 fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \

@@ -20,6 +20,7 @@ import processes
 from pairs import Example
 
 FREE = ("output", "save_steps", "resume", "device")  # the options that may change when a run goes on
+CHECKPOINT = "checkpoint.pt"
 
 
 @contextmanager
@@ -36,19 +37,25 @@ def replaced(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def refuse_unfinished(args: argparse.Namespace) -> None:
+    """Stop if `args.output` has a run that did not end, and this one would not go on with it."""
+    path = args.output / CHECKPOINT
+    if path.exists() and not args.resume:
+        raise SystemExit(f"--output: {path} is of an unfinished run: add --resume, or remove it")
+
+
 class Checkpoints:
     """Saves a run: `adapter/` for PEFT, and `checkpoint.pt`, from which it goes on as if it had never stopped."""
 
     def __init__(self, args: argparse.Namespace, examples: list[Example]) -> None:
         """Find the checkpoint in `args.output`, if there is one: of the same options and data, and with --resume."""
-        self.adapter, self.path = args.output / "adapter", args.output / "checkpoint.pt"
+        self.adapter, self.path = args.output / "adapter", args.output / CHECKPOINT
         self.run = {name: str(value) for name, value in sorted(vars(args).items()) if name not in FREE}
         self.run |= {"data": str(zlib.crc32(repr(examples).encode())), "processes": str(processes.count())}
         self.saved: dict[str, Any] = {}
         if not self.path.exists():
             return
-        if not args.resume:
-            raise SystemExit(f"--output: {self.path} is of an unfinished run: add --resume, or remove it")
+        refuse_unfinished(args)
         self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, value in self.run.items():
             if (was := self.saved["run"].get(name)) != value:

@@ -32,6 +32,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 import processes
 import qlora_native as qn
-from checkpoints import Checkpoints, replaced
+from checkpoints import Checkpoints, refuse_unfinished, replaced
 from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.transformers import BitsAndBytesConfig, KeepQuantized
 
 IGNORED = -100  # the label of a token that has no loss, in transformers
 CALIBRATION_TOKENS = 16  # for each input of the widest layer; docs/quality.md says what fewer cost
+MADE_OF = "made_of.json"  # what a calibrated base was made of, in its folder
 CALIBRATION_BATCH = 16  # pairs that are run together
 LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
@@ -169,12 +171,20 @@ def calibration_batches(
 def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Path:
     """Quantize the model for texts such as the pairs, save it in --output, and return its folder.
 
-    The adapter belongs to this base: other codes and scales are other weights. A run that goes on finds it there.
+    The adapter belongs to this base: other codes and scales are other weights. A run that goes on finds it there, and
+    stops if it was made of another model, or for other texts.
     """
     folder = args.output / "base"
+    made_of = {name: str(getattr(args, name)) for name in ("model", "format", "no_double_quant", "seq_len", "seed")}
+    made_of["pairs"] = str(zlib.crc32(repr(pairs).encode()))
     if processes.count() > 1:
         raise SystemExit(f"--calibrate: run one process with it, and then several with --model {folder}")
-    if not (args.resume and folder.is_dir()):
+    if args.resume and (folder / MADE_OF).is_file():
+        for name, was in json.loads((folder / MADE_OF).read_text(encoding="utf-8")).items():
+            if was != made_of[name]:
+                raise SystemExit(f"--resume: expected {name} {was}, with which {folder} was made, got {made_of[name]}")
+    else:
+        refuse_unfinished(args)
         tokenizer, model, stored = load(args)
         if stored:
             raise SystemExit("--calibrate: expected a model in 16 bits, got one that is quantized already")
@@ -185,6 +195,7 @@ def save_calibrated(args: argparse.Namespace, pairs: list[dict[str, str]]) -> Pa
         with replaced(folder) as new:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            (new / MADE_OF).write_text(json.dumps(made_of), encoding="utf-8")
     return folder
 
 

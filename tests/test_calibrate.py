@@ -17,7 +17,7 @@ import qlora_native as qn  # noqa: E402
 from qlora_native._calibrate.batches import checked_batches  # noqa: E402
 from qlora_native._calibrate.feedback import Options, calibrated, factored  # noqa: E402
 from qlora_native._calibrate.layers import Layers  # noqa: E402
-from qlora_native._calibrate.observe import Inputs  # noqa: E402
+from qlora_native._calibrate.observe import Inputs, count_within, rows_within  # noqa: E402
 from qlora_native._core.quantize import decoded_scales  # noqa: E402
 from qlora_native.convert._compressed_tensors import with_rounded_scales  # noqa: E402
 
@@ -192,6 +192,14 @@ def test_rows_within_the_mask_alone_count():
         if isinstance(ours, qn.nn.Linear4bit)
     ]
     assert max(errors) < 0.05  # fp32 sums in another order flip few codes
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 8, 2, 3)], ids=str)
+def test_inputs_that_are_no_rows_of_tokens_count_whole(shape):
+    x, mask = torch.randn(shape), torch.ones(4, 8, dtype=torch.bool)
+    mask[:, 6:] = False
+    assert torch.equal(rows_within(mask, x), x.reshape(-1, shape[-1]))
+    assert count_within(mask, x) == x.numel() // shape[-1]
 
 
 def test_tied_weights_stay_tied():

@@ -62,6 +62,11 @@ def test_weights_take_no_more_than_the_budget_and_use_it():
     assert "bits an element: " in str(report)
 
 
+def test_codebook_of_the_users_own_stands_beside_8_bits():
+    report = qn.calibrate(small(), batches(), codebook=torch.linspace(-1, 1, 16), bits=6, progress=False)
+    assert {each.format for each in report.weights} >= {"codebook", "int8"}
+
+
 def test_all_weights_stay_as_they_are_with_16_bits():
     model, report = calibrated(16)
     assert report.bits == 16 and {each.format for each in report.weights} == {"bfloat16"}

@@ -97,6 +97,11 @@ def test_calibrated_base_is_saved_and_a_run_goes_on_over_it(folder):
     again = run(folder, *options, "--resume")
     assert again.returncode == 0, again.stderr
     assert "calibrated 14 of" not in again.stdout
+    other = run(folder, *options, "--resume", "--seed", "7", fails=True)
+    assert f"--resume: expected seed 0, with which {output / 'base'} was made, got 7" in other.stderr
+    (output / "checkpoint.pt").touch()
+    unfinished = run(folder, *options, "--seed", "7", fails=True)
+    assert "checkpoint.pt is of an unfinished run: add --resume, or remove it" in unfinished.stderr
     assert (output / "base/model.safetensors").read_bytes() == weights
     later = run(
         folder, "--data", folder / "data.jsonl", "--steps", "1", "--output", folder / "later", model=output / "base"

@@ -167,7 +167,7 @@ class BudgetAllocator:
         """
         _check(budget.bits, options.format)
         self.sensitivity: dict[str, tuple[float, ...]] = {}
-        self._options = [options, *([replace(options, format="int8")] if budget.eight else [])]
+        self._options = [options, *([replace(options, format="int8", codebook=None)] if budget.eight else [])]
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, tuple[str, ...]] = {}
         for path, layer in layers.items():

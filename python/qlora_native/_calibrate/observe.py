@@ -107,7 +107,9 @@ def rows_within(mask: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _fits(mask: Tensor | None, x: Tensor) -> bool:
-    return mask is not None and (x.shape[:2] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()))
+    if mask is None or x.dim() not in (2, 3):
+        return False
+    return x.shape[:-1] == mask.shape if x.dim() == 3 else len(x) == mask.numel()
 
 
 def check_finite_gram(gram: Tensor | None, name: str) -> None:

@@ -46,9 +46,6 @@ from ._staging import new_folder
 
 __all__ = ["TARGETS", "Report", "convert"]
 
-# Rounding that moves the weights this many times as far as the adapter did is worth a warning.
-MUCH = 0.5
-
 # The values of --to: {name: dtype, or a format of quantize()}.
 TARGETS: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
@@ -145,10 +142,10 @@ def convert(
     conversion.note_dtypes()
     if conversion.calibrated is not None:
         conversion.calibrated.remove()
-    elif loaded is not None and to in ("nf4", "fp4", "int4") and (lost := conversion.report.error_of_delta or 0) > MUCH:
+    elif loaded is not None and to in ("nf4", "fp4", "int4") and (lost := conversion.report.error_of_delta) is not None:
         conversion.report.notes.append(
-            f"rounding to 4 bits moved the weights {lost:.1f} times as far as the adapter did, so much of what it had "
-            "learned may be lost: --calibrate FILE keeps it, and so does --to bf16 (docs/quality.md)"
+            f"rounding to 4 bits moved the weights {lost:.1f} times as far as the adapter did: --calibrate FILE keeps "
+            "more of what it had learned, and --to bf16 all of it (docs/quality.md)"
         )
     return conversion.report
 
