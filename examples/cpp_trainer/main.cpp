@@ -159,7 +159,7 @@ void train(const std::string& folder, const std::string& data, const std::filesy
 
 int main(int count, char** arguments) try {
   if (count < 4) throw std::invalid_argument("expected MODEL TOKENS OUT [--steps 200] ...; main.cpp has all options");
-  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a log file gets each line at once
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);   // a log file gets each line at once
   const std::filesystem::path out = arguments[3];  // without a name where it ends in a slash
   train(arguments[1], arguments[2], out.has_filename() ? out : out.parent_path(), parse(count - 4, arguments + 4));
 } catch (const std::bad_alloc&) {
