@@ -36,6 +36,7 @@ COLUMNS = {
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-zen-4-2-threads-avx2",
     "AMD EPYC (Zen 4)": "amd-epyc-zen-4-2-threads-avx512_bf16",
+    "AMD EPYC (Zen 5)": "amd-epyc-zen-5-2-threads-avx512_bf16",
 }
 
 
