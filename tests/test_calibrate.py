@@ -15,9 +15,10 @@ from torch import nn  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native._calibrate.batches import checked_batches  # noqa: E402
-from qlora_native._calibrate.feedback import Options, calibrated, factored  # noqa: E402
+from qlora_native._calibrate.feedback import Options, _best_neighbours, calibrated, factored  # noqa: E402
 from qlora_native._calibrate.layers import Layers  # noqa: E402
 from qlora_native._calibrate.observe import Inputs, count_within, rows_within  # noqa: E402
+from qlora_native._core.microscaling import MICROSCALED  # noqa: E402
 from qlora_native._core.quantize import decoded_scales  # noqa: E402
 from qlora_native.convert._compressed_tensors import with_rounded_scales  # noqa: E402
 
@@ -107,6 +108,44 @@ def test_codebook_of_the_users_own_is_calibrated():
     options = Options("codebook", 64, True, torch.linspace(-3, 4, 16))
     plain, better = options.round_to_nearest(weight), calibrated(weight, [factored(x.T @ x)], options)
     assert output_error(x, weight, better) < 0.8 * output_error(x, weight, plain)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("columns", [64, 72])
+def test_neighbours_of_a_stored_scale_have_no_smaller_error(format, columns):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(40, columns, generator=generator) * torch.randn(40, 1, generator=generator).exp()
+    importance = torch.rand(columns, generator=generator)
+    q = qn.quantize(weight, format)
+    padding = (0, -weight.numel() % q.blocksize)
+    w, cost = (
+        nn.functional.pad(each.reshape(-1).double(), padding).view(-1, q.blocksize)
+        for each in (weight, importance.expand(40, columns))
+    )
+
+    def error(stored):
+        scales = q.nested_code.double()[stored.int()][:, None]
+        nearest = (w[..., None] - scales[..., None] * q.code.double()).square().min(-1).values
+        return (cost * nearest).sum(-1)
+
+    chosen = _best_neighbours(q, q.absmax, weight, importance)
+    others = torch.stack([error((q.absmax.int() + step).clamp(0, len(MICROSCALED[format]) - 1)) for step in (-1, 0, 1)])
+    torch.testing.assert_close(error(chosen), others.min(0).values, rtol=1e-5, atol=0)
+    assert not torch.equal(chosen, q.absmax)
+
+
+def test_layers_that_a_text_reaches_are_run_one_after_another_beside_those_of_images():
+    sizes = {"num_hidden_layers": 6, "num_attention_heads": 2}
+    images = transformers.CLIPVisionConfig(hidden_size=64, intermediate_size=192, image_size=28, patch_size=14, **sizes)
+    text = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, pad_token_id=0, **sizes | {"num_hidden_layers": 3}
+    )
+    config = transformers.LlavaConfig(vision_config=images, text_config=text, image_token_id=127)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        layers = Layers(model, checked_batches(model, [torch.randint(1, 120, (2, 16))]), linears)
+    assert layers.modules == list(model.model.language_model.layers)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "falcon"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,13 @@ def test_layer_that_the_files_have_within_another_tensor_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"adapter: .*got layers.0.self_attn.q_proj.weight, which they have within"):
         convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_is_not_copied_is_named(bases, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    (tmp_path / "base/additional_chat_templates").mkdir()
+    report = convert(tmp_path / "base", tmp_path / "out", to="fp16", progress=False)
+    assert "folders of the base are not copied: additional_chat_templates" in report.notes
 
 
 def test_layer_that_a_base_in_4_bits_keeps_in_16_stays_so(bases, tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._core.blocks import chosen_blocksize
 from .._core.calibrate import quantize_with_feedback, weighted_scales
@@ -26,6 +26,8 @@ MAX_DAMPING = 1.0  # from here on H says little that its diagonal does not
 RATIOS = (0.5, 1.15, 40)  # of the scales that are tried, relative to absmax: the first, the last, how many
 SOLVED = 256  # columns of a triangular matrix that is small enough to be inverted by solving; larger ones take products
 MEASURED_ROWS = 32  # of W, in the report's error
+NEIGHBOURS = (0, -1, 1)  # of a stored scale of 8 bits: those that are tried, of which the first of equals wins
+TRIED_ELEMENTS = 1 << 22  # of W, whose neighbours are tried at once
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,53 @@ def calibrated(weight: Tensor, inputs: Sequence[Factored | None], options: Optio
             )
     codes = q.codes.view(len(inputs), -1).clone()
     q = options.with_scales(q, scales.view(-1))
+    if q.format in MICROSCALED:
+        stored = q.absmax.view(len(inputs), -1).clone()
+        for e, found in enumerate(inputs):
+            if found is not None:
+                stored[e] = _best_neighbours(q, stored[e], experts[e], found.importance)
+        q = replace(q, absmax=stored.view(-1))
     scales = decoded_scales(q).view(len(inputs), -1)
     for e, found in enumerate(inputs):
         if found is not None:
             rows = experts[e].float().contiguous()
             codes[e] = quantize_with_feedback(rows, found.order, found.factor, scales[e], q.code, blocksize=q.blocksize)
     return replace(q, codes=codes.view(q.codes.shape))
+
+
+def _best_neighbours(q: QuantizedWeight, stored: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
+    """Of each stored scale and the two next to it, the one whose rounding has the least weighted error.
+
+    The levels of such scales lie far apart, so that the nearest one may be worse than the next.
+
+    Args:
+        q: has the codebook, the levels of scales, and the blocksize.
+        stored: uint8 [blocks], indices of levels.
+        weight: W [N, K], of these blocks.
+        importance: fp32 [K].
+    """
+    levels, code = q.nested_code[: len(MICROSCALED[q.format])], q.code.sort().values
+    middles = (code[1:] + code[:-1]) / 2
+    best = stored.clone()
+    count = TRIED_ELEMENTS // q.blocksize
+    flat = weight.reshape(-1)
+    for start in range(0, len(stored), count):
+        elements = torch.arange(start * q.blocksize, min((start + count) * q.blocksize, len(flat)), device=flat.device)
+        padding = (0, -len(elements) % q.blocksize)
+        w, cost = (
+            nn.functional.pad(each, padding).view(-1, q.blocksize)
+            for each in (flat[elements].float(), importance[elements % len(importance)])
+        )
+        least = torch.full((len(w),), torch.inf, device=w.device)
+        for step in NEIGHBOURS:
+            index = (stored[start : start + count].int() + step).clamp(0, len(levels) - 1)
+            scale = levels[index][:, None]
+            rounded = code[torch.bucketize(w / scale, middles)] * scale
+            error = (cost * (w - rounded).square()).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            best[start : start + count] = torch.where(better, index.to(torch.uint8), best[start : start + count])
+    return best
 
 
 def _nearest_by_ratio(scales: Tensor, levels: Tensor) -> Tensor:

@@ -40,8 +40,9 @@ class Layers:
         Args:
             model: the model.
             batches: the keyword arguments of its calls.
-            wanted: the modules whose inputs will be observed; the list that holds most of them is taken.
-            prepare: is called with the layers before any of them is run.
+            wanted: the modules whose inputs will be observed. The list is taken that holds most of their elements, or,
+                if its layers are not called one after another, as those of images are not for a text, the next.
+            prepare: is called with the layers before any of them is run. No other list is tried then.
         """
         self._model, self._batches = model, batches
         self._next = 0
@@ -57,14 +58,21 @@ class Layers:
 
     def _find(self, wanted: set[int], prepare: Callable[[list[nn.Module]], None] | None) -> list[nn.Module]:
         def held(layers: nn.ModuleList) -> int:
-            return sum(id(module) in wanted for module in layers.modules())
+            modules = (module for module in layers.modules() if id(module) in wanted)
+            return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
-        lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
-        found = list(max(lists, key=held, default=()))  # of nested lists, the outermost
-        if not found or not held(nn.ModuleList(found)):
-            return []
-        if prepare is not None:
-            prepare(found)
+        lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList) and held(module)]
+        lists.sort(key=held, reverse=True)
+        inner = {module for layers in lists for module in layers.modules() if module is not layers}
+        outermost = [list(layers) for layers in lists if layers not in inner]
+        if prepare is not None and outermost:
+            prepare(outermost[0])
+            del outermost[1:]
+        return next((found for found in outermost if self._are_called_in_order(found)), [])
+
+    def _are_called_in_order(self, found: list[nn.Module]) -> bool:
+        """Whether a pass of the model calls each of the layers once, with the output of the one before."""
+        self._mappings = None
         called: list[nn.Module] = []
         inputs: list[tuple[Any, int]] = []
         outputs: list[Any] = []
@@ -89,7 +97,7 @@ class Layers:
                 stack.enter_context(layer.register_forward_pre_hook(begin, with_kwargs=True))
                 stack.enter_context(layer.register_forward_hook(end))
             self._model(**self._batches[0])
-        return found if called == found else []
+        return called == found
 
     @property
     def inputs(self) -> list[Tensor] | None:

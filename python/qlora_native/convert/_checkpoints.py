@@ -212,6 +212,11 @@ def other_files(folder: Path) -> list[Path]:
     return [file_inside(folder, name) for name in names if name != "config.json"]
 
 
+def other_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, such as further chat templates, but not hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) -> int:
     """Write each (file name, {name: tensor}), one after another, and then the index if there are several files.
 

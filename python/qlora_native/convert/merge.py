@@ -39,7 +39,7 @@ from ..integrations.transformers._quantizer import BitsAndBytesConfig
 from . import _compressed_tensors as compressed_tensors
 from ._adapters import Adapter
 from ._calibration import CalibratedWeights, digest, read_texts
-from ._checkpoints import Checkpoint, other_files, rounded, write_shards
+from ._checkpoints import Checkpoint, other_files, other_folders, rounded, write_shards
 from ._report import Report
 from ._skeleton import Skeleton, assembled
 from ._staging import new_folder
@@ -297,6 +297,8 @@ class _Conversion:
             )
         self.report.notes += self.model.note_of_unread("copied as they are")
         self.others = other_files(self.checkpoint.folder)
+        if folders := other_folders(self.checkpoint.folder):
+            self.report.notes.append(f"folders of the base are not copied: {', '.join(folders)}")
 
     def _check_adapter(self, adapter: Adapter, there: set[str]) -> None:
         """Find where each tensor that the adapter changes is written.
