@@ -207,8 +207,8 @@ struct SmallBlocks {
 constexpr SmallBlocks kSmallBlocks[] = {{"nf4", 32}, {"mxfp4", 32}, {"nvfp4", 16}};
 
 // Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
-// the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, 32 chunks of K, and more rows
-// of X than one strip packs.
+// the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, 32 chunks of K, more rows of X
+// than one strip packs, and 7 to 24 rows of an inner dimension that small_m takes in pieces.
 using Sizes = std::initializer_list<std::array<std::int64_t, 3>>;
 
 std::vector<Case> cases() {
@@ -228,10 +228,11 @@ std::vector<Case> cases() {
     for (const auto& [M, N, K] : Sizes{{2, 64, 1024},
                                        {4, 66, 1025},
                                        {6, 131, 2176},
+                                       {7, 37, 2368},
                                        {8, 70, 1088},
                                        {12, 192, 2112},
                                        {17, 70, 1088},
-                                       {24, 34, 1025},
+                                       {24, 34, 1601},
                                        {25, 37, 2176},
                                        {33, 66, 1100},
                                        {129, 136, 128},
@@ -251,18 +252,18 @@ std::vector<Case> cases() {
   for (const char* format : kFormats)
     for (const int blocksize : kBlocksizes)
       for (const bool double_quant : {false, true})
-        for (const auto& [M, N, K] : Sizes{{1, 34, 190}, {9, 37, 333}, {17, 20, 256}, {3, 10, 320}})
+        for (const auto& [M, N, K] : Sizes{{1, 34, 190}, {9, 37, 333}, {17, 20, 1600}, {3, 10, 320}})
           all.push_back({M, N, K, kDTypes[i++ % 3], format, blocksize, double_quant});
   for (const auto& [format, blocksize] : kSmallBlocks)
     for (const DType dtype : {DType::f32, DType::bf16})
       for (const std::int64_t M : {1, 3, 8, 9, 48, 300})
-        for (const auto& [N, K] : {Shape{70, 320}, Shape{19, 1088}, Shape{37, 333}, Shape{20, 200}}) {
+        for (const auto& [N, K] : {Shape{70, 320}, Shape{19, 1600}, Shape{37, 333}, Shape{20, 200}}) {
           all.push_back({M, N, K, dtype, format, blocksize});
           all.back().rank = M % 2 * 4;
         }
   for (const Format& format : kFileFormats)
     for (const auto& [M, N, K] :
-         Sizes{{1, 70, 320}, {3, 37, 333}, {5, 19, 1088}, {8, 20, 200}, {9, 70, 320}, {48, 19, 512}})
+         Sizes{{1, 70, 320}, {3, 37, 333}, {5, 19, 1088}, {8, 20, 200}, {9, 70, 1600}, {48, 19, 512}})
       for (const DType dtype : kDTypes) {
         all.push_back({M, N, K, dtype, format.name, format.file_blocksize});
         all.back().rank = M % 2 * 4;

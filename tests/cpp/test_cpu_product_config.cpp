@@ -38,9 +38,9 @@ TEST(vectors_multiply_more_than_eight_rows) {
     }
 }
 
-TEST(small_m_multiplies_up_to_24_rows_where_loads_are_slow) {
+TEST(small_m_multiplies_up_to_24_rows_where_pieces_are_faster) {
   ProductShape p = shape_of(Product::forward, qn::DType::bf16, 0);
-  p.loads_are_slow = true;
+  p.pieces_are_faster = true;
   EXPECT(first_rows(ProductKernel::small_m, p) == 1 && first_rows(ProductKernel::vectors, p) == 25);
   p.product = Product::backward_input;
   EXPECT(first_rows(ProductKernel::vectors, p) == 1 && first_rows(ProductKernel::small_m, p) == 0);

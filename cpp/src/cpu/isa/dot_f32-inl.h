@@ -122,6 +122,8 @@ struct DotF32 {
   static constexpr int kStepVectors = kVectors;
   // Rows of W that are multiplied together, by up to 4 rows of x and by more of them, as registers allow.
   static constexpr int kStepRows = kVectors <= 4 ? 4 : 2, kStepRowsOfMany = kVectors <= 4 ? 3 : 2;
+  // Rows of x that are one piece although the first-level cache does not hold them.
+  static constexpr int kMaxDirectRows = 8;
   static constexpr bool kFewRows = false;  // whether products of more than two rows of x have another Dot
   struct Step {
     Chunk chunk;

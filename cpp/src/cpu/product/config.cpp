@@ -22,28 +22,31 @@ namespace {
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
 //   tiles                            1 (Y)       1 (dX)    3       -
 //
-// Where loads are slow, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon (Ice Lake),
-// with a 4096 x 4096 weight, small_m took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86 for 16 and 0.84 for 24.
-// For 32 it took as long.
+// Where pieces of four rows are faster, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon
+// (Ice Lake), with a 4096 x 4096 weight, small_m took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86 for 16 and
+// 0.84 for 24. For 32 it took as long. On one and two cores of an AMD EPYC (Zen 5) it took 0.62 to 0.83 of their time
+// for 9 rows, 0.82 to 1.11 for 16 and 0.94 to 1.08 for 24; with a 1536 x 1536 weight 0.53 to 0.89, and with 4096 x 1024
+// 0.9 to 1.2. No Zen 4 has timed it: there vectors take 1.86 ms for 16 rows of 4096 x 4096, whose multiply-adds alone
+// take 1.4.
 //
-// "Loads are slow" is bf16 with AVX-512 without BF16. "The dense tiles" is fp16 on a processor with AMX-FP16,
-// whose tiles only the application's product uses here. "The dense is faster" is fp32 with AVX-512 without BF16
-// (dense_gemm_is_faster). Neither the weight's shape nor the number of threads decides: every kernel costs in
-// proportion to N * K, and results must be the same for any number of threads.
+// "Pieces are faster" is bf16 with AVX-512, and with BF16 an inner dimension of 1536 or more. "The dense tiles" is fp16
+// on a processor with AMX-FP16, whose tiles only the application's product uses here. "The dense is faster" is fp32
+// with AVX-512 without BF16 (dense_gemm_is_faster). The number of threads does not decide: results must be the same for
+// any.
 struct MinRows {
   std::int64_t vectors, tiles, panels;
 };
 constexpr std::int64_t kNever = INT64_MAX;
 // For each row vectors cost as much as a dense product, and W is decoded once, as it is before a dense product.
-constexpr MinRows kWithVectors{kMaxPieceRows + 1, kNever, kNever};
+constexpr MinRows kWithVectors{9, kNever, kNever};
 // On the processors that have both, tiles multiply 14 times as fast as fp32 vectors (3500 against 243 GFLOP/s a core).
 // So decoding W to memory and multiplying 16 rows by it costs little more than the decoding, which takes 3 ms for 4096
 // x 4096 there. In 3 ms vectors multiply 33 rows.
-constexpr MinRows kWithDenseTiles{kMaxPieceRows + 1, kNever, 33};
+constexpr MinRows kWithDenseTiles{9, kNever, 33};
 // The dense product packs X anew for each panel. On an AMD EPYC (Zen 4) panels of 512 columns took 0.99 to 1.06 times
 // as long as torch's product of 1024 or 2048 rows with all of W, and panels of 128 columns 1.26 times. An inner
 // dimension of 4096 leaves 512 columns in fp32.
-constexpr MinRows kWithFasterDense{kMaxPieceRows + 1, kNever, 1024};
+constexpr MinRows kWithFasterDense{9, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
 // which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward
@@ -100,13 +103,14 @@ bool dense_gemm_is_faster(DType dtype) {
   return in_use && dtype == DType::f32;
 }
 
-// Whether a vector is loaded for each multiply-add of a narrow register tile, while two of these begin in a cycle: on
-// an Intel Xeon (Ice Lake) 1.1 loads of 512 bits begin in a cycle, those that broadcast an element too. Up to 16 rows
-// of x are one vector, so that each element of W is loaded for a single multiply-add. A result in bf16 hides another
-// order of sums.
-bool loads_are_slow(DType dtype) {
-  static const bool in_use = cpu_isa() == "avx512";
-  return in_use && dtype == DType::bf16;
+// Whether small_m, whose multiply-add takes half a load, is faster than vectors for 9 to 24 rows. For these up to 16
+// rows of x are one vector, however few they are, and each element of W is loaded for a single multiply-add: on an
+// Intel Xeon (Ice Lake) two multiply-adds of 512 bits begin in a cycle but 1.1 loads, those that broadcast an element
+// too. Each result of small_m ends with a sum over lanes, which a small inner dimension does not hide. A result in
+// bf16 hides another order of sums.
+bool pieces_are_faster(DType dtype, std::int64_t inner) {
+  static const std::int64_t min_inner = cpu_isa() == "avx512" ? 1 : cpu_isa() == "avx512_bf16" ? 1536 : kNever;
+  return dtype == DType::bf16 && inner >= min_inner;
 }
 
 ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
@@ -125,7 +129,7 @@ ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& 
           .has_dense_gemm = hooks().dense_gemm != nullptr,
           .dense_gemm_has_tiles = dense_gemm_has_tiles(dtype),
           .dense_gemm_is_faster = dense_gemm_is_faster(dtype),
-          .loads_are_slow = loads_are_slow(dtype)};
+          .pieces_are_faster = pieces_are_faster(dtype, weight.K)};
 }
 
 }  // namespace
@@ -142,7 +146,7 @@ ProductKernel choose_product(const ProductShape& shape, std::optional<ProductKer
                 : shape.dense_gemm_has_tiles ? kWithDenseTiles
                 : faster                     ? kWithFasterDense
                                              : kWithVectors;
-  if (shape.loads_are_slow) min.vectors = kMaxSmallM + 1;
+  if (shape.pieces_are_faster) min.vectors = kMaxSmallM + 1;
   if (shape.M >= min.panels && supports_panels(shape)) return ProductKernel::panels;
   if (shape.M >= min.tiles && supports_tiles(shape)) return ProductKernel::tiles;
   if (shape.M < min.vectors && supports_small_m(shape)) return ProductKernel::small_m;

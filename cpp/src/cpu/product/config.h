@@ -13,7 +13,7 @@
 namespace qlora_native::cpu {
 
 enum class ProductKernel {
-  small_m,  // product_small_m-inl.h: lanes along K; up to 8 rows decode each weight where they use it
+  small_m,  // product_small_m-inl.h: lanes along K; a few rows decode each weight where they use it
   vectors,  // product_nt-inl.h and product_nn-inl.h, by panels of decoded W; dX in fp32 without them, by stage_nn-inl.h
   tiles,   // the same two by tile products (tiles-inl.h); few rows without panels, by strip_nt-inl.h and strip_nn-inl.h
   panels,  // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
@@ -31,13 +31,12 @@ struct ProductShape {
   bool has_dense_gemm = false;        // the application has a dense product
   bool dense_gemm_has_tiles = false;  // and it multiplies this dtype by tiles
   bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
-  bool loads_are_slow = false;        // so that vectors multiply few rows slowly
+  bool pieces_are_faster = false;     // small_m multiplies 9 to 24 rows faster than vectors do
 };
 ProductShape product_shape(const LinearForwardArgs& args, const WeightRows& rows, bool isa_has_tiles);
 ProductShape product_shape(const LinearBackwardInputArgs& args, const WeightRows& rows, bool isa_has_tiles);
 
 constexpr std::int64_t kMaxSmallM = 24;  // rows of x that small_m takes
-constexpr int kMaxPieceRows = 8;         // as many of them as it multiplies while a weight is in registers
 
 // Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;

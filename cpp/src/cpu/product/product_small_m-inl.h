@@ -1,6 +1,6 @@
-// Y = X . W^T for up to kMaxSmallM rows of X, with lanes along K. Up to kMaxPieceRows of them are one piece, and a
-// weight is decoded in registers, where it is used. More rows are several pieces, and W is decoded to memory, once for
-// all of them.
+// Y = X . W^T for up to kMaxSmallM rows of X, with lanes along K. Few of them are one piece, and
+// a weight is decoded in registers, where it is used. More rows are several pieces, and W is decoded to memory, once
+// for all of them.
 #pragma once
 
 #include <bit>
@@ -20,9 +20,16 @@ constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 template <class Dot>
 struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
-  // Rows of each of several pieces. With four rows of W they are 16 accumulators, and a multiply-add takes half a load.
+  // Rows of x that can be one piece.
+  static constexpr int kMaxPieceRows = 8;
+  // Rows of each of several pieces, or fewer where that divides them better. Four rows, with four of W, are 16
+  // accumulators, and a multiply-add takes half a load.
   static constexpr int kRowsOfPiece = 4, kMaxPieces = static_cast<int>(ceil_div(cpu::kMaxSmallM, kRowsOfPiece));
-  static_assert(kMaxPieces * kRowsOfPiece >= cpu::kMaxPieceRows);
+  static_assert(kMaxPieces * kRowsOfPiece >= kMaxPieceRows);
+  // One piece of x is read for every two or four rows of W. On an AMD EPYC (Zen 5) 6 to 8 rows of 4096 elements of
+  // bfloat16, which the first-level cache does not hold, took 1.2 to 2 times as long as two pieces did; 6 to 8 rows of
+  // 1536 took 0.7 to 1.1 times as long. Both give the same bits.
+  static constexpr std::int64_t kPieceElements = (32 << 10) / static_cast<std::int64_t>(size_of(Dot::kActivation));
 
   template <class Rows>
   static std::int64_t steps(const Rows& rows) {
@@ -31,11 +38,11 @@ struct SmallM {
 
   // All vectors are decoded before one is stored: as far as the compiler knows they might lie where the scales do, and
   // the tables of blocks would be computed anew.
-  template <class Step>
+  template <int kVectors = Dot::kStepVectors, class Step>
   [[gnu::always_inline]] static void store_step(const Step& step, float* out) {
     F32 vector[Dot::kStepVectors];
 #pragma GCC unroll 16
-    for (int k = 0; k < Dot::kStepVectors; ++k) vector[k] = step.vector(k);
+    for (int k = 0; k < Dot::kStepVectors; ++k) vector[k] = k < kVectors ? step.vector(k) : zero();
 #pragma GCC unroll 16
     for (int k = 0; k < Dot::kStepVectors; ++k) store(out + k * kLanes, vector[k]);
   }
@@ -276,9 +283,12 @@ struct SmallM {
         store_step(w.step(p, scales + s * Dot::kStepChunks * Rows::kChunkScales),
                    out + ((s - block.begin) * rows + j) * kStepUnits);
       }
+      if constexpr (Dot::kStepChunks > 1)
+        if (whole != block.end)
+          store_step<Dot::kHalfStepVectors>(
+              w.half_step(codes + whole * Rows::kStepBytes, scales + whole * Dot::kStepChunks * Rows::kChunkScales),
+              out + ((whole - block.begin) * rows + j) * kStepUnits);
     }
-    if (whole != block.end)  // half a step
-      decode_ragged<Rows>(source, first, rows, {whole, block.end}, out + (whole - block.begin) * rows * kStepUnits);
   }
   struct DecodedStep {
     const float* units;
@@ -337,15 +347,19 @@ struct SmallM {
       return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
     }
   };
-  // The kernel of so many rows of x, or of a piece of them. Where W is rare, or the Dot seldom multiplies more than two
-  // rows, there are kernels of powers of two, and zeros fill a piece.
+  // Rows of x that are multiplied together, of so many.
+  static int piece_rows(int rows, std::int64_t cols) {
+    const bool direct = rows <= Dot::kMaxDirectRows || (rows <= kMaxPieceRows && rows * cols <= kPieceElements);
+    return direct ? rows : ceil_div(rows, ceil_div(rows, kRowsOfPiece));
+  }
+  // The kernel of a piece of so many rows of x. Where W is rare, or the Dot seldom multiplies more than two rows, there
+  // are kernels of powers of two, and zeros fill a piece.
   template <class Rows>
   static Kernel<Rows> kernel_of(int rows) {
     constexpr bool kPowersOfTwo = Rows::kRare || Dot::kFewRows;
-    if (rows > cpu::kMaxPieceRows) rows = kRowsOfPiece;
-    while (kPowersOfTwo && (rows & (rows - 1)) != 0) ++rows;
+    if (kPowersOfTwo) rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)));
     Kernel<Rows> kernel{};
-    with_constant<cpu::kMaxPieceRows>(rows, [&](auto m) {
+    with_constant<kMaxPieceRows>(rows, [&](auto m) {
       if constexpr (!kPowersOfTwo || std::has_single_bit(unsigned{m})) {
         kernel = {m, kRowsOf<m>, nullptr, decoded_rows<m>};
         if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<m, Rows>;

@@ -107,7 +107,7 @@ struct DotBf16 {
   static constexpr int kStepChunks = 2;
   static constexpr int kStepVectors = 4;
   static constexpr int kHalfStepVectors = 4;  // of a step whose second chunk is zero; the others need not be multiplied
-  static constexpr int kStepRows = 4, kStepRowsOfMany = 2;
+  static constexpr int kStepRows = 4, kStepRowsOfMany = 2, kMaxDirectRows = 5;
   static constexpr bool kFewRows = false;
   struct Step {
     F32 v[kStepVectors];

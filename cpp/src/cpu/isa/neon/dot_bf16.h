@@ -95,7 +95,7 @@ struct DotBf16 {
 
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
-  static constexpr int kStepRows = 2, kStepRowsOfMany = 2;
+  static constexpr int kStepRows = 2, kStepRowsOfMany = 2, kMaxDirectRows = 8;
   static constexpr bool kFewRows = false;
   struct Step {
     Chunk chunk;
