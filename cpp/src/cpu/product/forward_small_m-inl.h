@@ -22,7 +22,8 @@ class ForwardSmallM final : public Job {
                         .begin = adapter.begin,
                         .end = adapter.end,
                         .padded_rank = padded_rank()});
-    kernel_ = Product::template kernel_of<Rows>(Product::piece_rows(static_cast<int>(rows_), args.x.cols));
+    kernel_ =
+        Product::template kernel_of<Rows>(Product::template piece_rows<Rows>(static_cast<int>(rows_), args.x.cols));
     pieces_ = static_cast<int>(ceil_div(rows_, std::int64_t{kernel_.rows_of_x}));
     kernel_of_a_ = Product::template kernel_of<RowsOfA>(kernel_.rows_of_x);
     x_floats_ = pieces_ * Product::steps(w) * kernel_.rows_of_x * Product::kStepUnits;

@@ -1,6 +1,5 @@
-// Y = X . W^T for up to kMaxSmallM rows of X, with lanes along K. Few of them are one piece, and
-// a weight is decoded in registers, where it is used. More rows are several pieces, and W is decoded to memory, once
-// for all of them.
+// Y = X . W^T for up to kMaxSmallM rows of X, with lanes along K. Few of them are one piece, and a weight is decoded in
+// registers, where it is used. More rows are several pieces, and W is decoded to memory, once for all of them.
 #pragma once
 
 #include <bit>
@@ -26,9 +25,9 @@ struct SmallM {
   // accumulators, and a multiply-add takes half a load.
   static constexpr int kRowsOfPiece = 4, kMaxPieces = static_cast<int>(ceil_div(cpu::kMaxSmallM, kRowsOfPiece));
   static_assert(kMaxPieces * kRowsOfPiece >= kMaxPieceRows);
-  // One piece of x is read for every two or four rows of W. On an AMD EPYC (Zen 5) 6 to 8 rows of 4096 elements of
-  // bfloat16, which the first-level cache does not hold, took 1.2 to 2 times as long as two pieces did; 6 to 8 rows of
-  // 1536 took 0.7 to 1.1 times as long. Both give the same bits.
+  // One piece of x is read for each two or four rows of W, so it should fit the first-level cache. On an AMD EPYC (Zen
+  // 5) 6 to 8 rows of 4096 elements of bfloat16, which the first-level cache does not hold, took 1.2 to 2 times as long
+  // as two pieces did; 6 to 8 rows of 1536 took 0.7 to 1.1 times as long. Both give the same bits.
   static constexpr std::int64_t kPieceElements = (32 << 10) / static_cast<std::int64_t>(size_of(Dot::kActivation));
 
   template <class Rows>
@@ -347,20 +346,22 @@ struct SmallM {
       return ceil_div(ceil_div(rows, std::int64_t{rows_of_w}), threads * kTasksPerThread) * rows_of_w;
     }
   };
-  // Rows of x that are multiplied together, of so many.
+  // Where W is rare, or the Dot seldom multiplies more than two rows, there are kernels of powers of two, and zeros
+  // fill a piece.
+  template <class Rows>
+  static constexpr bool kPowersOfTwo = Rows::kRare || Dot::kFewRows;
+  // Rows of each piece of so many rows of x.
+  template <class Rows>
   static int piece_rows(int rows, std::int64_t cols) {
+    if (kPowersOfTwo<Rows>) rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)));
     const bool direct = rows <= Dot::kMaxDirectRows || (rows <= kMaxPieceRows && rows * cols <= kPieceElements);
     return direct ? rows : ceil_div(rows, ceil_div(rows, kRowsOfPiece));
   }
-  // The kernel of a piece of so many rows of x. Where W is rare, or the Dot seldom multiplies more than two rows, there
-  // are kernels of powers of two, and zeros fill a piece.
   template <class Rows>
-  static Kernel<Rows> kernel_of(int rows) {
-    constexpr bool kPowersOfTwo = Rows::kRare || Dot::kFewRows;
-    if (kPowersOfTwo) rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)));
+  static Kernel<Rows> kernel_of(int piece_rows) {
     Kernel<Rows> kernel{};
-    with_constant<kMaxPieceRows>(rows, [&](auto m) {
-      if constexpr (!kPowersOfTwo || std::has_single_bit(unsigned{m})) {
+    with_constant<kMaxPieceRows>(piece_rows, [&](auto m) {
+      if constexpr (!kPowersOfTwo<Rows> || std::has_single_bit(unsigned{m})) {
         kernel = {m, kRowsOf<m>, nullptr, decoded_rows<m>};
         if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<m, Rows>;
       }
