@@ -223,6 +223,15 @@ def test_unusable_text_is_refused_in_one_sentence(folder, tmp_path, text, messag
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
+def test_fewest_tokens_are_whole_sequences(folder, tmp_path):
+    (tmp_path / "text.txt").write_text(words(300))
+    with pytest.raises(ValueError, match=r"expected at least 1024 tokens \(8208 are enough\), got \d+"):
+        _calibration.read_texts(tmp_path / "text.txt", folder / "model", 513)
+    (tmp_path / "text.txt").write_text(words(40_000))
+    texts = _calibration.read_texts(tmp_path / "text.txt", folder / "model", 513)
+    assert sum(text.numel() for text in texts) >= 513
+
+
 @pytest.mark.parametrize("characters", [_calibration.CHARACTERS, 1])
 def test_first_tokens_of_a_long_text_are_those_of_the_whole_text(folder, tmp_path, monkeypatch, characters):
     text = words(40_000)

@@ -134,6 +134,13 @@ def test_metadata_says_what_config_json_says(tmp_path):
     assert found == expected
 
 
+def test_model_of_the_hubs_cache_is_named_after_its_repository(tmp_path):
+    folder = tmp_path / "models--owner--a-model" / "snapshots" / "0123"
+    make("LlamaForCausalLM").save_pretrained(folder)
+    export_model(folder, tmp_path / "m.gguf", progress=False)
+    assert fields(tmp_path / "m.gguf")["general.name"] == "a-model"
+
+
 def test_context_ends_where_the_sliding_window_does(tmp_path):
     """Within it both compute the same; llama.cpp would look further back."""
     make("MistralForCausalLM", sliding_window=100).save_pretrained(tmp_path / "model")

@@ -38,9 +38,11 @@ TEST(vectors_multiply_more_than_eight_rows) {
     }
 }
 
-TEST(small_m_multiplies_up_to_24_rows_where_pieces_are_faster) {
+TEST(small_m_multiplies_as_many_rows_as_are_faster_in_pieces) {
   ProductShape p = shape_of(Product::forward, qn::DType::bf16, 0);
-  p.pieces_are_faster = true;
+  p.rows_in_pieces = 12;
+  EXPECT(first_rows(ProductKernel::small_m, p) == 1 && first_rows(ProductKernel::vectors, p) == 13);
+  p.rows_in_pieces = qn::cpu::kMaxSmallM;
   EXPECT(first_rows(ProductKernel::small_m, p) == 1 && first_rows(ProductKernel::vectors, p) == 25);
   p.product = Product::backward_input;
   EXPECT(first_rows(ProductKernel::vectors, p) == 1 && first_rows(ProductKernel::small_m, p) == 0);

@@ -248,15 +248,16 @@ def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
     except UnicodeDecodeError as error:
         raise bad(f"calibrate: {path}", "text in UTF-8", str(error)) from None
     parts = _pairs(path, text, tokenizer) if path.suffix == ".jsonl" else [text]
+    least = -(-widest // SEQUENCE) * SEQUENCE  # whole sequences with as many tokens as the widest weight has columns
+    enough = max(least, ENOUGH * widest)
     ids: list[int] = []
     for part in parts:
-        ids += _first_ids(tokenizer, part, ENOUGH * widest)
-        if len(ids) >= ENOUGH * widest:
+        ids += _first_ids(tokenizer, part, enough)
+        if len(ids) >= enough:
             break
-    ids = ids[: ENOUGH * widest]
-    if len(ids) < max(widest, SEQUENCE):
-        enough = f"at least {max(widest, SEQUENCE)} tokens ({ENOUGH * widest} are enough)"
-        raise bad(f"calibrate: {path}", enough, len(ids))
+    ids = ids[:enough]
+    if len(ids) < least:
+        raise bad(f"calibrate: {path}", f"at least {least} tokens ({enough} are enough)", len(ids))
     whole = torch.tensor(ids[: len(ids) // SEQUENCE * SEQUENCE]).view(-1, SEQUENCE)
     return list(whole.split(BATCH))
 

@@ -75,7 +75,7 @@ class Report:
     def __str__(self) -> str:
         """A few lines for a terminal."""
         done = [f"{verb} {n} layers" for verb, n in (("merged", self.merged), ("quantized", self.quantized)) if n]
-        text = ", ".join([*(done or ["changed no layer"]), f"wrote {self.bytes:,} bytes"])
+        text = ", ".join([*done, f"wrote {self.bytes:,} bytes"])
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
             text += f"\nerror of rounding, relative to the weights: {self.error:.4f} in all, "

@@ -84,12 +84,20 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
     other_files(checkpoint.folder)  # raises if a link leads out of the folder
     with gguf_writer(out, layout, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(checkpoint.folder.resolve().name)
+        writer.add_name(_name_of(checkpoint.folder))
         _add_hyperparameters(writer, layout, report)
         if note := add_tokenizer(writer, checkpoint.folder, layout.skeleton.config.vocab_size):
             report.notes.append(note)
         write(list(_model_entries(checkpoint, layout, kind)), report, progress)
     return report
+
+
+def _name_of(folder: Path) -> str:
+    """The name of a folder, or of the repository whose snapshot in the hub's cache it is."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, layout: Layout, report: Report) -> None:
@@ -236,7 +244,7 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     report = Report()
     with gguf_writer(out, layout, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(Path(adapter).resolve().name)
+        writer.add_name(_name_of(Path(adapter)))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         write(entries, report, progress=False)

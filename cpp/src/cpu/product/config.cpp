@@ -22,17 +22,16 @@ namespace {
 //   vectors; the dense is faster     1 (Y)       9         -       1024, without dropout, of 448 columns or more
 //   tiles                            1 (Y)       1 (dX)    3       -
 //
-// Where pieces of four rows are faster, vectors take Y from 25 rows on in the place of 9. On two cores of an Intel Xeon
-// (Ice Lake), with a 4096 x 4096 weight, small_m took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86 for 16 and
-// 0.84 for 24. For 32 it took as long. On one and two cores of an AMD EPYC (Zen 5) it took 0.62 to 0.83 of their time
-// for 9 rows, 0.82 to 1.11 for 16 and 0.94 to 1.08 for 24; with a 1536 x 1536 weight 0.53 to 0.89, and with 4096 x 1024
-// 0.9 to 1.2. No Zen 4 has timed it: there vectors take 1.86 ms for 16 rows of 4096 x 4096, whose multiply-adds alone
-// take 1.4.
+// Where small_m is faster by pieces, vectors take Y from more rows on in the place of 9 (rows_in_pieces). On two cores
+// of an Intel Xeon (Ice Lake), with a 4096 x 4096 weight, it took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86
+// for 16 and 0.84 for 24. For 32 it took as long. On two cores of an AMD EPYC (Zen 5) it took 0.72 to 0.83 of their
+// time for 9 rows, 0.8 to 0.86 for 12, and as long for 16 to 24; by 4096 x 1024 0.9 to 1.07 for 9 and 12. No Zen 4 has
+// timed it: there vectors take 1.86 ms for up to 16 rows by 4096 x 4096, and the multiply-adds of 12 rows alone
+// take 1.04.
 //
-// "Pieces are faster" is bf16 with AVX-512, and with BF16 an inner dimension of 1536 or more. "The dense tiles" is fp16
-// on a processor with AMX-FP16, whose tiles only the application's product uses here. "The dense is faster" is fp32
-// with AVX-512 without BF16 (dense_gemm_is_faster). The number of threads does not decide: results must be the same for
-// any.
+// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the application's product uses here. "The
+// dense is faster" is fp32 with AVX-512 without BF16 (dense_gemm_is_faster). The number of threads does not decide:
+// results must be the same for any.
 struct MinRows {
   std::int64_t vectors, tiles, panels;
 };
@@ -103,14 +102,15 @@ bool dense_gemm_is_faster(DType dtype) {
   return in_use && dtype == DType::f32;
 }
 
-// Whether small_m, whose multiply-add takes half a load, is faster than vectors for 9 to 24 rows. For these up to 16
+// Small_m's multiply-add takes half a load, so that it is faster than vectors for some more rows. For these up to 16
 // rows of x are one vector, however few they are, and each element of W is loaded for a single multiply-add: on an
 // Intel Xeon (Ice Lake) two multiply-adds of 512 bits begin in a cycle but 1.1 loads, those that broadcast an element
 // too. Each result of small_m ends with a sum over lanes, which a small inner dimension does not hide. A result in
 // bf16 hides another order of sums.
-bool pieces_are_faster(DType dtype, std::int64_t inner) {
-  static const std::int64_t min_inner = cpu_isa() == "avx512" ? 1 : cpu_isa() == "avx512_bf16" ? 1536 : kNever;
-  return dtype == DType::bf16 && inner >= min_inner;
+std::int64_t rows_in_pieces(DType dtype, std::int64_t inner) {
+  static const bool avx512 = cpu_isa() == "avx512", avx512_bf16 = cpu_isa() == "avx512_bf16";
+  if (dtype != DType::bf16) return 0;
+  return avx512 ? kMaxSmallM : avx512_bf16 && inner >= 1536 ? 12 : 0;
 }
 
 ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
@@ -129,7 +129,7 @@ ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& 
           .has_dense_gemm = hooks().dense_gemm != nullptr,
           .dense_gemm_has_tiles = dense_gemm_has_tiles(dtype),
           .dense_gemm_is_faster = dense_gemm_is_faster(dtype),
-          .pieces_are_faster = pieces_are_faster(dtype, weight.K)};
+          .rows_in_pieces = rows_in_pieces(dtype, weight.K)};
 }
 
 }  // namespace
@@ -146,7 +146,7 @@ ProductKernel choose_product(const ProductShape& shape, std::optional<ProductKer
                 : shape.dense_gemm_has_tiles ? kWithDenseTiles
                 : faster                     ? kWithFasterDense
                                              : kWithVectors;
-  if (shape.pieces_are_faster) min.vectors = kMaxSmallM + 1;
+  min.vectors = std::max(min.vectors, shape.rows_in_pieces + 1);
   if (shape.M >= min.panels && supports_panels(shape)) return ProductKernel::panels;
   if (shape.M >= min.tiles && supports_tiles(shape)) return ProductKernel::tiles;
   if (shape.M < min.vectors && supports_small_m(shape)) return ProductKernel::small_m;

@@ -31,7 +31,7 @@ struct ProductShape {
   bool has_dense_gemm = false;        // the application has a dense product
   bool dense_gemm_has_tiles = false;  // and it multiplies this dtype by tiles
   bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
-  bool pieces_are_faster = false;     // small_m multiplies 9 to 24 rows faster than vectors do
+  std::int64_t rows_in_pieces = 0;    // so many rows small_m multiplies by pieces, faster than vectors do
 };
 ProductShape product_shape(const LinearForwardArgs& args, const WeightRows& rows, bool isa_has_tiles);
 ProductShape product_shape(const LinearBackwardInputArgs& args, const WeightRows& rows, bool isa_has_tiles);
