@@ -130,7 +130,7 @@ def test_layer_that_the_files_have_within_another_tensor_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_that_is_not_copied_is_named(bases, tmp_path):
+def test_report_names_folders_that_stay_with_the_base(bases, tmp_path):
     shutil.copytree(bases["llama"], tmp_path / "base")
     (tmp_path / "base/additional_chat_templates").mkdir()
     report = convert(tmp_path / "base", tmp_path / "out", to="fp16", progress=False)

@@ -208,7 +208,7 @@ constexpr SmallBlocks kSmallBlocks[] = {{"nf4", 32}, {"mxfp4", 32}, {"nvfp4", 16
 
 // Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
 // the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, 32 chunks of K, more rows of X
-// than one strip packs, and 7 to 24 rows of an inner dimension that small_m takes in pieces.
+// than one strip packs, and rows that small_m takes in pieces.
 using Sizes = std::initializer_list<std::array<std::int64_t, 3>>;
 
 std::vector<Case> cases() {

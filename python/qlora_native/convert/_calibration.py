@@ -234,7 +234,8 @@ def read_texts(path: str | Path, folder: Path, widest: int) -> list[Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line has something else, there are fewer tokens than `widest`, or the folder has no tokenizer.
+        ValueError: a line has something else, the text's whole sequences have fewer tokens than `widest`, or the folder
+            has no tokenizer.
     """
     path = Path(path)
     if not path.is_file():

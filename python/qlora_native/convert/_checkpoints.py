@@ -21,6 +21,11 @@ from .._core.weight import QuantizedWeight
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def repository_of(folder: Path) -> Path | None:
+    """The folder of a repository in the Hugging Face cache if `folder`, which is resolved, is a snapshot of it."""
+    return folder.parent.parent if folder.parent.name == "snapshots" else None
+
+
 def file_inside(folder: Path, name: Any) -> Path:
     """The path of the file `name` in a folder that nobody has checked.
 
@@ -31,7 +36,8 @@ def file_inside(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
         raise bad(str(folder), "the name of a file in it", repr(name))
     home = folder.resolve()
-    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    repository = repository_of(home)
+    roots = [home] if repository is None else [home, repository / "blobs"]
     try:
         target = (folder / name).resolve(strict=True)
     except RuntimeError:  # a loop of links, in Python 3.10 ... 3.12

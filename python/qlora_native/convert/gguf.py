@@ -29,7 +29,7 @@ from ..integrations.transformers._gguf_config import llama3_divisors
 from ..integrations.transformers._gguf_weights import ROPE_DIVISORS
 from ._adapter_changes import LowRank
 from ._adapters import Adapter
-from ._checkpoints import Checkpoint, other_files
+from ._checkpoints import Checkpoint, other_files, repository_of
 from ._gguf_files import ADAPTER_TYPES, ARCHITECTURES, DTYPES, MODEL_TYPES, Entry, GGMLType, Layout, gguf_writer
 from ._gguf_tokenizer import add_tokenizer
 from ._report import Report
@@ -95,9 +95,8 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
 def _name_of(folder: Path) -> str:
     """The name of a folder, or of the repository whose snapshot in the hub's cache it is."""
     folder = folder.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.name
+    repository = repository_of(folder)
+    return folder.name if repository is None else repository.name.rpartition("--")[2]
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, layout: Layout, report: Report) -> None:

@@ -37,15 +37,15 @@ struct MinRows {
 };
 constexpr std::int64_t kNever = INT64_MAX;
 // For each row vectors cost as much as a dense product, and W is decoded once, as it is before a dense product.
-constexpr MinRows kWithVectors{9, kNever, kNever};
+constexpr MinRows kWithVectors{kMaxPieceRows + 1, kNever, kNever};
 // On the processors that have both, tiles multiply 14 times as fast as fp32 vectors (3500 against 243 GFLOP/s a core).
 // So decoding W to memory and multiplying 16 rows by it costs little more than the decoding, which takes 3 ms for 4096
 // x 4096 there. In 3 ms vectors multiply 33 rows.
-constexpr MinRows kWithDenseTiles{9, kNever, 33};
+constexpr MinRows kWithDenseTiles{kMaxPieceRows + 1, kNever, 33};
 // The dense product packs X anew for each panel. On an AMD EPYC (Zen 4) panels of 512 columns took 0.99 to 1.06 times
 // as long as torch's product of 1024 or 2048 rows with all of W, and panels of 128 columns 1.26 times. An inner
 // dimension of 4096 leaves 512 columns in fp32.
-constexpr MinRows kWithFasterDense{9, kNever, 1024};
+constexpr MinRows kWithFasterDense{kMaxPieceRows + 1, kNever, 1024};
 constexpr std::int64_t kMinFasterColumns = 448;
 // On one core of an Intel Xeon (Emerald Rapids), with 4096 x 4096 weights, vectors take 1.0 ms for the first row of x,
 // which is how long memory takes, and 0.2 for each other one; a tile product takes 1.2 ms for 1 ... 16 rows. Backward

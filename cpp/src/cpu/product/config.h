@@ -37,6 +37,7 @@ ProductShape product_shape(const LinearForwardArgs& args, const WeightRows& rows
 ProductShape product_shape(const LinearBackwardInputArgs& args, const WeightRows& rows, bool isa_has_tiles);
 
 constexpr std::int64_t kMaxSmallM = 24;  // rows of x that small_m takes
+constexpr int kMaxPieceRows = 8;         // as many of them as it can multiply while a weight is in registers
 
 // Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;

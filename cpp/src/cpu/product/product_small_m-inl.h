@@ -19,12 +19,10 @@ constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 template <class Dot>
 struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
-  // Rows of x that can be one piece.
-  static constexpr int kMaxPieceRows = 8;
   // Rows of each of several pieces, or fewer where that divides them better. Four rows, with four of W, are 16
   // accumulators, and a multiply-add takes half a load.
   static constexpr int kRowsOfPiece = 4, kMaxPieces = static_cast<int>(ceil_div(cpu::kMaxSmallM, kRowsOfPiece));
-  static_assert(kMaxPieces * kRowsOfPiece >= kMaxPieceRows);
+  static_assert(kMaxPieces * kRowsOfPiece >= cpu::kMaxPieceRows);
   // One piece of x is read for each two or four rows of W, so it should fit the first-level cache. On an AMD EPYC (Zen
   // 5) 6 to 8 rows of 4096 elements of bfloat16, which the first-level cache does not hold, took 1.2 to 2 times as long
   // as two pieces did; 6 to 8 rows of 1536 took 0.7 to 1.1 times as long. Both give the same bits.
@@ -354,13 +352,13 @@ struct SmallM {
   template <class Rows>
   static int piece_rows(int rows, std::int64_t cols) {
     if (kPowersOfTwo<Rows>) rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)));
-    const bool direct = rows <= Dot::kMaxDirectRows || (rows <= kMaxPieceRows && rows * cols <= kPieceElements);
+    const bool direct = rows <= Dot::kMaxDirectRows || (rows <= cpu::kMaxPieceRows && rows * cols <= kPieceElements);
     return direct ? rows : ceil_div(rows, ceil_div(rows, kRowsOfPiece));
   }
   template <class Rows>
   static Kernel<Rows> kernel_of(int piece_rows) {
     Kernel<Rows> kernel{};
-    with_constant<kMaxPieceRows>(piece_rows, [&](auto m) {
+    with_constant<cpu::kMaxPieceRows>(piece_rows, [&](auto m) {
       if constexpr (!kPowersOfTwo<Rows> || std::has_single_bit(unsigned{m})) {
         kernel = {m, kRowsOf<m>, nullptr, decoded_rows<m>};
         if constexpr (Rows::kQuantized) kernel.whole_rows = whole_rows<m, Rows>;
