@@ -131,7 +131,7 @@ python_fuzz_targets := entries layer optimizer config folder export dtypes json 
 comma := ,
 fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
+	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF \
 	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF \
 	    -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
 	$(VENV)/bin/cmake --build build/fuzz --target fuzz_api
@@ -156,7 +156,7 @@ sass: $(stamp)-build $(stamp)-sass
 	    exit; \
 	fi; \
 	$(VENV)/bin/cmake -S . -B build/sass -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DQLN_CUDA=ON \
-	    -DQLN_CUDA_EMULATED=OFF -DQLN_BUILD_PYTHON=OFF -DQLN_X86=OFF -DQLN_ARM=OFF -DQLN_AMX_EMULATED=OFF; \
+	    -DQLN_BUILD_PYTHON=OFF -DQLN_X86=OFF -DQLN_ARM=OFF; \
 	$(VENV)/bin/cmake --build build/sass; \
 	$(python) bench/sass.py $(ARGS)
 

@@ -2,7 +2,8 @@
 # Sets qln_cuda_sources (or their stubs) and qln_cuda_objects for the targets that hold the library.
 set(QLN_CUDA AUTO CACHE STRING "Build the CUDA backend: ON, OFF, or AUTO, where an NVIDIA driver and nvcc are found")
 set_property(CACHE QLN_CUDA PROPERTY STRINGS AUTO ON OFF)
-option(QLN_CUDA_EMULATED "Build the CUDA kernels over their emulator too, as QLN_BACKEND=cuda_emulated" ON)
+option(QLN_CUDA_EMULATED "Build the CUDA kernels over their emulator too, for tests, as QLN_BACKEND=cuda_emulated"
+       ${QLN_BUILD_TESTS})
 
 # nvcc takes minutes, so AUTO leaves out what this machine cannot run.
 set(qln_no_cuda "")

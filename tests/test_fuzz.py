@@ -41,7 +41,7 @@ def sanitized(tmp_path_factory):
     """The C++ target with the plain C++ kernels, which compile in seconds; `make fuzz` has all of them."""
     build = tmp_path_factory.mktemp("fuzz")
     options = ("QLN_BUILD_FUZZERS=ON", "QLN_SANITIZE=address,undefined", "QLN_BUILD_PYTHON=OFF", "QLN_OPENMP=OFF")
-    without = ("QLN_CUDA=OFF", "QLN_CUDA_EMULATED=OFF", "QLN_X86=OFF", "QLN_ARM=OFF", "QLN_WERROR=OFF")
+    without = ("QLN_CUDA=OFF", "QLN_X86=OFF", "QLN_ARM=OFF", "QLN_WERROR=OFF")
     cmake("-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{option}" for option in options + without))
     cmake("--build", build, "--target", "fuzz_api")
     return build / "tests/fuzz/fuzz_api"

@@ -50,7 +50,7 @@ RESULTS = ROOT / "bench/results/wheels.md"
 TORCH = {"x86_64": "torch>=2.10", "aarch64": "torch==2.10.0"}  # PyPI's later ones for aarch64 are CUDA builds
 LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 # Warnings are not errors here: the checks of a change use the libraries that belong to the compiler.
-OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_AMX_EMULATED": "OFF", "QLN_WERROR": "OFF"}
+OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_tree.py", "test_docs.py")
 # Under QEMU, which cannot start the programs that test_docs.py and Inductor start.
 ARM_TESTS = TESTS[:3]
