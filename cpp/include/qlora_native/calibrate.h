@@ -33,7 +33,7 @@ struct WeightedScalesArgs {
   const float* code = nullptr;        // [16]; not used with 8 bits
   float lo = 0.5f;                    // > 0
   float hi = 1.15f;                   // >= lo
-  int steps = 40;                     // >= 1
+  int steps = 40;                     // 1 ... 1024
   float* scales = nullptr;            // out, [ceil(N * K / blocksize)]
 };
 QLN_API void weighted_scales(const WeightedScalesArgs& args, const Stream& stream = {});

@@ -8,8 +8,9 @@
 
 namespace qlora_native {
 
-// A bad argument. The message says which one, what was expected and what came. Every operation checks its arguments,
-// and throws this before anything is written.
+// A bad argument. The message says which one, what was expected and what came. Every operation checks its arguments
+// before anything is written. `weighted_scales` alone may find out later, when its scales would be infinite; they must
+// not be used then.
 class QLN_API Error : public std::invalid_argument {
  public:
   Error(const std::string& argument, const std::string& expected, const std::string& got)

@@ -12,6 +12,7 @@
 namespace qlora_native {
 
 // Calls body(context, begin, end) for ranges that together cover [0, tasks), and returns when all calls have returned.
+// A body does not call it again, but threads of the application that run operations at the same time do.
 using ParallelFor = void (*)(std::int64_t tasks, void (*body)(void* context, std::int64_t begin, std::int64_t end),
                              void* context);
 
