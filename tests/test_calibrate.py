@@ -181,6 +181,19 @@ def test_layers_with_the_same_input_share_its_matrix():
     assert [inputs.key(name) for name in projections] == ["q_proj", "q_proj", "q_proj", "o_proj"]
 
 
+def test_input_that_is_shared_in_the_first_batch_alone_is_refused():
+    one, other, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(4, 8)
+    inputs = Inputs({"one": one, "other": other})
+    with inputs.observed():
+        for shared in (x, x + 1):
+            inputs.begin({})
+            one(shared), other(shared)
+        inputs.begin({})
+        one(x)
+        with pytest.raises(RuntimeError, match="other shared its input with others in the first batch"):
+            other(x + 2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "falcon", "t5"])
 @pytest.mark.parametrize("sequential", [True, False])
 def test_model_is_nearer_to_its_16_bits_than_by_plain_rounding(family, sequential):
@@ -289,7 +302,9 @@ def refused(error, message, model, given, **options):
         (["text"], TypeError, r"batches\[0\]: expected a tensor or a mapping, got str"),
         ([ids(1, 9)], ValueError, r"batches: expected at least 96 tokens \(1536 are enough\), got 9"),
         ([ids(), ids() + VOCABULARY], ValueError, r"batches\[1\]: input_ids: .* 0 ... 127, got \d+: the tokenizer is"),
-        ([ids().float()], ValueError, r"batches\[0\]: input_ids: expected integers \[B, T\]"),
+        ([ids().float()], ValueError, r"batches\[0\]: input_ids: expected int32 or int64 \[B, T\]"),
+        ([ids() > 0], ValueError, r"batches\[0\]: input_ids: expected int32 or int64 .*, got torch.bool"),
+        ([ids(), ids(1, 0)], ValueError, r"batches\[1\]: input_ids: expected .* not empty, got torch.int64 \[1, 0\]"),
     ],
 )
 def test_unusable_batches_are_refused(given, error, message):

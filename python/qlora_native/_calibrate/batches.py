@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._core.errors import bad, bad_type
@@ -57,9 +58,10 @@ def checked_batches(model: nn.Module, batches: Any) -> list[dict[str, Any]]:
         arguments = dict(batch)
         arguments.pop("labels", None)
         ids = arguments.get("input_ids")
-        if isinstance(ids, Tensor) and ids.numel():
-            if ids.is_floating_point() or ids.dim() != 2:
-                raise bad(f"{name}: input_ids", "integers [B, T]", f"{ids.dtype} {list(ids.shape)}")
+        if isinstance(ids, Tensor):
+            if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2 or not ids.numel():
+                expected = "int32 or int64 [B, T] that is not empty"
+                raise bad(f"{name}: input_ids", expected, f"{ids.dtype} {list(ids.shape)}")
             low, high = (end.item() for end in ids.aminmax())
             if vocabulary is not None and not 0 <= low <= high < vocabulary:
                 got = f"{low if low < 0 else high}: the tokenizer is another model's"

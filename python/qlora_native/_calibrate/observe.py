@@ -74,7 +74,7 @@ class Inputs:
     def _only_observing(self, name: str, _: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._add(name, x, *args)
         if self.key(name) != self.key(next(iter(self._last))):
-            raise RuntimeError(f"{name} shared its input with others in the first batch, and does not in another one")
+            raise _not_shared(name)
         if len(self._last) == len(self._modules):
             raise Stop
         return x.new_zeros(*x.shape[:-1], self._modules[name].out_features)
@@ -87,12 +87,19 @@ class Inputs:
             module.observe(x, *args)
             return
         self.tokens[name] += count_within(self._mask, x)
-        if self._leader.setdefault(name, self._leader.get(leader, leader)) != name:
+        leader = self._leader.get(leader, leader)
+        if self._leader.setdefault(name, leader) != name:
+            if self._leader[name] != leader:
+                raise _not_shared(name)
             return
         rows = rows_within(self._mask, x.detach())
         if name not in self._grams:
             self._grams[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         add_gram(self._grams[name], rows)
+
+
+def _not_shared(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} shared its input with others in the first batch, and does not in another one")
 
 
 def count_within(mask: Tensor | None, x: Tensor) -> int:

@@ -205,7 +205,7 @@ class _Conversion:
         for name, buffer in model.named_buffers():
             if name in sources:
                 buffer.copy_(self._value(sources, name))
-        widest = max(skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears)
+        widest = max((skeleton.shape(f"{name}.weight")[1] for name in skeleton.linears), default=0)
         texts = read_texts(path, self.checkpoint.folder, widest)
         run = {
             "files": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in self._files()],
