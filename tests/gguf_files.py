@@ -142,11 +142,10 @@ def write_random(path, architecture, types, blocks, changes=(), extra=(), keys=(
             kind = "Q5_0"  # as llama-quantize chooses for rows of K-quants that are no multiple of 256
         if name.endswith("_up_exps.weight"):
             kind = written[name.replace("_up_", "_gate_")]
-        kind = dict(changes).get(name, kind)
+        written[name] = kind = dict(changes).get(name, kind)
         if kind == "F32":
             writer.add_tensor(name, 0.1 * np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
             continue
-        written[name] = kind
         *leading, K = shape
         data = blocks(kind, int(np.prod(leading)), K, seed).reshape(*leading, -1)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])

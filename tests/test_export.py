@@ -10,13 +10,14 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 import models  # noqa: E402
-from gguf_files import fields, from_gguf, kinds, make, make_all, read  # noqa: E402
+from gguf_files import READ, fields, from_gguf, kinds, make, make_all, read, write_random  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
 from qlora_native.convert import _gguf_files as _gguf  # noqa: E402
 from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
 from qlora_native.convert.merge import convert  # noqa: E402
+from qlora_native.testing import relative_error  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -323,6 +324,44 @@ def test_adapter_adds_to_the_models_file_what_merging_adds(bases, architecture, 
     assert len(adapted) == len(lora) // 2 > 0
 
 
+def adapted_model(path, architecture, folder):
+    """The model of a GGUF file in fp32 with a random adapter, which is saved."""
+    layers = ["in_proj", "x_proj"] if architecture == "mamba" else "all-linear"  # PEFT refuses Mamba's others
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=layers, init_lora_weights=False)
+    model = peft.get_peft_model(from_gguf(path, dtype=torch.float32), config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("architecture", sorted(READ.keys() - {"t5"}))
+def test_adapter_of_a_gguf_file_adds_to_it_what_merging_adds(architecture, tmp_path):
+    """With B A * alpha / rank in its own tensors, transformers makes of the file the model that PEFT merges."""
+    path = tmp_path / "model.gguf"
+    write_random(path, architecture, ["F32"], blocks=None)
+    model = adapted_model(path, architecture, tmp_path / "adapter")
+    main(["export", "--base", str(path), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "a.gguf")])
+    lora, found = read(tmp_path / "a.gguf"), fields(tmp_path / "a.gguf")
+    assert found["general.architecture"] == architecture
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if f"{tensor.name}.lora_a" in lora:
+            a, b = (lora.pop(f"{tensor.name}.{part}") for part in ("lora_a", "lora_b"))
+            tensor.data[...] += (found["adapter.lora.alpha"] / a.shape[-2] * b @ a).view(tensor.data.shape).numpy()
+    assert not lora
+    after = from_gguf(path, dtype=torch.float32).state_dict()
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        assert relative_error(after[name], tensor) <= 2**-20, name  # sums of 4 products and a rounding or two
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapter_is_the_same_over_a_folder_and_its_file(bases, architecture, tmp_path):
+    export_model(bases[architecture], tmp_path / "m.gguf", "f32", progress=False)
+    modules = ["q_proj", "k_proj", "down_proj", "embed_tokens", "lm_head"]
+    models.save_adapter(bases[architecture], tmp_path / "adapter", target_modules=modules, use_rslora=True)
+    for base, out in ((bases[architecture], "a.gguf"), (tmp_path / "m.gguf", "b.gguf")):
+        export_adapter(base, tmp_path / "adapter", tmp_path / out)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(("to", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_adapter_is_rounded_once_to_16_bits(bases, to, dtype, tmp_path):
     models.save_adapter(bases["Qwen2ForCausalLM"], tmp_path / "adapter")
@@ -357,9 +396,37 @@ def test_adapter_over_4_bits_is_the_same_file(bases, tmp_path):
 )
 def test_part_of_an_adapter_that_gguf_lacks_is_named_in_the_error(bases, base, changes, message, tmp_path):
     models.save_adapter(bases[base], tmp_path / "adapter", **changes)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        export_adapter(bases[base], tmp_path / "adapter", tmp_path / "a.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    export_model(bases[base], tmp_path / "m.gguf", progress=False)
+    for path in [bases[base], tmp_path / "m.gguf"][: 1 if base == "biased" else 2]:  # transformers' Llama has no biases
+        with pytest.raises(ValueError, match=re.escape(message)):
+            export_adapter(path, tmp_path / "adapter", tmp_path / "a.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "m.gguf"]
+
+
+def test_file_that_is_no_base_is_named_in_the_error(bases, tmp_path):
+    models.save_adapter(bases["LlamaForCausalLM"], tmp_path / "adapter")
+    path = tmp_path / "model.gguf"
+
+    def refused(message):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
+            export_adapter(path, tmp_path / "adapter", tmp_path / "a.gguf")
+        assert not (tmp_path / "a.gguf").exists()
+
+    path.write_text("no model")
+    refused("GGUF")
+    write_random(path, "t5", ["F32"], blocks=None)
+    refused("expected a causal language model that transformers knows, got another")
+    write_random(path, "llama", ["F32"], blocks=None, keys={"llama.block_count": 10**6})
+    refused("block_count: expected no more than the 21 tensors of the file, got 1000000")
+    write_random(path, "qwen3", ["F32"], blocks=None)
+    with pytest.raises(ValueError, match=r"lora_.* expected the shape \[.*, got \["):
+        export_adapter(path, tmp_path / "adapter", tmp_path / "a.gguf")
+    make("LlamaForCausalLM", intermediate_size=64).save_pretrained(tmp_path / "narrow")
+    models.save_adapter(tmp_path / "narrow", tmp_path / "adapter")
+    path.unlink()
+    export_model(bases["LlamaForCausalLM"], path, "f32", progress=False)
+    gguf.GGUFReader(path, "r+").fields["llama.feed_forward_length"].parts[-1][0] = 64
+    refused(r"blk.0.ffn_down.weight: expected \[64, 64\], as the model's .*down_proj.weight has, got \[64, 96\]")
 
 
 def test_tensor_of_another_models_adapter_is_named_in_the_error(bases, tmp_path):

@@ -12,9 +12,9 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync._cffi_bindings", exc_type=ImportError)
 
 import models  # noqa: E402
-from gguf_files import from_gguf, kinds, make, make_all  # noqa: E402
+from gguf_files import from_gguf, kinds, make, make_all, skeleton, write_random  # noqa: E402
 from llama_cpp_py_sync import _cffi_bindings as bindings  # noqa: E402
-from test_export import PATTERNS  # noqa: E402
+from test_export import PATTERNS, adapted_model  # noqa: E402
 from test_export_tokenizer import BYTE_LEVEL, SENTENCEPIECE, TEXTS, characters_bpe, save  # noqa: E402
 
 from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
@@ -146,7 +146,9 @@ def test_adapter_trained_over_a_file_is_served_over_it(kind, types, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(model, config)
     model.save_pretrained(tmp_path / "adapter")
-    export_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "a.gguf")
+    for base, name in ((path, "a.gguf"), (tmp_path / "base", "b.gguf")):
+        export_adapter(base, tmp_path / "adapter", tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     adapted = logits(model)
     with model.disable_adapter():
         plain = logits(model)
@@ -157,6 +159,28 @@ def test_adapter_trained_over_a_file_is_served_over_it(kind, types, tmp_path):
             errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
     # llama.cpp rounds activations to 8 bits, and does so over the file alone too.
     assert errors[0] <= 2**-5 and errors[1] <= 2 * errors[0], errors
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "phi3", "qwen3moe", "qwen35moe"])
+def test_adapter_of_any_architecture_is_served_over_its_file(architecture, tmp_path):
+    """Joined projections, reordered heads, experts (whose gates are joined with what they gate), and no attention."""
+    path, config = tmp_path / "model.gguf", skeleton(architecture).config
+    keys = {"tokenizer.ggml.model": "no_vocab", f"{architecture}.vocab_size": models.VOCABULARY}
+    if architecture.endswith("moe"):
+        keys |= {f"{architecture}.attention.{part}_length": config.head_dim for part in ("key", "value")}
+        keys[f"{architecture}.expert_feed_forward_length"] = config.moe_intermediate_size
+    write_random(path, architecture, ["F32"], blocks=None, keys=keys)
+    model = adapted_model(path, architecture, tmp_path / "adapter")
+    export_adapter(path, tmp_path / "adapter", tmp_path / "a.gguf")
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    assert (adapted - plain).norm() > 0.1 * plain.norm()
+    errors = []
+    for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
+        with LlamaCpp(path, adapters) as loaded:
+            errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
+    assert max(errors) <= 2**-13, errors  # the recurrence of a gated delta net is summed in another order
 
 
 @pytest.mark.parametrize("kind", ROPES)

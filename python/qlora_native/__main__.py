@@ -136,7 +136,7 @@ def _stored_format(name: str) -> str:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a model or an adapter for servers: GGUF, compressed-tensors")
     export.add_argument("--model", help="folder of a model, in 16 or in 4 bits, or its id in the hub's cache")
-    export.add_argument("--base", help="the model that --adapter was trained for, as --model")
+    export.add_argument("--base", help="what --adapter was trained over: a model, as --model, or a GGUF file")
     export.add_argument(
         "--adapter", type=Path, help="folder of a LoRA adapter, as PEFT saved it, to become a GGUF file"
     )

@@ -108,10 +108,10 @@ class Layout:
 
 
 @contextmanager
-def gguf_writer(out: str | Path, layout: Layout, kind: GGMLType) -> Iterator[tuple[gguf.GGUFWriter, Callable]]:
+def gguf_writer(out: str | Path, architecture: str, kind: GGMLType) -> Iterator[tuple[gguf.GGUFWriter, Callable]]:
     """Open the new file `out`. Yields a writer, for metadata, and a function that then writes all entries."""
     with new_file(out) as path:
-        writer = gguf.GGUFWriter(path, layout.architecture.name)
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

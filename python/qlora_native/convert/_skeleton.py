@@ -121,6 +121,15 @@ class Skeleton:
             self.linears -= self.dense
         self.unread: list[str] = []
 
+    @classmethod
+    def of_config(cls, model_class: type[nn.Module], config: Any) -> Skeleton:
+        """The model of a configuration that does not come from a folder."""
+        made = cls.__new__(cls)
+        made._json, made.architecture = config.to_dict(), model_class.__name__
+        made.dense, made.unread = set(), []
+        made._make(model_class, config)
+        return made
+
     def _make(self, model_class: type[nn.Module], config: Any) -> None:
         with torch.device("meta"):
             self._model = model_class(config)

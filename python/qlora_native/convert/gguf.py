@@ -1,7 +1,7 @@
 """GGUF files, which llama.cpp and Ollama load: a model, or a LoRA adapter beside a model's file.
 
     python -m qlora_native export --model DIR --out FILE.gguf [--to bf16|f16|f32|q8_0|q4_0|...]
-    python -m qlora_native export --base DIR --adapter DIR --out FILE.gguf [--to f32|f16|bf16]
+    python -m qlora_native export --base DIR|FILE.gguf --adapter DIR --out FILE.gguf [--to f32|f16|bf16]
 
 Each tensor is read, converted and written before the next one is read, so memory holds a few copies of one tensor. RoPE
 rotates pairs of elements of a head. A pair is an element of each half in transformers, and two adjacent ones in
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from .._core.errors import bad, is_finite_number
 from ..integrations.transformers._gguf_config import llama3_divisors
 from ..integrations.transformers._gguf_weights import ROPE_DIVISORS
-from ._adapter_changes import LowRank
+from ._adapter_changes import Experts, LowRank
 from ._adapters import Adapter
 from ._checkpoints import Checkpoint, other_files, repository_of
+from ._gguf_bases import Base, base_of
 from ._gguf_files import ADAPTER_TYPES, ARCHITECTURES, DTYPES, MODEL_TYPES, Entry, GGMLType, Layout, gguf_writer
 from ._gguf_tokenizer import add_tokenizer
 from ._report import Report
@@ -82,7 +83,7 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
     kind, report = MODEL_TYPES[to], Report()
     report.notes += layout.skeleton.note_of_unread("left out")
     other_files(checkpoint.folder)  # raises if a link leads out of the folder
-    with gguf_writer(out, layout, kind) as (writer, write):
+    with gguf_writer(out, layout.architecture.name, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(_name_of(checkpoint.folder))
         _add_hyperparameters(writer, layout, report)
@@ -207,8 +208,9 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     rsLoRA), B is multiplied by the rest of the factor.
 
     Args:
-        base: folder of the model that the adapter was trained for, in 16 or 4 bits, or its id in the Hugging Face
-            cache. Its config and shapes are read, and only those weights that the adapter's file also has.
+        base: what the adapter was trained over. The folder of a model, in 16 or 4 bits, or its id in the Hugging Face
+            cache: its config and shapes are read, and only those weights that the adapter's file also has. Or a GGUF
+            file (`KeepQuantized`), of any architecture that transformers reads, of which the same is read.
         adapter: folder of the adapter, as PEFT saved it.
         out: a file that does not exist yet. It appears when it is complete.
         to: a key of ADAPTER_TYPES. PEFT saves "f32".
@@ -223,25 +225,21 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     """
     if to not in ADAPTER_TYPES:
         raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
-    checkpoint, kind = Checkpoint(base), ADAPTER_TYPES[to]
-    skeleton = Skeleton(checkpoint)
-    skeleton.check_files(checkpoint)
-    layout = Layout(skeleton.as_loaded(checkpoint))
-    lora = Adapter(adapter, layout.skeleton)
-    file_names = layout.skeleton.file_names(checkpoint)
+    over, kind = base_of(base), ADAPTER_TYPES[to]
+    lora = Adapter(adapter, over.skeleton)
     for name, tensor in lora.replaced.items():
         # PEFT saves an adapted embedding's own weight too, which must be the base's.
-        files = [file_names[other] for other in layout.skeleton.tied(name) if other in file_names]
-        if not files or not _equal(tensor, checkpoint.dense(files[0])):
+        value = over.value(name)
+        if value is None or tensor.shape != value.shape or not torch.equal(tensor, value.to(tensor.dtype)):
             raise bad("adapter", f"LoRA alone, as GGUF has nothing else ({MERGE})", f"a {name} of its own")
     if not lora.changes:
         raise bad("adapter", "LoRA layers", "none")
     alpha = torch.tensor(float(lora.config.get("lora_alpha", 1)), dtype=torch.float32).item()
     if alpha == 0 or math.isinf(alpha):  # llama.cpp takes 0 for a file without scaling
         alpha = 1.0
-    entries = [e for name in sorted(lora.changes) for e in _adapter_entries(lora, name, alpha, layout, kind)]
+    entries = [e for name in sorted(lora.changes) for e in _adapter_entries(lora, name, alpha, over, kind)]
     report = Report()
-    with gguf_writer(out, layout, kind) as (writer, write):
+    with gguf_writer(out, over.architecture, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(_name_of(Path(adapter)))
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -250,24 +248,17 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     return report
 
 
-def _equal(tensor: Tensor, base: Tensor) -> bool:
-    return tensor.shape == base.shape and torch.equal(tensor, base.to(tensor.dtype))
-
-
-def _adapter_entries(lora: Adapter, weight: str, alpha: float, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
+def _adapter_entries(lora: Adapter, weight: str, alpha: float, base: Base, kind: GGMLType) -> Iterator[Entry]:
     """Make lora_a and lora_b of a weight; llama.cpp multiplies their product by alpha / rank."""
-    path = weight.removesuffix(".weight")
     for _, change in lora.changes[weight]:
-        if not isinstance(change, LowRank):
+        if not isinstance(change, LowRank | Experts):
             raise bad(f"adapter, {weight}", f"LoRA alone, as GGUF has no {change.kind} ({MERGE})", change.kind)
-    name = layout.name_of(weight)
-    if layout.skeleton.config.tie_word_embeddings and name in ("token_embd.weight", "output.weight"):
-        raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", path)
+    if len(base.skeleton.tied(weight)) > 1:
+        raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", weight)
     ((_, change),) = lora.changes[weight]
-    factor = change.scaling * len(change.lora_a) / alpha
-    if isinstance(layout.skeleton.module(path), nn.Embedding):  # A is the matrix whose rows are looked up
-        a, b = change.lora_b, change.lora_a.t()
-    else:
-        a, b = change.lora_a, layout.reordered(weight, change.lora_b)
-    yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda: a)
-    yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda: b if factor == 1 else b.float() * factor)
+    factor = change.scaling * change.lora_a.shape[-2] / alpha
+    for name, (a, b) in base.factors(weight, change.lora_a, change.lora_b).items():
+        if isinstance(base.skeleton.module(weight.rpartition(".")[0]), nn.Embedding):
+            a, b = b, a.t()  # llama.cpp looks up rows of A
+        yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda a=a: a)
+        yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda b=b: b if factor == 1 else b.float() * factor)

@@ -71,7 +71,7 @@ def plan(file: GGUFFile, model: nn.Module, places: dict[str, Target], dtype: tor
     Raises:
         ValueError: the file has a tensor that the model lacks, or that has another shape.
     """
-    mapping = _Transforms(file, model, dtype) if is_gguf_arch_supported(_architecture(file)) else _Names(file, model)
+    mapping = mapping_of(file, model, dtype)
     groups = mapping.groups()
     kept: dict[str, Kept] = {}
     refused: dict[str, str] = {}
@@ -88,6 +88,11 @@ def plan(file: GGUFFile, model: nn.Module, places: dict[str, Target], dtype: tor
     dense = mapping.dense({name: tensors for name, tensors in groups.items() if name not in kept})
     shown = {", ".join(tensor.name for tensor in groups[name]): reason for name, reason in refused.items()}
     return Plan(file.path, list(kept.values()), shown, dense, mapping.conversions())
+
+
+def mapping_of(file: GGUFFile, model: nn.Module, dtype: torch.dtype) -> Mapping:
+    """The mapping that transformers has for the architecture of a file; arguments as in `plan`."""
+    return _Transforms(file, model, dtype) if is_gguf_arch_supported(_architecture(file)) else _Names(file, model)
 
 
 def _architecture(file: GGUFFile) -> str:
@@ -143,7 +148,7 @@ def _row_numbers(tensors: list[GGUFTensor]) -> Iterator[Tensor]:
         begin += tensor.rows
 
 
-class _Mapping:
+class Mapping:
     """How transformers gives names to the tensors of a file, and what it does to them."""
 
     def __init__(self, file: GGUFFile, model: nn.Module) -> None:
@@ -151,6 +156,10 @@ class _Mapping:
 
     def name(self, tensor: GGUFTensor) -> str | None:
         """The parameter that a tensor is, or a part of, or None."""
+        raise NotImplementedError
+
+    def order(self, name: str, tensors: list[GGUFTensor]) -> tuple[Tensor, Tensor | None]:
+        """The order in which a parameter has the rows of its tensors, and which columns these have, or None."""
         raise NotImplementedError
 
     def groups(self) -> dict[str, list[GGUFTensor]]:
@@ -191,7 +200,7 @@ class _Mapping:
         return values_of(self.file, scales[0]).item()
 
 
-class _Names(_Mapping):
+class _Names(Mapping):
     """The mapping by names of the package gguf, with a `TensorProcessor`."""
 
     def __init__(self, file: GGUFFile, model: nn.Module) -> None:
@@ -205,7 +214,7 @@ class _Names(_Mapping):
         return self._names.get(tensor.name, self._names.get(stem))
 
     def order(self, name: str, tensors: list[GGUFTensor]) -> tuple[Tensor, None]:
-        """The order in which a parameter has the rows of its tensors."""
+        """A `TensorProcessor` moves no columns."""
         numbers = list(_row_numbers(tensors))
         try:
             order = self._processed(name, tensors, numbers)
@@ -241,7 +250,7 @@ class _Names(_Mapping):
         return made["tensors"][name]
 
 
-class _Transforms(_Mapping):
+class _Transforms(Mapping):
     """The mapping by a list of `WeightTransform`."""
 
     def __init__(self, file: GGUFFile, model: nn.Module, dtype: torch.dtype) -> None:
@@ -264,7 +273,7 @@ class _Transforms(_Mapping):
         return named[0]
 
     def order(self, name: str, tensors: list[GGUFTensor]) -> tuple[Tensor, Tensor | None]:
-        """The order in which a parameter has the rows of its tensors, and which columns these have, or None."""
+        """What the operations of its converter make of the numbers of the rows."""
         pattern = self._named[tensors[0].name][1]
         numbers = list(_row_numbers(tensors))
         if pattern is None:
