@@ -145,6 +145,7 @@ def make_table(
             found["runs"].append(key | run(**key))
             report.write(path, json.dumps(found, indent=1))
             print(f"{key}: {found['runs'][-1]['after']:.4f}", flush=True)
+    found["runs"] = [done for done in found["runs"] if done["steps"] == args.steps]
     print(table(found))
     if args.output:
         report.write(report.RESULTS / f"quality-{name}.md", table(found))
