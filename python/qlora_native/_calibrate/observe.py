@@ -80,14 +80,14 @@ class Inputs:
         return x.new_zeros(*x.shape[:-1], self._modules[name].out_features)
 
     def _add(self, name: str, x: Tensor, *args: Any) -> None:
-        leader = next((other for other, seen in self._last.items() if is_same(seen, x)), name)
+        same = next((other for other, seen in self._last.items() if is_same(seen, x)), None)
         self._last[name] = x, version_of(x)
         module = self._modules[name]
         if isinstance(module, ObservedExperts):
             module.observe(x, *args)
             return
         self.tokens[name] += count_within(self._mask, x)
-        leader = self._leader.get(leader, leader)
+        leader = name if same is None else self._leader.get(same, same)
         if self._leader.setdefault(name, leader) != name:
             if self._leader[name] != leader:
                 raise _not_shared(name)
