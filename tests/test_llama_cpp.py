@@ -124,6 +124,19 @@ def quantized(source, out, kind):
     return out
 
 
+def errors_of_serving(path, adapter, model):
+    """The relative errors of llama.cpp's logits over a file alone, and with the adapter of PEFT's `model` beside it."""
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    assert (adapted - plain).norm() > 0.1 * plain.norm()
+    errors = []
+    for expected, adapters in ((plain, []), (adapted, [adapter])):
+        with LlamaCpp(path, adapters) as loaded:
+            errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
+    return errors
+
+
 @pytest.mark.parametrize(("kind", "types"), [
     ("MOSTLY_Q4_K_M", {"Q4_K", "Q6_K"}),
     ("MOSTLY_IQ4_XS", {"IQ4_XS", "Q6_K"}),
@@ -149,14 +162,7 @@ def test_adapter_trained_over_a_file_is_served_over_it(kind, types, tmp_path):
     for base, name in ((path, "a.gguf"), (tmp_path / "base", "b.gguf")):
         export_adapter(base, tmp_path / "adapter", tmp_path / name)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    adapted = logits(model)
-    with model.disable_adapter():
-        plain = logits(model)
-    assert (adapted - plain).norm() > 0.1 * plain.norm()
-    errors = []
-    for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
-        with LlamaCpp(path, adapters) as loaded:
-            errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
+    errors = errors_of_serving(path, tmp_path / "a.gguf", model)
     # llama.cpp rounds activations to 8 bits, and does so over the file alone too.
     assert errors[0] <= 2**-5 and errors[1] <= 2 * errors[0], errors
 
@@ -172,14 +178,7 @@ def test_adapter_of_any_architecture_is_served_over_its_file(architecture, tmp_p
     write_random(path, architecture, ["F32"], blocks=None, keys=keys)
     model = adapted_model(path, architecture, tmp_path / "adapter")
     export_adapter(path, tmp_path / "adapter", tmp_path / "a.gguf")
-    adapted = logits(model)
-    with model.disable_adapter():
-        plain = logits(model)
-    assert (adapted - plain).norm() > 0.1 * plain.norm()
-    errors = []
-    for expected, adapters in ((plain, []), (adapted, [tmp_path / "a.gguf"])):
-        with LlamaCpp(path, adapters) as loaded:
-            errors.append(relative_error(loaded.logits(TOKENS[0].tolist()), expected))
+    errors = errors_of_serving(path, tmp_path / "a.gguf", model)
     assert max(errors) <= 2**-13, errors  # the recurrence of a gated delta net is summed in another order
 
 
