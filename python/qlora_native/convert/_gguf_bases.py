@@ -73,7 +73,7 @@ class FolderBase:
 
 
 class FileBase:
-    """A `Base` in a GGUF file, of any architecture that transformers reads from one."""
+    """A `Base` in a GGUF file, of any causal language model that transformers reads from one."""
 
     def __init__(self, path: str | Path) -> None:
         """Read the keys of the file and its table of tensors."""

@@ -210,7 +210,7 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     Args:
         base: what the adapter was trained over. The folder of a model, in 16 or 4 bits, or its id in the Hugging Face
             cache: its config and shapes are read, and only those weights that the adapter's file also has. Or a GGUF
-            file (`KeepQuantized`), of any architecture that transformers reads, of which the same is read.
+            file (`KeepQuantized`), of any causal language model that transformers reads: of it the same is read.
         adapter: folder of the adapter, as PEFT saved it.
         out: a file that does not exist yet. It appears when it is complete.
         to: a key of ADAPTER_TYPES. PEFT saves "f32".
@@ -257,8 +257,9 @@ def _adapter_entries(lora: Adapter, weight: str, alpha: float, base: Base, kind:
         raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", weight)
     ((_, change),) = lora.changes[weight]
     factor = change.scaling * change.lora_a.shape[-2] / alpha
+    is_embedding = isinstance(base.skeleton.module(weight.rpartition(".")[0]), nn.Embedding)
     for name, (a, b) in base.factors(weight, change.lora_a, change.lora_b).items():
-        if isinstance(base.skeleton.module(weight.rpartition(".")[0]), nn.Embedding):
+        if is_embedding:
             a, b = b, a.t()  # llama.cpp looks up rows of A
         yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda a=a: a)
         yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda b=b: b if factor == 1 else b.float() * factor)
