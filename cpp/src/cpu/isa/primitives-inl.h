@@ -98,7 +98,10 @@ concept ProductPrimitives =
       Table256(from);
       lookup_bytes(table256, bytes, values);
       lookup_bytes(table256, bytes, values, 1);
-      { bytes_as_f32(bytes) } -> FloatOf<V>;  // kLanes numbers without a sign
+      { bytes_as_f32(bytes) } -> FloatOf<V>;     // kLanes numbers without a sign
+      { bytes_as_f32(bytes, 1) } -> FloatOf<V>;  // so many of them, and zeros
+      // Lane i has from[(5 + i) >> 2], for the first lanes; the others have anything.
+      { each_repeated(from, 5, 2, 1) } -> FloatOf<V>;
 
       // Philox's counters (dropout-inl.h). at_least_u16(): the low halves of four vectors have each counter's four
       // words, which are eight numbers of 16 bits; bit 8 * lane + i says whether number i reaches the threshold.

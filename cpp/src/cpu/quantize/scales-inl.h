@@ -29,11 +29,10 @@ class ScaleDecoder {
               : w.byte_format == ByteFormat::absmax_int8 ? Unit::over_127
                                                          : Unit::one),
         nested_code_(w.nested_code),
-        nested_blocksize_(w.nested_blocksize),
         // Without nested scales their blocksize may be any number.
-        nested_shift_(w.nested_absmax != nullptr && (w.nested_blocksize & (w.nested_blocksize - 1)) == 0
-                          ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize))
-                          : -1),
+        nesting_{w.nested_blocksize, w.nested_absmax != nullptr && (w.nested_blocksize & (w.nested_blocksize - 1)) == 0
+                                         ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize))
+                                         : -1},
         counts_up_(w.nested_code != nullptr && counts_up(w.nested_code)) {
     if (nested_code_ != nullptr && !counts_up_) table_.emplace(nested_code_);
   }
@@ -73,6 +72,25 @@ class ScaleDecoder {
     float offset;
     const std::uint8_t* bytes() const { return static_cast<const std::uint8_t*>(data); }
   };
+  // Which blocks have a nested scale together.
+  struct Nesting {
+    std::int64_t blocksize;
+    int shift;  // -1 where the blocksize is no power of two. Those of this library and of bitsandbytes are.
+
+    std::int64_t of(std::int64_t block) const { return shift >= 0 ? block >> shift : block / blocksize; }
+    // The nested scale of each of the blocks first ... first+lanes-1.
+    [[gnu::always_inline]] F32 of_lanes(const float* nested, std::int64_t first, int lanes) const {
+      const std::int64_t begin = of(first);
+      if (begin == of(first + lanes - 1)) return set1(nested[begin]);
+      if (shift >= 0) {
+        const int before = static_cast<int>(first - (begin << shift));
+        return each_repeated(nested + begin, before, shift, lanes);
+      }
+      float each[kLanes] = {};
+      for (int lane = 0; lane < lanes; ++lane) each[lane] = nested[of(first + lane)];
+      return load(each);
+    }
+  };
   // What a scale is multiplied by: levels of E4M3 are divided by 256 (block_scales-inl.h).
   enum class Unit { one, over_127, times_256 };
 
@@ -89,17 +107,6 @@ class ScaleDecoder {
     float expected[256];
     for (int i = 0; i < 256; ++i) expected[i] = static_cast<float>(static_cast<int>(levels[0]) + i);
     return __builtin_memcmp(levels, expected, sizeof(expected)) == 0;
-  }
-  // The levels of kAtOnce bytes, or of the first `count` of them.
-  [[gnu::always_inline]] void levels_of(const std::uint8_t* bytes, F32 (&values)[kTableVectors],
-                                        std::int64_t count = kAtOnce) const {
-    if (!counts_up_) return lookup_bytes(*table_, bytes, values, static_cast<int>(count));
-    std::uint8_t copy[kAtOnce] = {};
-    if (count < kAtOnce) {
-      copy_bytes(bytes, count, copy);
-      bytes = copy;
-    }
-    for (int k = 0; k < kTableVectors; ++k) values[k] = add(bytes_as_f32(bytes + k * kLanes), set1(nested_code_[0]));
   }
 
   void read(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
@@ -137,6 +144,7 @@ class ScaleDecoder {
 
   void read_nested(const Source& source, const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
     const auto [first, count, rows, row_blocks] = blocks;
+    if (counts_up_) return read_counted(source, blocks, out, stride);
     if (count <= kMaxOneByOne) {
       for (std::int64_t row = 0; row < rows; ++row)
         read_one_by_one(source, first + row * row_blocks, count, out + row * stride);
@@ -157,7 +165,7 @@ class ScaleDecoder {
       float levels[kStaged + kLanes];
       for (std::int64_t i = 0; i < (end - row) * count; i += kAtOnce) {
         F32 values[kTableVectors];
-        levels_of(bytes + i, values);
+        lookup_bytes(*table_, bytes + i, values);
         for (int k = 0; k < kTableVectors; ++k) store(levels + i + k * kLanes, values[k]);
       }
       for (std::int64_t r = row; r < end; ++r)
@@ -166,33 +174,48 @@ class ScaleDecoder {
                        out + r * stride + i);
     }
   }
+  // Levels that count up need no table, so each row is decoded where it lies. What the loops read are copies, because
+  // as far as the compiler knows a store might change the originals.
+  void read_counted(Source source, BlocksOfRows blocks, float* out, std::int64_t stride) const {
+    const Nesting nesting = nesting_;
+    const F32 least = set1(nested_code_[0]);
+    const auto put = [&](std::int64_t block, F32 nested, float* to, auto lanes) __attribute__((always_inline)) {
+      const F32 levels = add(bytes_as_f32(source.bytes() + block, lanes), least);
+      store_from_f32<DType::f32>(to, scaled(levels, nested, source.offset), lanes);
+    };
+    const std::int64_t whole = blocks.count / kLanes * kLanes;
+    const int rest = static_cast<int>(blocks.count - whole);
+    const auto each_row = [&](auto nested_of_vector) __attribute__((always_inline)) {
+      for (std::int64_t row = 0; row < blocks.rows; ++row, blocks.first += blocks.row_blocks, out += stride) {
+        for (std::int64_t i = 0; i < whole; i += kLanes)
+          put(blocks.first + i, nested_of_vector(blocks.first + i), out + i, std::integral_constant<int, kLanes>());
+        if (const std::int64_t block = blocks.first + whole; rest > 0)
+          put(block, nesting.of_lanes(source.nested, block, rest), out + whole, rest);
+      }
+    };
+    // Without a branch where each vector has one nested scale, or two as in K-quants of blocks of 32.
+    const bool aligned = blocks.first % kLanes == 0 && (blocks.rows == 1 || blocks.row_blocks % kLanes == 0);
+    if (aligned && nesting.shift >= 0 && 1 << nesting.shift >= kLanes)
+      each_row([&](std::int64_t block) { return set1(source.nested[block >> nesting.shift]); });
+    else if (aligned && nesting.shift == 3)
+      each_row([&](std::int64_t block) { return scales_of_16(source.nested + (block >> 3)); });
+    else
+      each_row([&](std::int64_t block) { return nesting.of_lanes(source.nested, block, kLanes); });
+  }
   [[gnu::always_inline]] void read_one_by_one(const Source& source, std::int64_t first, std::int64_t count,
                                               float* out) const {
     for (std::int64_t i = 0; i < count; ++i) {  // as scaled()
-      const float scale = nested_code_[source.bytes()[first + i]] * source.nested[nested_of(first + i)] + source.offset;
+      const float scale =
+          nested_code_[source.bytes()[first + i]] * source.nested[nesting_.of(first + i)] + source.offset;
       out[i] = scale == scale ? scale : __builtin_nanf("");
     }
   }
   void read_long(const Source& source, std::int64_t first, std::int64_t count, float* out) const {
-    std::int64_t i = 0;
-    // As a loop without a branch where each vector has one nested scale, or two as in K-quants of blocks of 32.
-    const auto whole_vectors = [&](auto nested_of_vector) {
-      for (const F32 begin = set1(nested_code_[0]); i + kLanes <= count; i += kLanes) {
-        const F32 levels = add(bytes_as_f32(source.bytes() + first + i), begin);
-        store(out + i, scaled(levels, nested_of_vector(source.nested + ((first + i) >> nested_shift_)), source.offset));
-      }
-    };
-    if (counts_up_ && first % kLanes == 0 && nested_shift_ >= 0) {
-      if ((1 << nested_shift_) >= kLanes)
-        whole_vectors([](const float* nested) { return set1(*nested); });
-      else if (nested_shift_ == 3)
-        whole_vectors([](const float* nested) { return scales_of_16(nested); });
-    }
-    for (; i < count; i += kAtOnce) {
+    for (std::int64_t i = 0; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
-      levels_of(source.bytes() + first + i, values, smaller(count - i, kAtOnce));
-      if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
-        const F32 nested = set1(source.nested[nested_of(first + i)]);
+      lookup_bytes(*table_, source.bytes() + first + i, values, static_cast<int>(smaller(count - i, kAtOnce)));
+      if (count - i >= kAtOnce && nesting_.of(first + i) == nesting_.of(first + i + kAtOnce - 1)) {
+        const F32 nested = set1(source.nested[nesting_.of(first + i)]);
         for (int k = 0; k < kTableVectors; ++k) store(out + i + k * kLanes, scaled(values[k], nested, source.offset));
         continue;
       }
@@ -203,21 +226,12 @@ class ScaleDecoder {
   // Stores the values of blocks from `first` on, as many as there are lanes or `count`.
   void store_scaled(const Source& source, F32 levels, std::int64_t first, std::int64_t count, float* out) const {
     const int lanes = lanes_of(count);
-    const F32 nested = nested_of_lanes(source.nested, first, lanes);
+    const F32 nested = nesting_.of_lanes(source.nested, first, lanes);
     store_from_f32<DType::f32>(out, scaled(levels, nested, source.offset), lanes);
   }
   // Two roundings, as bitsandbytes': not a fused multiply-add.
   static F32 scaled(F32 level, F32 nested, float offset) {
     return canonical_nan(add(mul(level, nested), set1(offset)));
-  }
-  // The nested scale of each of the blocks first ... first+lanes-1.
-  F32 nested_of_lanes(const float* nested, std::int64_t first, int lanes) const {
-    const std::int64_t begin = nested_of(first), end = nested_of(first + lanes - 1);
-    if (begin == end) return set1(nested[begin]);
-    if (nested_shift_ == 3 && begin + 1 == end && first % 8 == 0) return scales_of_16(nested + begin);
-    float each[kLanes] = {};
-    for (int lane = 0; lane < lanes; ++lane) each[lane] = nested[nested_of(first + lane)];
-    return load(each);
   }
   // Copies what some rows of these blocks have in an array of `size` bytes for each block, side by side. `from` is
   // where the first of all blocks is.
@@ -235,17 +249,12 @@ class ScaleDecoder {
   }
   static int lanes_of(std::int64_t count) { return static_cast<int>(count < kLanes ? count : kLanes); }
 
-  std::int64_t nested_of(std::int64_t block) const {
-    return nested_shift_ >= 0 ? block >> nested_shift_ : block / nested_blocksize_;
-  }
-
   Source scales_, minima_;
   const std::int8_t* zero_point_;
   DType dtype_;  // of scales and minima that are no bytes
   Unit unit_;
   const float* nested_code_;
-  std::int64_t nested_blocksize_;
-  int nested_shift_;  // -1 where the blocksize is no power of two. Those of this library and of bitsandbytes are.
+  Nesting nesting_;
   bool counts_up_;
   std::optional<Table256> table_;  // of the levels of nested scales, unless they count up
 };

@@ -94,32 +94,86 @@ inline F32 canonical_nan(F32 x) {
   return _mm256_blendv_ps(x, set1(__builtin_nanf("")), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
+// The first `count` bytes, up to 16, and zeros. To load a copy of them would wait until the copy is stored.
+inline __m128i load_first_bytes(const void* p, int count) {
+  const auto number_at = [&]<class Number>(Number number, int at) -> std::uint64_t {
+    __builtin_memcpy(&number, static_cast<const char*>(p) + at, sizeof(number));
+    return number;
+  };
+  // The first bytes and the last ones, which may have some in common.
+  const auto first_and_last = [&]<class Number>(Number number, int bytes) {
+    const int before = bytes - static_cast<int>(sizeof(number));
+    return number_at(number, 0) | number_at(number, before) << 8 * before;
+  };
+  std::uint64_t low = 0, high = 0;
+  if (count >= 8) {
+    low = number_at(std::uint64_t(), 0);
+    if (count > 8) high = number_at(std::uint64_t(), count - 8) >> 8 * (16 - count);
+  } else if (count >= 4) {
+    low = first_and_last(std::uint32_t(), count);
+  } else if (count >= 2) {
+    low = first_and_last(std::uint16_t(), count);
+  } else if (count == 1) {
+    low = number_at(std::uint8_t(), 0);
+  }
+  return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
+}
+// Stores the first 0 ... 7 of eight elements. A masked store takes tens of cycles on some processors.
+inline void store_first(float* p, F32 x, int count) {
+  __m128 rest = _mm256_castps256_ps128(x);
+  if ((count & 4) != 0) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(x, 1);
+  }
+  if ((count & 2) != 0) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p + (count & 4)), rest);
+    rest = _mm_movehl_ps(rest, rest);
+  }
+  if ((count & 1) != 0) _mm_store_ss(p + (count & 6), rest);
+}
+inline void store_first(std::uint16_t* p, __m128i x, int count) {
+  if ((count & 4) != 0) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), x);
+    x = _mm_unpackhi_epi64(x, x);
+  }
+  if ((count & 2) != 0) {
+    _mm_storeu_si32(p + (count & 4), x);
+    x = _mm_srli_epi64(x, 32);
+  }
+  if ((count & 1) != 0) _mm_storeu_si16(p + (count & 6), x);
+}
+
+template <DType kType>
+inline F32 halves_as_f32(__m128i halves) {
+  if constexpr (kType == DType::f16)
+    return _mm256_cvtph_ps(halves);
+  else
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
     return _mm256_loadu_ps(static_cast<const float*>(p));
-  else if constexpr (kType == DType::f16)
-    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   else
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
+    return halves_as_f32<kType>(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
 
 template <DType kType>
 inline F32 load_as_f32(const void* p, int count) {
   if (count == kLanes) return load_as_f32<kType>(p);
-  char copy[kLanes * size_of(kType)] = {};
-  __builtin_memcpy(copy, p, static_cast<std::size_t>(count) * size_of(kType));
-  return load_as_f32<kType>(copy);
+  if constexpr (kType == DType::f32) {
+    const I32 lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(static_cast<const float*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  } else {
+    return halves_as_f32<kType>(load_first_bytes(p, 2 * count));
+  }
 }
 
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {
-  // A masked store takes tens of cycles on some processors.
-  const auto bytes = static_cast<std::size_t>(count) * size_of(kType);
   if constexpr (kType == DType::f32) {
     if (count == kLanes) return _mm256_storeu_ps(static_cast<float*>(p), x);
-    __builtin_memcpy(p, &x, bytes);
+    store_first(static_cast<float*>(p), x, count);
   } else {
     __m128i halves;
     if constexpr (kType == DType::f16)
@@ -127,7 +181,7 @@ inline void store_from_f32(void* p, F32 x, int count = kLanes) {
     else
       halves = low_halves(_mm256_srli_epi32(bf16_bits_high(x), 16));
     if (count == kLanes) return _mm_storeu_si128(static_cast<__m128i*>(p), halves);
-    __builtin_memcpy(p, &halves, bytes);
+    store_first(static_cast<std::uint16_t*>(p), halves, count);
   }
 }
 
@@ -252,6 +306,14 @@ inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVecto
 inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
 
 inline F32 bytes_as_f32(const std::uint8_t* p) { return _mm256_cvtepi32_ps(load_bytes(p)); }
+inline F32 bytes_as_f32(const std::uint8_t* p, int count) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_first_bytes(p, count)));
+}
+inline F32 each_repeated(const float* from, int first, int shift, int count) {
+  const I32 lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const I32 index = _mm256_srl_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(first)), _mm_cvtsi32_si128(shift));
+  return _mm256_permutevar8x32_ps(load_as_f32<DType::f32>(from, ((first + count - 1) >> shift) + 1), index);
+}
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));

@@ -248,6 +248,14 @@ inline F32 scales_of_16(const float* scales) {
 }
 
 inline F32 bytes_as_f32(const std::uint8_t* p) { return _mm512_cvtepi32_ps(load_bytes(p)); }
+inline F32 bytes_as_f32(const std::uint8_t* p, int count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), p)));
+}
+inline F32 each_repeated(const float* from, int first, int shift, int count) {
+  const I32 lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const I32 index = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(first)), _mm_cvtsi32_si128(shift));
+  return _mm512_permutexvar_ps(index, _mm512_maskz_loadu_ps(first_lanes(((first + count - 1) >> shift) + 1), from));
+}
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));

@@ -291,6 +291,17 @@ template <DType kType>
 }
 
 inline F32 bytes_as_f32(const std::uint8_t* p) { return vcvtq_f32_s32(load_bytes(p)); }
+inline F32 bytes_as_f32(const std::uint8_t* p, int count) {
+  if (count == kLanes) return bytes_as_f32(p);
+  std::uint8_t copy[kLanes] = {};
+  __builtin_memcpy(copy, p, static_cast<std::size_t>(count));
+  return bytes_as_f32(copy);
+}
+inline F32 each_repeated(const float* from, int first, int shift, int count) {
+  float each[kLanes] = {};
+  for (int i = 0; i < count; ++i) each[i] = from[(first + i) >> shift];
+  return load(each);
+}
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = vreinterpretq_s32_s16(vmovl_s8(load_from<int8x8_t>(p)));
   even = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(pairs, 16), 16));

@@ -205,8 +205,11 @@ inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVecto
 inline F32 scales_of_16(const float* scales) {
   return each_lane([&](int i) { return scales[i / 8]; });
 }
-inline F32 bytes_as_f32(const std::uint8_t* p) {
-  return each_lane([&](int i) { return static_cast<float>(p[i]); });
+inline F32 bytes_as_f32(const std::uint8_t* p, int count = kLanes) {
+  return each_lane([&](int i) { return i < count ? static_cast<float>(p[i]) : 0.0f; });
+}
+inline F32 each_repeated(const float* from, int first, int shift, int count) {
+  return each_lane([&](int i) { return i < count ? from[(first + i) >> shift] : 0.0f; });
 }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const auto value = [&](int i) { return static_cast<float>(static_cast<std::int8_t>(p[i])); };
