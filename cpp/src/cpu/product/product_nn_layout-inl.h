@@ -75,8 +75,8 @@ struct LayoutNn {
     else if (kByTiles && rows <= 64)
       tuned = rows <= 32 ? Tiling{kMaxTileChunks, 1} : Tiling{16, 2};
     else if (!kByTiles && rows <= 128)
-      // On an AMD EPYC (Zen 5) panels of NF4 took 0.9 to 1.0 times as long as with tiles of four chunks, and those of
-      // Q4_1 0.8 to 1.0: the two chunks more of a row lie in lines of codes, scales and minima that are read anyway.
+      // On an AMD EPYC (Zen 5) NF4 took 0.9 to 1.0 times as long as by tiles of four chunks, and Q4_1 0.8 to 1.0: the
+      // lines that hold a row's scales and minima are read for half as many tiles.
       tuned = {8, 2};
     return {scaled_to_l2(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }

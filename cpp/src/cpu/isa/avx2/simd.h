@@ -94,6 +94,7 @@ inline F32 canonical_nan(F32 x) {
   return _mm256_blendv_ps(x, set1(__builtin_nanf("")), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
+inline I32 lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 // The first `count` bytes, up to 16, and zeros. To load a copy of them would wait until the copy is stored.
 inline __m128i load_first_bytes(const void* p, int count) {
   const auto number_at = [&]<class Number>(Number number, int at) -> std::uint64_t {
@@ -162,8 +163,8 @@ template <DType kType>
 inline F32 load_as_f32(const void* p, int count) {
   if (count == kLanes) return load_as_f32<kType>(p);
   if constexpr (kType == DType::f32) {
-    const I32 lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(static_cast<const float*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+    const I32 first = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane_numbers());
+    return _mm256_maskload_ps(static_cast<const float*>(p), first);
   } else {
     return halves_as_f32<kType>(load_first_bytes(p, 2 * count));
   }
@@ -310,8 +311,8 @@ inline F32 bytes_as_f32(const std::uint8_t* p, int count) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_first_bytes(p, count)));
 }
 inline F32 each_repeated(const float* from, int first, int shift, int count) {
-  const I32 lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const I32 index = _mm256_srl_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(first)), _mm_cvtsi32_si128(shift));
+  const I32 numbers = _mm256_add_epi32(lane_numbers(), _mm256_set1_epi32(first));
+  const I32 index = _mm256_srl_epi32(numbers, _mm_cvtsi32_si128(shift));
   return _mm256_permutevar8x32_ps(load_as_f32<DType::f32>(from, ((first + count - 1) >> shift) + 1), index);
 }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
