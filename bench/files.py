@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -332,8 +333,8 @@ def measure(library: llama_cpp.LlamaCpp, quick: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """The command line."""
+def main() -> int:
+    """The command line. Returns 1 if something failed or was wrong, else 0."""
     parser = report.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small cases, in seconds")
     parser.add_argument(
@@ -346,12 +347,14 @@ def main() -> None:
     with torch.no_grad():
         found = measure(llama_cpp.LlamaCpp(folder, torch.get_num_threads()), args.quick)
     print(page(found))
-    print("\n".join(("longer than allowed:", *slow(found), "wrong:", *found["wrong"])))
+    if beyond := slow(found):
+        print("longer than allowed:", *beyond, sep="\n")
     if args.output:
         folder = report.folder_of(found["machine"])
         report.write(folder / "files.md", page(found))
         report.write_figures(folder, "files", found)
+    return 1 if found["wrong"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

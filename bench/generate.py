@@ -30,6 +30,7 @@ import importlib.util
 import itertools
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -295,8 +296,8 @@ def measure(folder: Path | None, quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
+def main() -> int:
+    """The command line. Returns 1 if a process failed, else 0."""
     parser = report.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a random model of one layer, in seconds")
     parser.add_argument(
@@ -309,7 +310,8 @@ def main() -> None:
         folder = report.folder_of(found["machine"])
         report.write(folder / "generate.md", page(found))
         report.write_figures(folder, "generate", found)
+    return 1 if found["wrong"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -164,6 +164,17 @@ def test_report_on_files_names_every_format(script, file_products):
         assert all(f"| {name} |" in text for name in ("Q4_K", "IQ4_XS", "AWQ int4", "GPTQ int8", "FP8"))
 
 
+def test_programs_end_with_1_where_something_failed(script, file_products, monkeypatch, capsys):
+    for name, found in (("files", file_products), ("generate", {"wrong": []})):
+        program = script(name)
+        monkeypatch.setattr(program, "measure", lambda *_, found=found: found)
+        monkeypatch.setattr(program, "page", lambda found: "")
+        monkeypatch.setattr(sys, "argv", [name])
+        assert program.main() == 0
+        monkeypatch.setattr(program, "measure", lambda *_, found=found: {**found, "wrong": ["a product"]})
+        assert program.main() == 1
+
+
 # ---- bench/generate.py -----------------------------------------------------------------------------------------------
 
 

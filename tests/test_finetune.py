@@ -52,7 +52,8 @@ def folder(tmp_path_factory):
 def run(folder, *arguments, launcher=(), model="model", program="finetune.py", fails=False):
     """What the program says on stdout and stderr."""
     command = [sys.executable, *launcher, EXAMPLES / program, "--model", folder / model, *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # An empty HF_HOME, so that a user's configuration of accelerate does not decide how the program runs.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
     shown = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (shown.returncode != 0) == fails, shown.stderr
     return shown
