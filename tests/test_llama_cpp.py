@@ -115,10 +115,10 @@ def test_model_and_adapter_give_the_same_logits(bases, name, tmp_path):
 
 
 def quantized(source, out, kind):
-    """A file in a mixture of types that llama.cpp chooses, such as "MOSTLY_Q4_K_M"."""
+    """A file in types that llama.cpp chooses, such as "MOSTLY_Q4_K_M"; "ALL_F32" decodes one that is quantized."""
     ffi, lib = library()
     options = lib.llama_model_quantize_default_params()
-    options.nthread, options.ftype = 1, gguf.LlamaFileType[kind].value
+    options.nthread, options.ftype, options.allow_requantize = 1, gguf.LlamaFileType[kind].value, True
     options = ffi.new("llama_model_quantize_params *", options)
     assert lib.llama_model_quantize(str(source).encode(), str(out).encode(), options) == 0
     return out
