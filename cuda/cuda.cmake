@@ -79,7 +79,11 @@ if(qln_with_cuda)
   if(qln_requested STREQUAL native)
     set(qln_requested ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
   endif()
-  if(qln_requested MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
+  if(qln_requested MATCHES "^all")
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES: expected numbers from 80 on, such as 80;90, got ${qln_requested}, "
+                        "which has architectures that lack the instructions of the kernels")
+  endif()
+  if(qln_requested MATCHES "(^|;)90a?(-real)?(;|$)")
     add_library(qln_wgmma OBJECT cuda/product/wgmma/forward.cu cuda/product/wgmma/backward.cu
                                   cuda/product/wgmma/tensor_map.cu)
     set_target_properties(qln_wgmma PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON

@@ -10,8 +10,8 @@ namespace qlora_native::cuda {
 
 // By default a capture, in this thread or another, forbids calls that might wait for work that is only recorded. While
 // an object of this class lives, this thread may make them. That is safe for the calls that need it: creating a stream
-// or a pool, allocating memory and querying an event wait for nothing that is only recorded, an event that is waited
-// for was recorded outside of captures, and memory is freed when the device has done its earlier work.
+// or a pool, loading code, allocating memory and querying an event wait for nothing that is only recorded, an event
+// that is waited for was recorded outside of captures, and memory is freed when the device has done its earlier work.
 class RelaxedCapture {
  public:
   RelaxedCapture() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }  // cannot fail with a valid mode

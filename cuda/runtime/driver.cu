@@ -11,6 +11,8 @@ namespace {
 cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 
+// A call in a thread that has no context makes one on the current device, so the driver's own is made current first,
+// also where a call would do its work without. What must not throw, as at the end of a process, does not do so.
 class RuntimeDriver final : public Driver {
  public:
   explicit RuntimeDriver(int device) : device_(device) {}
@@ -58,10 +60,12 @@ class RuntimeDriver final : public Driver {
       cudaFree(memory);
   }
   void advise(void* memory, std::size_t bytes) override {
+    const CurrentDevice current(device_);
     QLN_CHECK_CUDA(cudaMemAdvise(memory, bytes, cudaMemAdviseSetPreferredLocation, location_of(Place::host)));
     QLN_CHECK_CUDA(cudaMemAdvise(memory, bytes, cudaMemAdviseSetAccessedBy, location_of(Place::device)));
   }
   bool is_on_device(const void* memory, std::size_t bytes) override {
+    const CurrentDevice current(device_);
     int device = cudaInvalidDeviceId;
     QLN_CHECK_CUDA(
         cudaMemRangeGetAttribute(&device, sizeof(device), cudaMemRangeAttributeLastPrefetchLocation, memory, bytes));
@@ -77,6 +81,7 @@ class RuntimeDriver final : public Driver {
   }
   void destroy_stream(void* stream) noexcept override { cudaStreamDestroy(stream_of(stream)); }
   void prefetch(void* memory, std::size_t bytes, Place place, void* stream) override {
+    const CurrentDevice current(device_);
 #if CUDART_VERSION >= 13000
     QLN_CHECK_CUDA(cudaMemPrefetchAsync(memory, bytes, location_of(place), 0, stream_of(stream)));
 #else
@@ -84,6 +89,7 @@ class RuntimeDriver final : public Driver {
 #endif
   }
   void copy(void* to, const void* from, std::size_t bytes, void* stream) override {
+    const CurrentDevice current(device_);
     QLN_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(stream)));
   }
 
@@ -109,6 +115,7 @@ class RuntimeDriver final : public Driver {
     cudaEventSynchronize(event_of(event));
   }
   bool is_done(void* event) override {
+    const CurrentDevice current(device_);
     const RelaxedCapture relaxed;  // another thread may be capturing
     const cudaError_t error = cudaEventQuery(event_of(event));
     if (error == cudaErrorNotReady) {
@@ -119,6 +126,7 @@ class RuntimeDriver final : public Driver {
     return true;
   }
   bool is_earlier(void* first, void* second) override {
+    const CurrentDevice current(device_);
     const RelaxedCapture relaxed;
     float milliseconds = 0.0f;
     QLN_CHECK_CUDA(cudaEventElapsedTime(&milliseconds, event_of(first), event_of(second)));

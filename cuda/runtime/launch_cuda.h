@@ -31,6 +31,7 @@ void raise_smem_limit(std::size_t bytes, int device) {
   static std::atomic<std::size_t> limits[kDevices];
   const bool is_remembered = device >= 0 && device < kDevices;
   if (is_remembered && limits[device].load(std::memory_order_relaxed) >= bytes) return;
+  const RelaxedCapture relaxed;  // the call may load the kernel's code
   QLN_CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   if (is_remembered) limits[device].store(bytes, std::memory_order_relaxed);
@@ -47,6 +48,7 @@ int ptx_version(const Stream& stream) {
     if (const int version = versions[stream.index].load(std::memory_order_relaxed); version != 0) return version;
   }
   cudaFuncAttributes attributes{};
+  const RelaxedCapture relaxed;  // the call may load the kernel's code
   QLN_CHECK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
   if (is_remembered) versions[stream.index].store(attributes.ptxVersion, std::memory_order_relaxed);
   return attributes.ptxVersion;

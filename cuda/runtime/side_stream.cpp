@@ -1,6 +1,7 @@
 #include "runtime/side_stream.h"
 
 #include <map>
+#include <thread>
 #include <tuple>
 
 #include "backend.h"
@@ -20,12 +21,15 @@ SideStream::~SideStream() {
 }
 
 SideStream& SideStream::of(const Stream& caller) {
-  using Key = std::tuple<Device, int, void*>;
+  using Key = std::tuple<Device, int, void*, std::thread::id>;
   // They are never destroyed, because CUDA may be gone when the process destroys its static objects.
   static auto& all = *new std::map<Key, SideStream>;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  const Key key{caller.device, caller.index, caller.handle};
+  // This handle is another stream in each thread (cudaStreamPerThread).
+  const bool is_of_thread = caller.handle == reinterpret_cast<void*>(2);
+  const Key key{caller.device, caller.index, caller.handle,
+                is_of_thread ? std::this_thread::get_id() : std::thread::id()};
   const auto found = all.find(key);
   if (found != all.end()) return found->second;
   return all.try_emplace(key, backend_for(caller).make_driver(caller.index)).first->second;

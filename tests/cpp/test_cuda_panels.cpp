@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "emulator/emulated_driver.h"
@@ -86,6 +87,15 @@ TEST(each_stream_has_a_side_stream) {
   int first = 0, second = 0;
   const auto beside = [](void* stream) { return &qn::SideStream::of({.handle = stream}); };
   EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
+}
+
+TEST(stream_of_each_thread_has_a_side_stream_in_each) {
+  const auto beside = [] {
+    return &qn::SideStream::of({.handle = reinterpret_cast<void*>(2)});  // cudaStreamPerThread
+  };
+  const qn::SideStream* in_another_thread = nullptr;
+  std::thread([&] { in_another_thread = beside(); }).join();
+  EXPECT(beside() == beside() && beside() != in_another_thread);
 }
 
 // ---- what panels should hold ----

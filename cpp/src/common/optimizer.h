@@ -72,6 +72,14 @@ QLN_HOST_DEVICE inline double lr_of(const Optimizer8bitGroup& group) {
 // Whether the value is a finite number >= 0; NaN is not.
 QLN_HOST_DEVICE inline bool is_finite_size(double value) { return value >= 0.0 && value <= 0x1.fffffffffffffp1023; }
 
+// A number's power, for an exponent >= 1. A host's std::pow and a device's differ in their last bits, products do not.
+QLN_HOST_DEVICE inline double power(double base, std::int64_t exponent) {
+  double result = 1.0;
+  for (; exponent > 0; exponent >>= 1, base *= base)
+    if (exponent & 1) result *= base;
+  return result;
+}
+
 // Both bias corrections, c1 and c2, are part of two coefficients:
 //
 //   lr * (m / c1) / (sqrt(v / c2) + eps) = step_size * (m / (sqrt(v) + sqrt(c2) * eps))
@@ -82,10 +90,9 @@ struct AdamW {
   // `step` is the number of this step, counted from 1.
   QLN_HOST_DEVICE static StepCoefficients coefficients(const Optimizer8bitGroup& group, std::int64_t step,
                                                        float inv_scale) {
-    const double t = static_cast<double>(step);
     const double lr = lr_of(group);
-    const double correction1 = 1.0 - std::pow(group.beta1, t);
-    const double correction2 = std::sqrt(1.0 - std::pow(group.beta2, t));
+    const double correction1 = 1.0 - power(group.beta1, step);
+    const double correction2 = std::sqrt(1.0 - power(group.beta2, step));
     return {
         .inv_scale = inv_scale,
         .beta1 = static_cast<float>(group.beta1),
@@ -127,7 +134,7 @@ struct AdEMAMix {
     StepCoefficients c = AdamW::coefficients(group, step, inv_scale);
     const double t = static_cast<double>(step);
     const double alpha = t < group.t_alpha ? t / group.t_alpha * group.alpha : group.alpha;
-    c.slow = static_cast<float>(alpha * (1.0 - std::pow(group.beta1, t)));
+    c.slow = static_cast<float>(alpha * (1.0 - power(group.beta1, step)));
     double beta3 = group.beta3;
     if (t < group.t_beta3) {
       const double part = t / group.t_beta3, log1 = std::log(group.beta1), log3 = std::log(beta3);
