@@ -4,7 +4,8 @@
         The adapter that finetune.py has made, over SmolLM2-135M-Instruct.
     python examples/generate.py --model PATH_OR_HUB_ID --adapter FIRST SECOND --prompt "..." --merge out/merged
         Your model and adapters. All adapters share the same 4-bit weights, and switching takes no time. --merge merges
-        the first adapter into these weights and saves the result, in 4 bits, as a model of its own.
+        the first adapter into these weights and saves the result, in 4 bits, as a model of its own. It is refused over
+        the bytes of a file that was quantized before, as those of SmolLM2 are without --format nf4.
 
 The weights must be in the format that the adapter was trained over: repeat finetune.py's --format, --no-double-quant,
 --dtype and --device. python -m qlora_native merge merges into 16 bits, which rounds less; see also docs/serving.md.
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, generate with each adapter, and merge the first if asked to."""
     args = arguments(argv)
     tokenizer, base, _, _ = finetune.load_quantized(args.base)
+    if args.merge is not None and args.base.format == finetune.KEPT:
+        raise SystemExit("--merge: expected weights that are rounded to 4 bits here, got the bytes of a quantized file")
     names = [f"adapter-{number}" for number, _ in enumerate(args.adapter, 1)]
     model = PeftModel.from_pretrained(base, args.adapter[0], adapter_name=names[0])
     for name, folder in zip(names[1:], args.adapter[1:], strict=True):

@@ -201,6 +201,10 @@ def test_value_beyond_float16_is_named_in_the_error(tmp_path):
     ("arguments", "message"),
     [
         (["--model", "nowhere", "--out", "m.gguf"], "nowhere: expected the folder of a checkpoint"),
+        (
+            ["--model", "file.gguf", "--out", "out"],
+            "file.gguf: expected the folder of a checkpoint, got a file. Only `export",
+        ),
         (["--model", "model", "--out", "model"], "model: expected a new file"),
         (["--model", "model", "--out", "m.gguf", "--to", "q4_k"], "to: expected one of f32, f16, bf16, q8_0"),
         (["--base", "model", "--adapter", "model", "--out", "m"], "adapter_config.json: expected a file that PEFT"),
@@ -211,6 +215,7 @@ def test_value_beyond_float16_is_named_in_the_error(tmp_path):
 )
 def test_bad_argument_is_one_sentence(arguments, message, tmp_path, monkeypatch):
     make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as error:

@@ -14,9 +14,9 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from test_files import affine_parts, awq_tensors, compressed, fp8_codes, gptq_tensors, scaled_fp8  # noqa: E402
-from test_keep_quantized import LOADED, adapt, assert_decodes_to, gradients, layers, logits  # noqa: E402
+from test_keep_quantized import EXPERTS, LOADED, adapt, assert_decodes_to, gradients, layers, logits  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from qlora_native.integrations.transformers import KeepQuantized  # noqa: E402
@@ -204,6 +204,58 @@ def test_experts_of_a_folder_become_stacks(case, tmp_path):
     assert sum(isinstance(layer, Experts4bit) for layer in layers(model).values()) == 4
     assert_decodes_to(model, dense)
     assert relative_error(logits(model), logits(dense)) <= 2**-16
+
+
+def test_adapter_of_experts_has_the_names_that_it_has_over_16_bits(tmp_path):
+    dense = tiny("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=192)
+    write(tmp_path, dense, "gptq")  # its names are sorted: down_proj is before gate_proj
+    model = adapt(load(tmp_path), **EXPERTS)
+    model.save_pretrained(tmp_path / "adapter")
+    over_16_bits = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    assert relative_error(logits(model), logits(over_16_bits)) <= 2**-13
+
+
+@pytest.mark.parametrize("case", ["fp8", "gptq"])
+def test_codes_of_an_output_layer_are_not_saved_in_its_adapter(case, tmp_path):
+    dense = tiny(tie_word_embeddings=False)
+    write(tmp_path, dense, case, skip=())
+    model = adapt(load(tmp_path), target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in saved)
+    over_16_bits = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    assert relative_error(logits(model), logits(over_16_bits)) <= 2**-13
+
+
+def test_output_layer_of_its_own_stays_so_where_a_config_ties_it(tmp_path):
+    dense = tiny(tie_word_embeddings=True)
+    parts, value = CASES["gptq"][0](*dense.lm_head.weight.shape, 99)
+    write(
+        tmp_path,
+        dense,
+        "gptq",
+        changes=lambda tensors: tensors.update({f"lm_head.{part}": each for part, each in parts.items()}),
+    )
+    dense.lm_head.weight = torch.nn.Parameter(value)
+    model = load(tmp_path)
+    assert relative_error(logits(model), logits(dense)) <= 2**-16
+    model.resize_token_embeddings(models.VOCABULARY)  # it has as many, so this ties weights and does nothing else
+    assert relative_error(logits(model), logits(dense)) <= 2**-16
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+def test_merge_that_is_refused_changes_no_layer(method, tmp_path):
+    dense = tiny()
+    write(tmp_path, dense, "gptq", skip=("lm_head", "layers.0"))  # PEFT meets layers in 16 bits first
+    model = adapt(load(tmp_path))
+    state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, logits(model)
+    with pytest.raises(ValueError, match="merge: .*, the bytes of a file"):
+        getattr(model, method)()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == state.keys() and torch.equal(logits(model), expected)
+    only_16_bits = adapt(load(tmp_path), target_modules=r".*layers\.0\.mlp\.up_proj")
+    expected = logits(only_16_bits)
+    assert relative_error(logits(getattr(only_16_bits, method)() or only_16_bits), expected) <= 2**-13
 
 
 def test_experts_of_which_half_is_quantized_are_decoded_if_asked_for(tmp_path):

@@ -151,6 +151,11 @@ def _folder_of(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     expected = "expected the folder of a checkpoint"
+    if Path(name).is_file():
+        raise NotADirectoryError(
+            f"{name}: {expected}, got a file. Only `export --base` takes one in GGUF; dequantize() of a model that "
+            "KeepQuantized has loaded, and save_pretrained of what it returns, make such a folder"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..._core.errors import bad
 from ..._core.quantize import quantized_like
 from ..._core.weight import QuantizedWeight
+from ..._layers.base import QuantizedLayer
 from ...nn import Linear4bit, Linear8bit
 
 
@@ -151,6 +152,11 @@ def requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
     Raises:
         ValueError: weights are not quantized to this format, but read from files.
     """
+    _check_quantizes(like)
+    return quantized_like(like, weight.detach())
+
+
+def _check_quantizes(like: QuantizedWeight) -> None:
     if not like.layout.quantizes:
         raise bad(
             "merge",
@@ -158,4 +164,22 @@ def requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
             f"{like.format}, the bytes of a file: use the adapter beside that file, or merge it into the model that "
             "dequantize() of the model without adapters returns",
         )
-    return quantized_like(like, weight.detach())
+
+
+def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise what merging adapters into a layer of `model` would raise for its format, before one is merged.
+
+    Args:
+        model: a model with layers of PEFT.
+        adapter_names: the adapters; None is the active ones of each layer.
+
+    Raises:
+        ValueError: a weight is the bytes of a file.
+    """
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            if not layer._get_available_adapters().isdisjoint(names):
+                base = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer()
+                if isinstance(base, QuantizedLayer):
+                    _check_quantizes(base.quantized_weight)

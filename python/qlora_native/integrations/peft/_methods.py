@@ -18,6 +18,7 @@ A tuner that is not in `METHODS` has not been tested and is refused, so a new PE
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,13 +29,21 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, save_and_load
 from torch import nn
 
 from ..._layers.base import QuantizedLayer
 from ..._layers.eligible import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
-from ._dequantized import DequantizedLinear, WeightWritten, is_plain, make_plain, make_readable, run_over_dequantized
+from ._dequantized import (
+    DequantizedLinear,
+    WeightWritten,
+    check_merge,
+    is_plain,
+    make_plain,
+    make_readable,
+    run_over_dequantized,
+)
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts
 
 # The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
@@ -58,11 +67,14 @@ def install() -> None:
         ("__init__", _makes_layers),
         ("inject_adapter", _makes_layers),
         ("merge_and_unload", _unloaded),
+        ("merge_and_unload", _merges),
+        ("merge_adapter", _merges),
         ("unload", _unloaded),
     ):
         wrapped = wrapper(getattr(BaseTuner, name))
         wrapped._qlora_native = True
         setattr(BaseTuner, name, wrapped)
+    save_and_load.get_embedding_layer_name = _unless_quantized(save_and_load.get_embedding_layer_name)
 
 
 def _makes_layers(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,6 +242,32 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
             for layer in layers:
                 make_readable(layer)
             _restore_plain(self.model, layers)  # all of them, unless PEFT has failed
+
+    return wrapped
+
+
+def _merges(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that merges adapters into all layers, so that it is refused before the first is changed."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        check_merge(self.model, signature.bind(self, *args, **kwargs).arguments.get("adapter_names"))
+        return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _unless_quantized(method: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Wrap PEFT's name of an embedding or an output layer whose weight it saves beside an adapter.
+
+    A quantized one has none, for its tensors are those of the base: over 16 bits PEFT would read codes as weights.
+    """
+
+    @functools.wraps(method)
+    def wrapped(model: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> str | None:
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        return None if isinstance(base, QuantizedLayer) else method(model, layer, *args, **kwargs)
 
     return wrapped
 

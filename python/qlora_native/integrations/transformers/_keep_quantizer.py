@@ -143,6 +143,9 @@ class KeepQuantizer(Quantizer):
                 layer.bias = replaced.bias
             take_over_hooks(layer, replaced)
             model.set_submodule(target.path, layer.train(replaced.training))
+        head = model.get_output_embeddings()
+        if any(model.get_submodule(each.target.path) is head for each in self._plan.kept):
+            model.config.tie_word_embeddings = False  # the files have one of its own; nothing may tie it later
         model._weight_conversions = None  # those of the model itself, if it is ever saved in 16 bits
         adopt(model, self, self._unsaved(model))
         logger.info("\n%s", size_report(model))

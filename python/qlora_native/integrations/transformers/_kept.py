@@ -208,8 +208,12 @@ def incomplete_experts(kept: dict[str, Kept]) -> list[str]:
 
 
 def put_pending(model: nn.Module, weights: Iterable[Kept]) -> None:
-    """Replace the layers of `weights` by `Pending`."""
-    for kept in weights:
+    """Replace the layers of `weights` by `Pending`.
+
+    Stacks of experts become children of their module in the order of its parameters, by which PEFT names adapters.
+    """
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    for kept in sorted(weights, key=lambda each: places.get(each.target.path, -1)):
         parent, _, name = kept.target.path.rpartition(".")
         module = model.get_submodule(parent)
         was_parameter = module._parameters.pop(name, None) is not None
