@@ -201,5 +201,15 @@ def test_training_of_a_4_bit_embedding_is_named_in_the_error(config, message):
 def test_other_number_of_tokens_is_named_in_the_error():
     model = quantize_model(model_of(tied=True), skip=(), embeddings=True, progress=False)
     assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
+    for tokens in (None, VOCABULARY - 3):
+        assert model.resize_token_embeddings(tokens, pad_to_multiple_of=64) is model.get_input_embeddings()
     with pytest.raises(ValueError, match="resize_token_embeddings: expected 128 tokens"):
         model.resize_token_embeddings(VOCABULARY + 3)
+
+
+def test_refused_resize_leaves_the_embedding_in_16_bits_as_it_is():
+    model = quantize_model(model_of(tied=False), skip=(), progress=False)
+    assert not isinstance(model.get_input_embeddings(), Embedding4bit)
+    with pytest.raises(ValueError, match="resize_token_embeddings: expected 128 tokens, as Linear4bit has, got 140"):
+        model.resize_token_embeddings(140)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == VOCABULARY

@@ -330,6 +330,18 @@ def test_dequantized_model_merges(path):
     assert relative_error(logits(adapted.merge_and_unload()), expected) <= 2**-14
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_model_that_is_dequantized_below_its_adapter_merges(path, use_dora):
+    adapted = adapt(load(path), use_dora=use_dora)
+    expected = logits(adapted)
+    adapted.dequantize()
+    assert relative_error(logits(adapted), expected) <= 2**-14
+    adapted.merge_adapter()
+    assert relative_error(logits(adapted), expected) <= 2**-14
+    adapted.unmerge_adapter()
+    assert relative_error(logits(adapted.merge_and_unload()), expected) <= 2**-14
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3moe"])
 def test_dequantized_model_is_saved_as_one_in_16_bits(architecture, tmp_path):
     path = tmp_path / "model.gguf"

@@ -214,6 +214,8 @@ class LoraLinear4bit(PeftLoraLinear):
             ValueError: the merged weight is not finite, or `lora_bias` needs a bias that the layer does not have.
                 Nothing is changed.
         """
+        if type(self.base_layer) is nn.Linear:  # dequantize() of the model has put it there
+            return super().merge(safe_merge, adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
@@ -237,6 +239,8 @@ class LoraLinear4bit(PeftLoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if type(self.base_layer) is nn.Linear:
+            return super().unmerge()
         if self._unmerged is None:
             return run_over_dequantized(self, PeftLoraLinear.unmerge)
         weight, bias = self._unmerged

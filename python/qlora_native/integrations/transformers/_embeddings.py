@@ -8,6 +8,8 @@ tensors.
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,21 +128,50 @@ def codes_of_embeddings(model: nn.Module) -> set[int]:
     return {id(module._parameters["weight"]) for module in model.modules() if isinstance(module, Embedding4bit)}
 
 
-# Wraps what `resize_token_embeddings` calls, which would take codes for a weight of half as many columns.
-def _refusing_quantized(method: Callable[..., Any]) -> Callable[..., Any]:
+def _check_rows(layer: nn.Module, rows: int, tokens: int | None, multiple: int | None) -> None:
+    """Raise unless `layer`, if it is quantized, has as many rows as a resize of one of `rows` rows would give it."""
+    wanted = rows if tokens is None else tokens
+    if multiple is not None:
+        wanted = math.ceil(wanted / multiple) * multiple
+    if isinstance(layer, QuantizedLayer) and layer.quantized_weight.shape[0] != wanted:
+        expected = f"{layer.quantized_weight.shape[0]} tokens, as {type(layer).__name__} has"
+        raise bad("resize_token_embeddings", expected, wanted)
+
+
+# Wraps what `resize_token_embeddings` calls first, so that nothing is resized where a part of it cannot be.
+def _refusing_before(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def resized(
-        self: PreTrainedModel, old: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    def resize(
+        self: PreTrainedModel, tokens: int | None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if not isinstance(old, QuantizedLayer) or (new_num_tokens is None and not (args or kwargs)):
-            return method(self, old, new_num_tokens, *args, **kwargs)
+        embedding = self.get_input_embeddings()
+        if not (tokens is None and pad_to_multiple_of is None):
+            for layer in (embedding, self.get_output_embeddings()):
+                _check_rows(layer, embedding.weight.shape[0], tokens, pad_to_multiple_of)
+        return method(self, tokens, pad_to_multiple_of, *args, **kwargs)
+
+    return resize
+
+
+# Wraps what resizes one layer, and would take codes for a weight of half as many columns.
+def _refusing_quantized(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def resized(self: PreTrainedModel, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(old, QuantizedLayer):
+            return method(self, old, *args, **kwargs)
+        given = signature.bind(self, old, *args, **kwargs).arguments
         rows = old.quantized_weight.shape[0]
-        if new_num_tokens == rows:
-            return old
-        raise bad("resize_token_embeddings", f"{rows} tokens, as {type(old).__name__} has", new_num_tokens)
+        _check_rows(old, rows, given.get("new_num_tokens"), given.get("pad_to_multiple_of"))
+        return old
 
     return resized
 
 
-for _name in ("_get_resized_embeddings", "_get_resized_lm_head"):
-    setattr(PreTrainedModel, _name, _refusing_quantized(getattr(PreTrainedModel, _name)))
+for _name, _wrap in (
+    ("_resize_token_embeddings", _refusing_before),
+    ("_get_resized_embeddings", _refusing_quantized),
+    ("_get_resized_lm_head", _refusing_quantized),
+):
+    setattr(PreTrainedModel, _name, _wrap(getattr(PreTrainedModel, _name)))
