@@ -142,13 +142,17 @@ def _check_rows(layer: nn.Module, rows: int, tokens: int | None, multiple: int |
 def _refusing_before(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def resize(
-        self: PreTrainedModel, tokens: int | None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+        self: PreTrainedModel,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         embedding = self.get_input_embeddings()
-        if not (tokens is None and pad_to_multiple_of is None):
+        if not (new_num_tokens is None and pad_to_multiple_of is None):
             for layer in (embedding, self.get_output_embeddings()):
-                _check_rows(layer, embedding.weight.shape[0], tokens, pad_to_multiple_of)
-        return method(self, tokens, pad_to_multiple_of, *args, **kwargs)
+                _check_rows(layer, embedding.weight.shape[0], new_num_tokens, pad_to_multiple_of)
+        return method(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     return resize
 
