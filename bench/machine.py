@@ -25,6 +25,7 @@ PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers", "gp
 # Twice the largest last-level cache: of a core complex of a CPU, and of a GPU.
 PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SQUARES = {"cpu": 4096, "cuda": 8192}
+SHORT_PRODUCT_S = 0.1  # one of twice the size takes about eight times as long
 
 # (vendor, family, models, steppings, microarchitecture), because several have a name such as "AMD EPYC". AMD's are told
 # apart as in Linux' arch/x86/kernel/cpu/amd.c, Intel's as in its intel-family.h and perf's mapfile.csv.
@@ -204,7 +205,8 @@ class Probes:
 def limits(probes: Probes, dtypes: list[str], clock: timing.Cpu | timing.Gpu, rounds: int = 3) -> dict[str, float]:
     """Measure `read` and `copy` (read + written) in bytes/s, and the matrix rate of each dtype in flop/s.
 
-    Each is the best of a few. The matrix rate is that of torch.matmul on squares of SQUARES.
+    Each is the best of a few. The matrix rate is that of a layer, X·Wᵀ, on squares, which grow up to SQUARES as long as
+    a product is short: without instructions for bf16 torch may take minutes for one.
     """
 
     def best(function: Callable[[], object], count: int) -> float:
@@ -214,8 +216,11 @@ def limits(probes: Probes, dtypes: list[str], clock: timing.Cpu | timing.Gpu, ro
         "read": probes.nbytes / best(probes.read, 4 * rounds),
         "copy": 2 * probes.nbytes / best(probes.copy, 4 * rounds),
     }
-    size = SQUARES[device()]
     for dtype in dtypes:
-        left, right = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-        found[dtype] = 2 * size**3 / best(lambda left=left, right=right: left @ right, rounds)
+        size, seconds = min(256, SQUARES[device()]) // 2, 0.0
+        while size < SQUARES[device()] and seconds < SHORT_PRODUCT_S:
+            size *= 2
+            x, w = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+            seconds = best(lambda x=x, w=w: torch.nn.functional.linear(x, w), rounds)
+        found[dtype] = 2 * size**3 / seconds
     return found
