@@ -26,8 +26,9 @@ namespace {
 // of an Intel Xeon (Ice Lake), with a 4096 x 4096 weight, it took 0.64 to 0.69 of their time for 9 rows, 0.55 to 0.86
 // for 16 and 0.84 for 24. For 32 it took as long. On two cores of an AMD EPYC (Zen 5) it took 0.72 to 0.83 of their
 // time for 9 rows, 0.8 to 0.86 for 12, and as long for 16 to 24; by 4096 x 1024 0.9 to 1.07 for 9 and 12. No Zen 4 has
-// timed it: there vectors take 1.86 ms for up to 16 rows by 4096 x 4096, and the multiply-adds of 12 rows alone
-// take 1.04.
+// timed it with AVX-512: there vectors take 1.86 ms for up to 16 rows by 4096 x 4096, and the multiply-adds of 12 rows
+// alone take 1.04. With AVX2 alone an AMD EPYC (Zen 4) took 0.54 to 0.79 of their time for 9 rows and 0.68 to 1.01 for
+// 12, bf16 and fp32, by 4096 x 4096, 4096 x 1024, 1536 x 576 and 576 x 1536; for 16 to 24 rows it took 0.81 to 1.38.
 //
 // "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the application's product uses here. "The
 // dense is faster" is fp32 with AVX-512 without BF16 (dense_gemm_is_faster). The number of threads does not decide:
@@ -105,12 +106,13 @@ bool dense_gemm_is_faster(DType dtype) {
 // Small_m's multiply-add takes half a load, so that it is faster than vectors for some more rows. For these up to 16
 // rows of x are one vector, however few they are, and each element of W is loaded for a single multiply-add: on an
 // Intel Xeon (Ice Lake) two multiply-adds of 512 bits begin in a cycle but 1.1 loads, those that broadcast an element
-// too. Each result of small_m ends with a sum over lanes, which a small inner dimension does not hide. A result in
-// bf16 hides another order of sums.
+// too. Each result of small_m ends with a sum over lanes, which a small inner dimension does not hide where
+// instructions for bf16 make the rest short. With AVX-512 only bf16 has been timed.
 std::int64_t rows_in_pieces(DType dtype, std::int64_t inner) {
-  static const bool avx512 = cpu_isa() == "avx512", avx512_bf16 = cpu_isa() == "avx512_bf16";
+  static const std::string isa = cpu_isa();
+  if (isa == "avx2") return 12;
   if (dtype != DType::bf16) return 0;
-  return avx512 ? kMaxSmallM : avx512_bf16 && inner >= 1536 ? 12 : 0;
+  return isa == "avx512" ? kMaxSmallM : isa == "avx512_bf16" && inner >= 1536 ? 12 : 0;
 }
 
 ProductShape shape_of(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
