@@ -3,6 +3,7 @@
 import torch
 import transformers
 from models import VOCABULARY, ids
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from qlora_native.nn import Experts4bit
 
@@ -18,6 +19,8 @@ INNERS = {"intermediate_size": 96, "moe_intermediate_size": INNER}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
 LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 QWEN3_NEXT = {"shared_expert_intermediate_size": INNER, "layer_types": ["linear_attention", "full_attention"]}
+LONGCAT = {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": INNER, "moe_topk": 2, "head_dim": 8}
+LONGCAT |= {"n_routed_experts": E, "zero_expert_num": 2, "num_key_value_heads": 4}
 LLAMA4 = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, "attention_chunk_size": 16}
 FAMILIES = {
     "qwen3-moe": ("Qwen3Moe", {**INNERS, "num_experts": E, "head_dim": 16, "norm_topk_prob": True}),
@@ -27,11 +30,15 @@ FAMILIES = {
     "deepseek-v3": ("DeepseekV3", {**INNERS, **GROUPED, **LATENT, "num_key_value_heads": 4}),
     "glm4-moe": ("Glm4Moe", {**INNERS, **GROUPED, "head_dim": 16, "use_qk_norm": True}),
     "gpt-oss": ("GptOss", {"intermediate_size": INNER, "num_local_experts": E, "head_dim": 16, "sliding_window": 8}),
+    "longcat-flash": ("LongcatFlash", {**LATENT, **LONGCAT}),
     "llama4": (
         "Llama4",
         {**LLAMA4, "intermediate_size": INNER, "num_local_experts": E, "head_dim": 16, "num_experts_per_tok": 1},
     ),
 }
+FROM_5_25 = "unit_colwise" in ALL_PARALLEL_STYLES  # transformers has this style from 5.25 on
+if not FROM_5_25:
+    del FAMILIES["longcat-flash"]  # its experts are outside the registry there
 
 
 def make(family, dtype=torch.float32, **changes):
@@ -45,6 +52,12 @@ def make(family, dtype=torch.float32, **changes):
             if name.endswith("bias") or "expert" in name or "router" in name or "gate.weight" in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def routers_of(model):
+    """The parameters that choose experts, by name."""
+    ends = ("router.weight", "router.classifier.weight", "mlp.gate.weight")
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
 
 
 def experts_of(model):

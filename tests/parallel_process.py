@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from models import edit_json, ids, load, logits
 from models import make as make_model
+from moe import FROM_5_25
 from sharding import leave
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers.distributed import DistributedConfig
@@ -32,6 +33,10 @@ CONFIGS = {
 MODELS = ("llama", "llama-nf4", "moe", "moe-nf4")  # in 32 bits, quantized by each process; and quantized in their files
 TARGETS = {"llama": "all-linear", "moe": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 RATE = 1e-2
+CUT_EXPERTS = {"model.layers.*.mlp.experts.gate_up_proj": "packed_colwise"}
+# What transformers has from 5.25 on.
+BY_HEADS = {"model.layers.*.self_attn.q_proj": "unit_colwise"}
+ONE_OF_BOTH = {"whole experts": {"ep_size": None}, "whole layers": {"tp_plan": {}}}
 
 
 def save(folder):
@@ -113,15 +118,15 @@ def refusals(folder, count):
         "save_pretrained": message(llama.save_pretrained, folder / "no"),
         "dequantize": message(llama.dequantize),
         "merge": message(make(folder, "llama-nf4", **sharded(count, "llama")).merge_adapter),
-        "experts": message(base, folder, "moe", **sharded(count, "moe", ep_size=None)),
+        "experts": message(base, folder, "moe", **sharded(count, "moe", ep_size=None, tp_plan=CUT_EXPERTS)),
         "adapters of experts": message(peft.get_peft_model, moe, experts),
         "columns": message(base, folder, "ragged", **sharded(count, "llama")),
         "fsdp_size": message(base, folder, "llama", **sharded(count, "llama", tp_size=1, fsdp_size=count)),
         "pp_size": message(base, folder, "llama", **sharded(count, "llama", tp_size=1, pp_size=count)),
         "KeepQuantized": message(load, folder / "gptq", quantization_config=KeepQuantized(), **sharded(count, "llama")),
     }
-    deprecated = {"ep_size": None, "enable_expert_parallel": True}
-    found["enable_expert_parallel"] = message(base, folder, "moe", **sharded(count, "moe", **deprecated))
+    if FROM_5_25:
+        found["heads"] = message(base, folder, "llama", **sharded(count, "llama", tp_plan=BY_HEADS))
     for config in (
         peft.LoraConfig(use_dora=True, target_modules=["q_proj"]),
         peft.VeraConfig(target_modules=["q_proj"]),
@@ -143,6 +148,10 @@ def main(folder):
     count, written = dist.get_world_size(), {}
     for name in MODELS:
         written[name] = results(make(folder, name, **sharded(count, name)), folder / f"{name}-adapter-{count}")
+    if FROM_5_25:
+        for case, changes in ONE_OF_BOTH.items():
+            model = make(folder, "moe-nf4", **sharded(count, "moe", **changes))
+            written[case] = results(model, folder / f"{case}-{count}")
     dist.barrier()  # the first process has saved the adapter
     loaded = peft.PeftModel.from_pretrained(
         base(folder, "llama-nf4", **sharded(count, "llama")), folder / f"llama-nf4-adapter-{count}"

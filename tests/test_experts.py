@@ -49,8 +49,8 @@ def test_experts_of_every_family_are_quantized_and_routers_are_not(family):
         weight = parameter.transpose(1, 2) if layer.transposed else parameter
         models.assert_same_bits(layer.quantized_weight.tensors(), qn.quantize(weight, "nf4", 32).tensors())
         assert not any(tensor.requires_grad for tensor in layer.parameters())
-    routers = [n for n, p in model.named_parameters() if "router.weight" in n or n.endswith("mlp.gate.weight")]
-    assert routers and all(torch.equal(model.get_parameter(n), parameters[n]) for n in routers)
+    routers = moe.routers_of(model)
+    assert routers and all(torch.equal(parameter, parameters[name]) for name, parameter in routers.items())
 
 
 def test_bytes_of_experts_are_those_of_one_weight_of_all_their_rows():
@@ -83,8 +83,8 @@ def test_loss_logits_and_gradients_are_those_of_the_decoded_model(family, format
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and dense.get_parameter(name).grad is not None:
             assert relative(parameter.grad, dense.get_parameter(name).grad) < 1e-4, name
-    routers = [p for n, p in model.named_parameters() if "router.weight" in n or n.endswith("mlp.gate.weight")]
-    assert routers and all(p.grad.abs().max() > 0 for p in routers)
+    routers = moe.routers_of(model)
+    assert routers and all(parameter.grad.abs().max() > 0 for parameter in routers.values())
 
 
 @families
@@ -136,13 +136,11 @@ def test_weights_keep_their_bits_when_a_model_is_moved_and_cast():
 
 
 def test_family_outside_the_registry_keeps_its_experts_and_runs():
-    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32}
-    options = {**moe.COMMON, **moe.LATENT, **experts, "ffn_hidden_size": 96, "num_layers": 1, "head_dim": 8}
-    options["num_key_value_heads"] = 4
-    del options["num_hidden_layers"]
-    model = transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**options)).eval()
+    options = {**moe.COMMON, "num_hidden_layers": 1, "num_local_experts": 4, "intermediate_size": 32, "kv_channels": 16}
+    del options["num_attention_heads"]  # JetMoE derives it
+    model = transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**options)).eval()
     message = (
-        "layers.0.mlp.experts.gate_up_proj, 98,304 bytes, is left as it is: a parameter of .*, whose use is not known"
+        "layers.0.mlp.input_linear.weight, 65,536 bytes, is left as it is: a parameter of .*, whose use is not known"
     )
     modules = dict(model.named_modules())
     with pytest.raises(ValueError, match=message):
@@ -151,8 +149,8 @@ def test_family_outside_the_registry_keeps_its_experts_and_runs():
     with pytest.warns(UserWarning, match=message):
         quantize_model(model, progress=False)
     assert not moe.experts_of(model) and layers_of(model)
-    router = model.model.layers[0].mlp.router.classifier  # a linear layer, whose weight the router reads
-    assert type(router) is nn.Linear and "a router: model.layers.0.mlp.router.classifier" in str(size_report(model))
+    router = model.model.layers[0].mlp.router.layer  # a linear layer
+    assert type(router) is nn.Linear and "a router: model.layers.0.mlp.router.layer" in str(size_report(model))
     assert model(**moe.batch()).loss.isfinite()
 
 

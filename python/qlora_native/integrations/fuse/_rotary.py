@@ -3,7 +3,8 @@
 A model's code calls a function of its module by the name `apply_rotary_pos_emb`, and transformers has no registry for
 it. So the function of a module is replaced, once for all models of it, by one that checks whether a fused model
 makes the call: the module that makes cos and sin marks them in such a model (by a hook). All other calls reach the
-function that was there.
+function that was there. Where the package `kernels` is installed, transformers makes an `nn.Module` of the function,
+which models copy and unpickle by its name and type; it stays, and its `forward` is replaced.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def fuse_rotary(model: nn.Module) -> bool:
     embeddings = [each for path, each in model.named_modules() if path.rpartition(".")[2] == EMBEDDING]
     fused = False
     for module, function in functions:
-        if not hasattr(function, "replaces"):
-            if not _agrees(function):
+        owner, name = (function, "forward") if isinstance(function, nn.Module) else (module, FUNCTION)
+        present = getattr(owner, name)
+        if not hasattr(present, "replaces"):
+            if not _agrees(present):
                 continue
-            setattr(module, FUNCTION, _in_place_of(function))
+            setattr(owner, name, _in_place_of(present))
         fused = True
     if fused:
         for embedding in embeddings:

@@ -123,14 +123,14 @@ def _changed(plan: dict[str, str], changes: Any) -> dict[str, str]:
 
 def _dimension(path: str, layer: QuantizedLayer, mesh: str, style: str) -> int | None:
     """The dimension along which a style of transformers shards a layer; None if each process has the whole."""
-    kind = ALL_PARALLEL_STYLES[style]
     if isinstance(layer, Experts4bit) and mesh == "ep":
         return 0
-    if isinstance(layer, Linear4bit) and isinstance(kind, ColwiseParallel):
+    shard = type(ALL_PARALLEL_STYLES[style]).shard_param  # a style with another is another, though it is a subclass
+    if isinstance(layer, Linear4bit) and shard is ColwiseParallel.shard_param:
         return 0
-    if isinstance(layer, Linear4bit) and isinstance(kind, RowwiseParallel):
+    if isinstance(layer, Linear4bit) and shard is RowwiseParallel.shard_param:
         return -1
-    if type(kind).shard_param is TensorParallelLayer.shard_param:
+    if shard is TensorParallelLayer.shard_param:
         return None
     remedy = "use ep_size" if isinstance(layer, Experts4bit) else "name it in llm_int8_skip_modules"
     raise bad(f"{path}: {mesh}_plan", f"a style that shards {type(layer).__name__} ({remedy})", style)
