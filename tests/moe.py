@@ -3,7 +3,7 @@
 import torch
 import transformers
 from models import VOCABULARY, ids
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed import tensor_parallel
 
 from qlora_native.nn import Experts4bit
 
@@ -36,7 +36,7 @@ FAMILIES = {
         {**LLAMA4, "intermediate_size": INNER, "num_local_experts": E, "head_dim": 16, "num_experts_per_tok": 1},
     ),
 }
-FROM_5_25 = "unit_colwise" in ALL_PARALLEL_STYLES  # transformers has this style from 5.25 on
+FROM_5_25 = hasattr(tensor_parallel, "UnitColwiseParallel")  # transformers has this style from 5.25 on
 if not FROM_5_25:
     del FAMILIES["longcat-flash"]  # its experts are outside the registry there
 
