@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 
-for chatty in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):  # which PEFT imports
+for chatty in ("bitsandbytes.backends.cpu.ops", "kernels", "torchao", "torch.utils._pytree"):  # which PEFT imports
     logging.getLogger(chatty).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT reads transformers' property by an old name
 

@@ -18,6 +18,8 @@ from qlora_native.integrations.fuse._blocks import DeferredActivation
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
 peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
 
 # How many modules are fused in each: of every layer the activation and the norms, and the norm at the end.
 FUSED = {"llama": 2 * 3 + 1, "gemma2": 2 * 5 + 1, "phi3": 2 * 3 + 1, "qwen3": 2 * 5 + 1, "qwen3-moe": 2 * 5 + 1}
@@ -265,6 +267,35 @@ def test_forward_that_another_library_replaced_stays():
     assert fuse_blocks(model) == FUSED["llama"] - 1
     x = torch.randn(2, 64)
     assert norm(x) is x
+
+
+def forwards_of(model):
+    """What stands in the place of its modules' own forwards, beneath a hook of accelerate."""
+    every = {path: vars(module) for path, module in model.named_modules()}
+    return {path: of.get("_old_forward", of["forward"]) for path, of in every.items() if "forward" in of}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "with hooks"])
+def test_model_stays_fused_while_transformers_looks_for_kernels(when):
+    if not transformers.utils.is_kernels_available():
+        pytest.skip("transformers takes no kernels")
+    model, other = make("llama"), make("llama")
+    if when == "before":
+        model.set_use_kernels(True)
+    assert fuse_blocks(model) == FUSED["llama"]
+    expected = forwards_of(model)
+    if when == "with hooks":
+        for module in model.modules():
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+        expected = forwards_of(model)
+    model.set_use_kernels(True)
+    for train in (False, True, False):
+        assert forwards_of(model.train(train)) == expected
+    model.set_use_kernels(False)
+    assert forwards_of(model) == expected
+    may_be_replaced = type(model.model.norm).kernel_condition
+    assert not may_be_replaced(model.model.norm)
+    assert may_be_replaced(other.model.norm)
 
 
 def test_model_with_nothing_to_fuse_says_so():

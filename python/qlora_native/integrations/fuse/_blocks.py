@@ -93,6 +93,32 @@ def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module]
     return result
 
 
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Put `forward`, which takes the module first, in the place of a module's own."""
+    module.forward = partial(forward, module)  # which a copy of the model, or a pickle, has of its own
+    # In `train()` and `eval()` transformers asks the `kernels` library for forwards of modules whose class names a
+    # kernel, and sets back those for which there is none. The condition of the class can say no for a module.
+    kind: Any = type(module)
+    if hasattr(kind, "kernel_layer_name"):
+        condition = getattr(kind, "kernel_condition", None)
+        if not isinstance(condition, _KernelCondition):
+            kind.kernel_condition = staticmethod(_KernelCondition(condition))
+
+
+class _KernelCondition:
+    """The `kernel_condition` of a class, which keeps the forward of a fused module."""
+
+    def __init__(self, condition: Callable[[nn.Module], bool] | None) -> None:
+        """Keep the condition that the class had, if any, for its other modules."""
+        self.condition = condition
+
+    def __call__(self, module: nn.Module) -> bool:
+        """Whether a kernel may replace the module's forward."""
+        if hasattr(module, "_gated_as") or hasattr(module, "_norm_eps"):
+            return False
+        return self.condition is None or self.condition(module)
+
+
 # ---- activations ----
 
 
@@ -105,7 +131,7 @@ def _fuse_activation(module: nn.Module) -> bool:
     if name is None:
         return False
     module._gated_as = name
-    module.forward = partial(_activation_forward, module)  # which a copy of the model, or a pickle, has of its own
+    _replace_forward(module, _activation_forward)
     return True
 
 
@@ -148,7 +174,7 @@ def _fuse_norm(module: nn.Module) -> bool:
     for shift in (0.0, 1.0):
         if _agrees(result, normal * (shift + weight.double())):
             module._norm_shift, module._norm_eps = shift, eps
-            module.forward = partial(_norm_forward, module)
+            _replace_forward(module, _norm_forward)
             return True
     return False
 
