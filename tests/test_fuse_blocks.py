@@ -1,8 +1,10 @@
 """Guards fuse_blocks: fused activations and norms give the same losses and gradients, and save less."""
 
 import copy
+import pickle
 import threading
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -275,8 +277,8 @@ def forwards_of(model):
     return {path: of.get("_old_forward", of["forward"]) for path, of in every.items() if "forward" in of}
 
 
-@pytest.mark.parametrize("when", ["before", "after", "with hooks"])
-def test_model_stays_fused_while_transformers_looks_for_kernels(when):
+@pytest.mark.parametrize("when", ["before", "after", "with hooks", "loaded by another process"])
+def test_model_stays_fused_while_transformers_looks_for_kernels(when, monkeypatch):
     if not transformers.utils.is_kernels_available():
         pytest.skip("transformers takes no kernels")
     model, other = make("llama"), make("llama")
@@ -288,6 +290,13 @@ def test_model_stays_fused_while_transformers_looks_for_kernels(when):
         for module in model.modules():
             accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
         expected = forwards_of(model)
+    if when == "loaded by another process":  # whose classes have their own conditions
+        file = pickle.dumps(model)
+        for kind in {type(module) for module in model.modules() if hasattr(module, "kernel_layer_name")}:
+            monkeypatch.setattr(kind, "kernel_condition", staticmethod(lambda module: True))
+        model = pickle.loads(file)
+        expected = forwards_of(model)
+        assert len(expected) == FUSED["llama"]
     model.set_use_kernels(True)
     for train in (False, True, False):
         assert forwards_of(model.train(train)) == expected
@@ -296,6 +305,16 @@ def test_model_stays_fused_while_transformers_looks_for_kernels(when):
     may_be_replaced = type(model.model.norm).kernel_condition
     assert not may_be_replaced(model.model.norm)
     assert may_be_replaced(other.model.norm)
+
+
+def test_kernel_that_transformers_took_from_the_hub_is_replaced():
+    model = make("llama")
+    for norm in (model.model.norm, model.model.layers[0].input_layernorm):
+        norm.forward, norm._kernel_repo = MethodType(type(norm).forward, norm), "kernels-community/rmsnorm"
+    expected = step(copy.deepcopy(model))
+    assert fuse_blocks(model) == FUSED["llama"]
+    assert fuse_blocks(model) == 0
+    assert_same(step(model), expected, torch.float32)
 
 
 def test_model_with_nothing_to_fuse_says_so():

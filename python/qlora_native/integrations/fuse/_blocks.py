@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def replace_blocks(model: nn.Module) -> tuple[int, str | None]:
     for module in list(model.modules()):
         for each, replace in _candidates(module):
             found += 1
-            if "forward" not in vars(each):  # else it is ours, or another library's
+            if _may_be_replaced(each):
                 changed += replace(each)
     return changed, None if found else f"{type(model).__name__} has no gated activation and no RMS norm"
 
@@ -93,16 +94,40 @@ def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module]
     return result
 
 
+def _may_be_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is that of its class, or a kernel of the hub that transformers put there unasked.
+
+    Else it is ours, or another library's.
+    """
+    own = vars(module)
+    return "forward" not in own or (isinstance(own["forward"], MethodType) and "_kernel_repo" in own)
+
+
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Put `forward`, which takes the module first, in the place of a module's own."""
-    module.forward = partial(forward, module)  # which a copy of the model, or a pickle, has of its own
-    # In `train()` and `eval()` transformers asks the `kernels` library for forwards of modules whose class names a
-    # kernel, and sets back those for which there is none. The condition of the class can say no for a module.
-    kind: Any = type(module)
-    if hasattr(kind, "kernel_layer_name"):
-        condition = getattr(kind, "kernel_condition", None)
-        if not isinstance(condition, _KernelCondition):
-            kind.kernel_condition = staticmethod(_KernelCondition(condition))
+    vars(module).pop("_kernel_repo", None)
+    module.forward = _Forward(forward, module)
+    _keep_from_kernels(type(module))
+
+
+class _Forward(partial):
+    """What stands in the place of a module's forward, which a copy of the model, or a pickle, has of its own."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Be loaded, perhaps by a process that has fused no model yet."""
+        super().__setstate__(state)
+        _keep_from_kernels(type(self.args[0]))
+
+
+def _keep_from_kernels(kind: Any) -> None:
+    """Let the `kernels` library leave the forwards of fused modules of a class.
+
+    In `train()` and `eval()` transformers asks that library for forwards of modules whose class names a kernel, and
+    sets back those for which there is none. The condition of the class can say no for a module.
+    """
+    condition = getattr(kind, "kernel_condition", None)
+    if hasattr(kind, "kernel_layer_name") and not isinstance(condition, _KernelCondition):
+        kind.kernel_condition = staticmethod(_KernelCondition(condition))
 
 
 class _KernelCondition:
