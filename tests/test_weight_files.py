@@ -51,6 +51,37 @@ def test_experts_quantized_while_loading_are_those_of_the_live_model(folders, fa
     assert not any("not known" in row.what for row in size_report(loaded).rows)
 
 
+@pytest.mark.parametrize("order", ["of the model", "of the hub"])
+def test_experts_that_a_conversion_may_transpose_are_read_and_saved(order, tmp_path):
+    """Files of Qwen3-VL-MoE on the hub have transposed experts, those that transformers writes the model's."""
+    text = {**moe.COMMON, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 4, "head_dim": 16}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    torch.manual_seed(0)
+    made = transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    )
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.1)
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    shapes = {name: parameter.shape for name, parameter in made.named_parameters() if "experts" in name}
+    assert all(N != K for _, N, K in shapes.values())
+    tensors = tensors_of(tmp_path)
+    assert all(tensors[name].shape == shape for name, shape in shapes.items())
+    if order == "of the hub":
+        tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in shapes}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = type(made).from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config())
+    assert len(moe.experts_of(loaded)) == len(shapes) == 4
+    live = quantize_model(made, progress=False)
+    assert_same_bits(loaded.state_dict(), live.state_dict())
+    loaded.save_pretrained(tmp_path / "saved")
+    again = type(made).from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, quantization_config=config())
+    assert_same_bits(again.state_dict(), live.state_dict())
+
+
 @pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "llama4"])
 def test_layer_that_is_skipped_stays_in_16_bits(folders, family, tmp_path):
     name = f"model.layers.1.{'feed_forward' if family == 'llama4' else 'mlp'}.experts"

@@ -88,7 +88,12 @@ def read_conversions(conversions: list[Any], model: nn.Module, quantizer: Any) -
     if not paths:
         return conversions
     in_4_bits = quantizer.pre_quantized or quantizer.quantization_config.experts_in_mxfp4
-    made: list[Any] = [_experts_converter(c, paths) if _is_of_experts(c, paths) else c for c in conversions]
+    made: list[Any] = []
+    for conversion in conversions:
+        if not _is_of_experts(conversion, paths):
+            made.append(conversion)
+        elif not (in_4_bits and _keeps_the_name(conversion)):  # else it would take the codes and scales, too
+            made.append(_experts_converter(conversion, paths))
     for tail in sorted({".".join(path.split(".")[-2:]) for path in paths}):
         if in_4_bits:
             sources, operation = [f"{tail}{suffix}$" for suffix in SUFFIXES], _ReadEntries(quantizer)
@@ -104,6 +109,11 @@ def _is_of_experts(conversion: Any, paths: frozenset[str]) -> bool:
         return False
     target = conversion.target_patterns[0].lstrip(".")
     return any(path == target or path.endswith(f".{target}") for path in paths)
+
+
+def _keeps_the_name(conversion: WeightConverter) -> bool:
+    """Whether a conversion changes values and no name, as that of Qwen3-VL-MoE, which transposes."""
+    return conversion._original_source_patterns == conversion._original_target_patterns
 
 
 def _experts_converter(like: WeightConverter, paths: frozenset[str]) -> _ExpertsConverter:
@@ -176,7 +186,7 @@ class _ExpertsConverter(WeightConverter):
                     source_patterns=self.source_patterns,
                     target_patterns=self.target_patterns,
                     full_layer_name=path,
-                    model=model,
+                    model=_ModelIn16Bits(model, path, layer),
                     config=config,
                 )
             (made,) = parts.values()
@@ -192,6 +202,23 @@ class _ExpertsConverter(WeightConverter):
         taken = dict(self.collected_tensors)
         self.collected_tensors.clear()
         return taken
+
+
+class _ModelIn16Bits:
+    """The model as an operation of transformers knows it: it may ask for the shape of the parameter that it makes."""
+
+    def __init__(self, model: nn.Module, path: str, layer: Experts4bit) -> None:
+        """Keep the model, and the layer that stands at `path` in the place of the parameter."""
+        self._model, self._path, self._layer = model, path, layer
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The parameter of a name, without values if it is the one that is made."""
+        if name == self._path:
+            return torch.empty(self._layer.shape, device="meta")
+        return self._model.get_parameter(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _value(tensor: Any) -> Tensor:
