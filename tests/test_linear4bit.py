@@ -402,6 +402,44 @@ def test_layer_that_transformers_keeps_in_fp32_stays():
     assert quantized_names(model) == ALL - {"layers.1.0", "layers.1.2", "first", "second"}
 
 
+class Casts(nn.Module):
+    """Casts what it multiplies to the dtype of a weight, as LongT5 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo, self.proj = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.proj(self.wo(x.to(self.wo.weight.dtype)))
+
+
+class Asks(nn.Module):
+    """Casts only to a floating dtype, as Gemma 4 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo = nn.Linear(64, 64)
+
+    def forward(self, x):
+        if (dtype := self.wo.weight.dtype).is_floating_point:
+            x = x.to(dtype)
+        return self.wo(x)
+
+
+class Inherits(Casts):
+    """Its base reads the dtype."""
+
+
+def test_layer_whose_dtype_a_module_casts_to_stays():
+    model = nn.ModuleDict({"a": Casts(), "b": Inherits(), "proj": Asks(), "wo": nn.Linear(64, 64)})
+    quantize_model(model, progress=False)
+    assert quantized_names(model) == {"a.proj", "b.proj", "proj.wo", "wo"}
+    x = torch.randn(2, 64)
+    assert model["a"](x).isfinite().all() and model["proj"](x).isfinite().all()
+    alone = quantize_model(Casts(), progress=False)
+    assert quantized_names(alone) == {"proj"}
+
+
 def test_options_reach_the_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).bfloat16())
     quantize_model(model, (), "fp4", 128, False, progress=False)

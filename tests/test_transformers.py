@@ -306,7 +306,7 @@ class Subclass(nn.Linear):
 def test_model_of_which_nothing_is_quantized_is_named_with_what_it_has(folders, monkeypatch, caplog, tmp_path):
     load(folders["llama"], quantization_config=config(llm_int8_skip_modules=["model", "lm_head"]))
     assert "nothing of LlamaForCausalLM is quantized; left as they are: model.layers.0" in caplog.text
-    assert "(named in llm_int8_skip_modules, tied, or kept in fp32)" in caplog.text
+    assert "(named in llm_int8_skip_modules, tied, or kept by the model)" in caplog.text
     monkeypatch.setattr(transformers.models.falcon.modeling_falcon, "FalconLinear", Subclass)
     models.make("falcon").save_pretrained(tmp_path)
     caplog.clear()
@@ -357,6 +357,30 @@ def test_models_that_multiply_by_weights_themselves_compute(name, how, tmp_path)
     assert model.config._is_quantized and model.hqq_quantized
     model.dequantize()
     assert not hasattr(model, "hqq_quantized") and not hasattr(model.config, "_is_quantized")
+
+
+NARROW = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 2}
+
+
+@pytest.mark.parametrize("how", ["live", "while loading"])
+def test_model_that_casts_to_the_dtype_of_a_weight_computes_and_is_saved(how, tmp_path):
+    """LongT5 casts to the dtype of `wo`, and does not keep it in fp32 as T5 does."""
+    torch.manual_seed(0)
+    kind = transformers.LongT5ForConditionalGeneration
+    model = kind(transformers.LongT5Config(**NARROW, dropout_rate=0.0, decoder_start_token_id=0)).eval()
+    inputs = {"input_ids": models.ids() % 64, "decoder_input_ids": models.ids() % 64}
+    expected = model(**inputs).logits
+    if how == "live":
+        qn.nn.quantize_model(model, progress=False)
+    else:
+        model.save_pretrained(tmp_path / "dense")
+        model = kind.from_pretrained(tmp_path / "dense", quantization_config=config())
+    feed_forward = model.encoder.block[1].layer[1].DenseReluDense
+    assert isinstance(feed_forward.wi, qn.nn.Linear4bit) and type(feed_forward.wo) is nn.Linear
+    assert relative_error(logits := model(**inputs).logits, expected) < 0.3
+    model.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", quantization_config=config())
+    assert torch.equal(again(**inputs).logits, logits)
 
 
 def test_weights_that_an_inner_model_keeps_in_fp32_stay():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +17,7 @@ _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reas
 # Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
 _SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
-# {class of a module: linear layers below it whose weight it reads: it multiplies by it, or takes its dtype}.
+# {class of a module: linear layers below it whose weight it multiplies by itself}.
 _READ = {
     "MambaMixer": ("dt_proj",),
     "MambaForCausalLM": ("lm_head",),
@@ -24,14 +27,71 @@ _READ = {
 }
 
 
+# How a module reads the dtype of a weight below it, but not how it asks first whether that dtype is a floating one.
+_DTYPE_READ = re.compile(r"\bself\.([\w.]+)\.weight\.dtype\b(?!\)\.is_floating_point)")
+_ASKED_FIRST = ("torch.uint8", "_is_quantized")  # what code names that expects codes in the place of a weight
+
+
 def kept_by_models(model: nn.Module) -> list[str]:
-    """The names of layers that `model`, or one that it is made of, keeps in fp32 or whose weight it reads itself."""
+    """The names of layers that `model`, or one that it is made of, keeps in fp32 or whose weight it reads itself.
+
+    A name that ends with "$" is a whole path, as in the patterns of transformers.
+    """
+    return [*_kept_by_name(model), *layers_read_for_their_dtype(model)]
+
+
+def _kept_by_name(model: nn.Module) -> list[str]:
     names = [
         name
         for module in model.modules()
         for name in (*(getattr(module, "_keep_in_fp32_modules", None) or ()), *_READ.get(type(module).__name__, ()))
     ]
     return list(dict.fromkeys(names))
+
+
+def layers_read_for_their_dtype(model: nn.Module) -> list[str]:
+    """The paths, with "$" at the end, of linear layers to whose weight's dtype a module above casts their input.
+
+    The dtype of codes is uint8, to which the input must not be cast. Layers that the model keeps in fp32 are left out.
+    """
+    kept, found = _kept_by_name(model), []
+    for path, module in model.named_modules():
+        for name in _read_for_its_dtype(type(module)):
+            try:
+                name, child = _below_peft(name, module.get_submodule(name))
+            except AttributeError:  # a layer that this model goes without
+                continue
+            full = f"{path}.{name}" if path else name
+            if is_linear(child) and not any(f".{each}." in f".{full}." for each in kept):
+                found.append(f"{full}$")
+    return found
+
+
+@functools.cache
+def _read_for_its_dtype(cls: type) -> tuple[str, ...]:
+    """The names, below a module of `cls`, of what has a weight whose dtype the code of `cls` reads."""
+    names: list[str] = []
+    for function in vars(cls).values():
+        code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+        if code is None or not {"weight", "dtype"} <= set(code.co_names):
+            continue
+        try:
+            source = inspect.getsource(code)
+        except OSError:  # it was not read from a file
+            continue
+        if not any(word in source for word in _ASKED_FIRST):
+            names += _DTYPE_READ.findall(source)
+    for base in cls.__bases__:
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            names += _read_for_its_dtype(base)
+    return tuple(dict.fromkeys(names))
+
+
+def _below_peft(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The layer itself where PEFT has put its own layers above it, and its name there."""
+    while is_of_peft(module) and hasattr(module, "base_layer"):
+        name, module = f"{name}.base_layer", module.base_layer
+    return name, module
 
 
 @dataclass(frozen=True)
@@ -89,8 +149,7 @@ def linears_of_routers(model: nn.Module) -> list[str]:
     found = []
     for path, router in model.named_modules():
         for name, child in router.named_children() if is_router(router) else ():
-            while is_of_peft(child) and hasattr(child, "base_layer"):
-                name, child = f"{name}.base_layer", child.base_layer
+            name, child = _below_peft(name, child)
             if is_linear(child):
                 note_reason(child, "a router")
                 found.append(f"{path}.{name}" if path else name)

@@ -50,8 +50,8 @@ def quantize_model(
 
     These layers are not quantized: subclasses of nn.Linear, but for Falcon's, which computes the same; layers that
     share their weight with a module that is not quantized, such as an output layer tied to the embedding; layers that a
-    model of transformers keeps in fp32 (T5 casts its input to the weight's dtype); and routers, which choose experts,
-    with the linear layers in them.
+    model of transformers keeps in fp32, or whose weight it reads itself (LongT5 casts an input to the weight's dtype);
+    and routers, which choose experts, with the linear layers in them.
 
     A model may have adapters of PEFT. They stay as they are, the layers below them are quantized, and LoRA is fused as
     if the model had been quantized first. Modules in `modules_to_save`, and embeddings below an adapter, stay too.
@@ -208,8 +208,8 @@ def _replace(model: nn.Module, found: Found, layers: dict[int | tuple[int, str],
 
 
 def _is_named(skip: tuple[str, ...], path: str) -> bool:
-    """Whether one of the names to skip appears in `path`."""
-    return any(f".{part}." in f".{path}." for part in skip)
+    """Whether one of the names to skip appears in `path`, or is `path` and a "$"."""
+    return any(f".{part}." in f".{path}." or part == f"{path}$" for part in skip)
 
 
 def _skipped(found: Experts, skip: tuple[str, ...]) -> bool:
@@ -242,7 +242,7 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], embeddings: bool) -> l
         if not is_linear(module) or id(module) in routers:
             continue
         if id(module) in skipped:
-            note_reason(module, "named in skip, or kept in fp32")
+            note_reason(module, "named in skip, or kept by the model")
         elif id(module.weight) in staying:
             note_reason(module, "tied to a weight that stays")
     return [name for name, module in found if id(module.weight) not in staying]

@@ -31,6 +31,7 @@ from ..._layers.eligible import (
     has_reason,
     is_linear,
     kept_by_models,
+    layers_read_for_their_dtype,
     linears_of_routers,
     note_reason,
     unquantized_parameters,
@@ -95,8 +96,8 @@ class Quantizer(HfQuantizer):
             raise bad("mapped", "a folder in 4 bits (python -m qlora_native quantize writes one)", "one in 16 bits")
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept_by_models(model))
         with_embeddings = config.llm_int8_skip_modules == []
-        if not self.pre_quantized and (routers := linears_of_routers(model)):
-            keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
+        if not self.pre_quantized and (staying := linears_of_routers(model) + layers_read_for_their_dtype(model)):
+            keep = config.llm_int8_skip_modules = sorted({*keep, *staying})
         in_files = names_in_files(checkpoint_files, model) if self.pre_quantized else None
         replace_experts(model, config, keep, in_files)
         tied = replace_embeddings(model, config, with_embeddings, in_files)
@@ -106,7 +107,7 @@ class Quantizer(HfQuantizer):
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
             if is_linear(module) and name not in linears and not has_reason(module):
-                note_reason(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
+                note_reason(module, "named in llm_int8_skip_modules, tied, or kept by the model")
         quantized = planned | _weights_of_experts(model)
         unknown = [each for each in unquantized_parameters(model, quantized) if each.unknown_use]
         if unknown and config.strict:
