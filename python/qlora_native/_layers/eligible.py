@@ -26,7 +26,6 @@ _READ = {
     "xLSTMForCausalLM": ("lm_head",),
 }
 
-
 # How a module reads the dtype of a weight below it, but not how it asks first whether that dtype is a floating one.
 _DTYPE_READ = re.compile(r"\bself\.([\w.]+)\.weight\.dtype\b(?!\)\.is_floating_point)")
 _ASKED_FIRST = ("torch.uint8", "_is_quantized")  # what code names that expects codes in the place of a weight
