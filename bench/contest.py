@@ -16,8 +16,6 @@ from peers import Contestant, ours
 Contestants = dict[str, Callable[[int], Any]]
 WITHOUT_LORA = "without LoRA"
 NF4 = "in NF4"
-# All copies of a weight together are at least this many times as large as the last-level cache.
-CACHE_MULTIPLE = 2
 MAX_COPIES = 2048  # of a weight that is too small for that; so many need no minutes to make, even over the emulator
 
 
@@ -57,8 +55,8 @@ class Weights:
 
 
 def copies_needed(nbytes: int) -> int:
-    """The number of copies of `nbytes` bytes that fill the last-level cache CACHE_MULTIPLE times: 2 ... MAX_COPIES."""
-    return min(max(2, -(-CACHE_MULTIPLE * machine.cache_bytes() // nbytes)), MAX_COPIES)
+    """The number of copies of a weight of `nbytes` bytes that no cache holds together: 2 ... MAX_COPIES."""
+    return min(max(2, machine.beyond_caches(nbytes)), MAX_COPIES)
 
 
 def contestants(case: Case, weights: Weights, peers: Sequence[Contestant]) -> Contestants:

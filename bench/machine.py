@@ -22,8 +22,10 @@ VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE",
 )  # fmt: skip
 PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers", "gptqmodel")
-# Twice the largest last-level cache: of a core complex of a CPU, and of a GPU.
+# The bytes of one read of a probe.
 PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Blocks that are to be cold when they are used again are together this many times as large as the last-level cache.
+CACHE_MULTIPLE = 2
 SQUARES = {"cpu": 4096, "cuda": 8192}
 SHORT_PRODUCT_S = 0.1  # one of twice the size takes about eight times as long
 
@@ -42,6 +44,9 @@ MICROARCHITECTURES = (
     (INTEL, 6, (207,), ANY, "Emerald Rapids"),
     (INTEL, 6, (173, 174), ANY, "Granite Rapids"),
 )
+# A virtual machine may be told another processor's model. One of 167, Rocket Lake, which has no AMX, had AMX, AVX10 and
+# PREFETCHI, 64 KB of cache for instructions and 480 MB of the third level: all of that has only Granite Rapids.
+DISGUISED = (INTEL, 6, 167, "amx_tile", "Granite Rapids")
 
 
 def device() -> str:
@@ -125,6 +130,9 @@ def processor(cpuinfo: str | None = None) -> dict[str, object]:
         for vendor, of_family, models, steppings, name in MICROARCHITECTURES:
             if (vendor, of_family) == (fields.get("vendor_id"), family) and model in models and stepping in steppings:
                 found["microarchitecture"] = name
+        *known, flag, name = DISGUISED
+        if known == [fields.get("vendor_id"), family, model] and flag in fields.get("flags", "").split():
+            found["microarchitecture"] = name
     return found
 
 
@@ -147,6 +155,11 @@ def folder_name(description: dict[str, object]) -> str:
 def cache_bytes() -> int:
     """The bytes of the last cache before memory."""
     return l3_bytes() if device() == "cpu" else torch.cuda.get_device_properties().L2_cache_size
+
+
+def beyond_caches(nbytes: int) -> int:
+    """The number of blocks of `nbytes` bytes that fill the last-level cache CACHE_MULTIPLE times."""
+    return -(-CACHE_MULTIPLE * cache_bytes() // nbytes)
 
 
 def l3_bytes() -> int:
@@ -181,10 +194,10 @@ class Probes:
     """Bandwidth probes over memory that no cache holds. Each call reads `nbytes`; `copy` also writes as many."""
 
     def __init__(self) -> None:
-        """Allocate the memory and write to it."""
+        """Allocate the memory, which all caches together do not hold, and write to it."""
         self.nbytes = PROBE_BYTES[device()]
-        # Several buffers alternate, because a part of the last one would still be in the cache.
-        sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(3)]
+        # At least three alternate, because a part of the last one would still be in the cache.
+        sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(max(3, beyond_caches(self.nbytes)))]
         self._target = torch.ones(self.nbytes // 8, dtype=torch.int64)
         self._buffers = itertools.cycle(sources)
 

@@ -436,6 +436,12 @@ def test_processors_of_one_name_are_distinguished(script, vendor, family, model,
     assert folder == "-".join(filter(None, (maker, generation, "2-threads-avx2")))
 
 
+@pytest.mark.parametrize(("flags", "generation"), [("avx512f amx_tile", "Granite Rapids"), ("avx512f", None)])
+def test_granite_rapids_is_known_under_another_model_by_amx(script, flags, generation):
+    text = f"vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t: 167\nstepping\t: 1\nflags\t: {flags}\n"
+    assert script("machine").processor(text).get("microarchitecture") == generation
+
+
 def test_figures_of_one_program_leave_those_of_another(script, tmp_path):
     report, cases = script("report"), script("cases")
     case = {"operation": "forward", "shape": (4096, 4096), "M": 4, "dtype": "float32"}

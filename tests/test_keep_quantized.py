@@ -274,6 +274,22 @@ def test_adapter_saves_and_loads_over_the_file(path, tmp_path):
     assert relative_error(logits(over_dense), expected) <= 2**-15
 
 
+def test_adapter_of_add_adapter_saves_and_loads_over_the_file(path, tmp_path, monkeypatch):
+    # transformers 5.25 asks for PEFT 0.22, which is newer than the newest.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    torch.manual_seed(1)
+    model = load(path)
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert sorted(each.name for each in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    loaded = load(path)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="bytes of another file"):
+        model.save_pretrained(tmp_path / "whole")
+
+
 def test_rows_of_a_batch_use_adapters_of_their_own(path):
     model = adapt(load(path))
     torch.manual_seed(2)

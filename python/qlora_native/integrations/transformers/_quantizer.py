@@ -6,7 +6,9 @@ bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (_weight_files
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from ..._core.versions import require
@@ -72,6 +74,15 @@ class Quantizer(HfQuantizer):
         if self.unsaved is not None:
             raise self.unsaved
         return True
+
+    @contextlib.contextmanager
+    def saving_adapters(self) -> Iterator[None]:
+        """While this lasts, let `save_pretrained` save the adapters of a model that cannot be saved itself."""
+        unsaved, self.unsaved = self.unsaved, None
+        try:
+            yield
+        finally:
+            self.unsaved = unsaved
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a map of devices that leaves modules on the disk, before anything is read."""
@@ -197,6 +208,8 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict and the metadata to save, with quantized weights as files have them."""
+        if has_adapters(model):
+            return model.state_dict(), {}  # of which transformers saves the adapters alone
         self.quantization_config.note_layers(model)  # which may have been cast since it was adopted
         state = model.state_dict()
         of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
@@ -329,6 +342,11 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
         from ..peft import _lora as peft
 
         peft.register()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapter` or `load_adapter` of transformers gave the model adapters, which it then saves alone."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from ..._layers.embedding import Embedding4bit
 from ._config import FORMATS
 from ._experts import find_experts
 from ._new_layers import names_to_skip
-from ._quantizer import BitsAndBytesConfig, Quantizer, adopt
+from ._quantizer import BitsAndBytesConfig, Quantizer, adopt, has_adapters
 
 
 def _adopt_quantized_models(model: nn.Module) -> None:
@@ -93,7 +94,10 @@ def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         adopted = described is quantizer.quantization_config
     if not adopted and any(isinstance(module, QuantizedLayer) for module in self.modules()):
         adopt_quantized(self)
-    _save_pretrained(self, *args, **kwargs)
+        quantizer = vars(self).get("hf_quantizer")
+    saving = quantizer.saving_adapters() if isinstance(quantizer, Quantizer) and has_adapters(self) else nullcontext()
+    with saving:
+        _save_pretrained(self, *args, **kwargs)
 
 
 PreTrainedModel.save_pretrained = _save
