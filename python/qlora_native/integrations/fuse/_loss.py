@@ -220,12 +220,27 @@ def _operands(head: nn.Module, x: Tensor | None = None) -> tuple[Any, ...] | Non
         base = head.base_layer
         if name:
             lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
+    if not all(map(_stays_whole, {head, base})):
+        return None
     if isinstance(base, Linear4bit):
         casts = x is not None and base.compute_dtype not in (None, x.dtype)
         return None if casts else (base.quantized_weight, base.bias, *lora)
     weight = getattr(base, "weight", None)
-    plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES
+    computes_as_linear = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    plain = computes_as_linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES
     return (weight, base.bias, *lora) if plain else None
+
+
+def _stays_whole(module: Any) -> bool:
+    """Whether its weight is there after its forward pass, in which FSDP2 gathers that of a unit from all processes.
+
+    From accelerate 1.16 on the last norm and the head are a unit that stays whole until the backward pass.
+    """
+    if not hasattr(module, "_get_fsdp_state"):
+        return True
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return all(group is None or group.post_forward_mesh_info is None for group in groups)
 
 
 def _plain_adapter(head: Any) -> str | None:
