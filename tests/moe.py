@@ -54,6 +54,22 @@ def make(family, dtype=torch.float32, **changes):
     return model.eval()
 
 
+def make_qwen3_vl(hidden=HIDDEN, inner=48):
+    """A Qwen3-VL-MoE, whose files on the hub have transposed experts; those that transformers writes have the model's."""
+    text = {**COMMON, "hidden_size": hidden, "intermediate_size": 96, "moe_intermediate_size": inner}
+    text |= {"num_experts": E, "head_dim": 16}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
 def routers_of(model):
     """The parameters that choose experts, by name."""
     ends = ("router.weight", "router.classifier.weight", "mlp.gate.weight")

@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
+import moe  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_files import affine_parts, awq_tensors, compressed, fp8_codes, gptq_tensors, scaled_fp8  # noqa: E402
 from test_keep_quantized import EXPERTS, LOADED, adapt, assert_decodes_to, gradients, layers, logits  # noqa: E402
@@ -204,6 +205,28 @@ def test_experts_of_a_folder_become_stacks(case, tmp_path):
     assert sum(isinstance(layer, Experts4bit) for layer in layers(model).values()) == 4
     assert_decodes_to(model, dense)
     assert relative_error(logits(model), logits(dense)) <= 2**-16
+
+
+@pytest.mark.parametrize("order", ["of the model", "of the hub"])
+def test_stacks_that_a_conversion_may_transpose_are_those_of_the_model(order, tmp_path):
+    """Blocks of 128 x 128 are transposed with the codes: both sides of a matrix have several, one of them cut off."""
+    dense = moe.make_qwen3_vl(hidden=192, inner=160).float()
+    tensors = {}
+    for seed, (name, parameter) in enumerate(dense.named_parameters()):
+        if "experts" not in name:
+            tensors[name] = parameter.data.clone()
+            continue
+        parts = [fp8(*each.shape, 10 * seed + e) for e, each in enumerate(parameter)]
+        parameter.data = torch.stack([value for _, value in parts])
+        for suffix, part in (("", "weight"), ("_scale_inv", "weight_scale_inv")):
+            stack = torch.stack([tensors[part] for tensors, _ in parts])
+            tensors[name + suffix] = stack.mT.contiguous() if order == "of the hub" else stack
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    fields = {**dense.config.to_dict(), "quantization_config": FP8}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model = type(dense).from_pretrained(tmp_path, quantization_config=KeepQuantized(), dtype=torch.float32)
+    assert sum(isinstance(layer, Experts4bit) for layer in layers(model).values()) == 4
+    assert_decodes_to(model, dense)
 
 
 def test_adapter_of_experts_has_the_names_that_it_has_over_16_bits(tmp_path):

@@ -19,9 +19,11 @@ from safetensors.torch import save_file  # noqa: E402
 from test_experts import families, relative  # noqa: E402
 from test_experts_peft import names_of  # noqa: E402
 from test_transformers import config  # noqa: E402
+from transformers import core_model_loading  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.integrations.transformers import _weight_files  # noqa: E402
 from qlora_native.nn import Embedding4bit, quantize_model, size_report  # noqa: E402
 
 pytestmark = models.MARKS
@@ -54,17 +56,7 @@ def test_experts_quantized_while_loading_are_those_of_the_live_model(folders, fa
 @pytest.mark.parametrize("order", ["of the model", "of the hub"])
 def test_experts_that_a_conversion_may_transpose_are_read_and_saved(order, tmp_path):
     """Files of Qwen3-VL-MoE on the hub have transposed experts, those that transformers writes the model's."""
-    text = {**moe.COMMON, "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 4, "head_dim": 16}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    torch.manual_seed(0)
-    made = transformers.Qwen3VLMoeForConditionalGeneration(
-        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    )
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "experts" in name:
-                parameter.normal_(std=0.1)
+    made = moe.make_qwen3_vl()
     made.to(torch.bfloat16).save_pretrained(tmp_path)
     shapes = {name: parameter.shape for name, parameter in made.named_parameters() if "experts" in name}
     assert all(N != K for _, N, K in shapes.values())
@@ -458,3 +450,17 @@ def test_error_of_the_command_names_the_method_and_the_formats_it_takes(saved, t
     message = "expected weights in 16 or 32 bits, or nf4 and fp4 of the method.*got the method 'qlora_native'"
     with pytest.raises(SystemExit, match=f"quantization_config: {message}"):
         main(["quantize", "--model", str(saved[1]), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(("first", "expected"), [("fc0", "fc2"), ("fc3", "fc1")])
+def test_renaming_that_depends_on_another_name_is_that_of_transformers(first, expected, tmp_path, monkeypatch):
+    """Files of Kimi K2.5 count from fc0 on, and those that transformers writes from fc1 on."""
+    if not hasattr(core_model_loading, "GroupWeightRename"):
+        pytest.skip("transformers before 5.25 has no such renaming")
+    renaming = core_model_loading.GroupWeightRename([r"mlp.fc0", r"mlp.fc1"], [r"mlp.fc1", r"mlp.fc2"])
+    monkeypatch.setattr(_weight_files, "get_model_conversion_mapping", lambda _: [renaming])
+    names = [f"0.mlp.{first}.weight", "0.mlp.fc1.weight", "0.mlp.fc1.weight.quant_state.bitsandbytes__nf4"]
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.ones(1) for name in names}, file)
+    for _ in range(2):
+        assert _weight_files.names_in_files([str(file)], torch.nn.Module()) == {f"0.mlp.{expected}.weight"}

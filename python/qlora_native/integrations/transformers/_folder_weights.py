@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..._core.errors import bad
@@ -220,16 +226,18 @@ class _Planner:
     ) -> Callable[[], QuantizedWeight]:
         """What reads the parameter `name`, which is one weight of the files, or a stack of weights."""
 
-        def reader(stored: Stored) -> Callable[[], QuantizedWeight]:
+        def reader(stored: Stored, transposed: bool = False) -> Callable[[], QuantizedWeight]:
             def read() -> QuantizedWeight:
                 tensors = {part: self.folder[name] for part, name in stored.parts.items()}
+                if transposed:
+                    tensors = {part: t.mT.contiguous() if t.dim() == 3 else t for part, t in tensors.items()}
                 return self.method.read(stored.name, tensors, self.config, dtype)
 
             return read
 
+        if len(group) == 1 and (transposed := self._is_transposed(name, *group[0])) is not None:
+            return reader(group[0][0], transposed)
         readers = [reader(stored) for stored, _ in group]
-        if len(group) == 1 and group[0][1] is None:
-            return readers[0]
         order = self._order(name, group, shape)
         return lambda: _stacked(readers, order, shape)
 
@@ -238,12 +246,33 @@ class _Planner:
         bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3", "I32"
         return torch.Size(shape).numel() * (8 if bits is None else int(bits[0])) // 8
 
+    def _is_transposed(self, name: str, stored: Stored, pattern: str | None) -> bool | None:
+        """Whether transformers transposes the matrices of a weight, of which it makes the parameter `name` alone.
+
+        A conversion may do so only if the shape is not that of the parameter. None is returned if it does anything
+        else.
+        """
+        if pattern is None:
+            return False
+        transposed, shape = False, self.folder.tensors[next(iter(stored.parts.values()))][2]
+        for operation in self._converter({pattern}).operations:
+            if not isinstance(operation, Transpose) or (operation.dim0, operation.dim1) != (1, 2) or len(shape) != 3:
+                return None
+            if not (getattr(operation, "check_dims", False) and shape == self._state[name].shape):
+                transposed, shape = not transposed, (shape[0], shape[2], shape[1])
+        return transposed
+
+    def _converter(self, patterns: Set[str | None]) -> WeightConverter:
+        """The conversion whose patterns these are."""
+        (converter,) = {id(each): each for each in self._converters if patterns & set(each.source_patterns)}.values()
+        return converter
+
     def _order(self, name: str, group: list[tuple[Stored, str | None]], shape: tuple[int, ...]) -> Tensor:
         """The order in which a parameter has the rows of its weights: the conversion is run on their numbers."""
         where, patterns = self._names(group)[0], {pattern for _, pattern in group}
         if None in patterns:
             raise bad(where, f"one weight that becomes {name}", len(group))
-        (converter,) = {id(each): each for each in self._converters if patterns & set(each.source_patterns)}.values()
+        converter = self._converter(patterns)
         if len(converter.target_patterns) != 1:
             raise bad(where, "a weight that transformers does not divide", f"one of which {name} is a part")
         rows = torch.Size(shape[:-1]).numel()

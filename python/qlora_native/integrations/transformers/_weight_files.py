@@ -12,12 +12,13 @@ it is one of ours (_config.py), because others would read a part of it and give 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
 
 from ..._core.errors import bad, named
 from ..._core.formats import CODEBOOKS
@@ -107,9 +108,10 @@ def check_weights_are_dense(
     stacks = [] if experts_in_mxfp4 else [p for p, module in model.named_modules() if isinstance(module, Experts4bit)]
     experts = {path.rpartition(".")[0] for path in stacks}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    renamings = _renamings(model)
-    for file, name, dtype in _tensors_of(files):
-        own = apply_renamings(name, renamings)
+    found = list(_tensors_of(files))
+    renamed = _renamed((name for _, name, _ in found), model)
+    for file, name, dtype in found:
+        own = renamed[name]
         path, _, part = own.rpartition(".")
         of_linear = not linears.isdisjoint((path, prefix + path, path.removeprefix(prefix)))
         if of_linear and part not in ("weight", "bias"):
@@ -123,12 +125,19 @@ def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
     names = {name for _, name, _ in _tensors_of(files)}
     found = {name.partition(QUANT_STATE)[0] for name in names if QUANT_STATE in name}
     found.update(name.removesuffix(suffix) for suffix in (_BLOCKS, _SCALES) for name in names if name.endswith(suffix))
-    renamings = _renamings(model)
-    return {apply_renamings(name, renamings) for name in found}
+    renamed = _renamed(names | found, model)
+    return {renamed[name] for name in found}
 
 
-def _renamings(model: nn.Module) -> list[WeightRenaming]:
-    return [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+def _renamed(names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """{name in the files: name in the model} of all tensors of the files.
+
+    Some renamings depend on the names before, so they are applied in the order in which transformers applies them, and
+    to copies, because each one remembers what it has renamed.
+    """
+    conversions = copy.deepcopy(get_model_conversion_mapping(model))
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    return {name: apply_renamings(name, renamings) for name in sorted(set(names), key=dot_natural_key)}
 
 
 def _tensors_of(files: Iterable[str] | None) -> Iterator[tuple[str, str, str]]:
