@@ -55,7 +55,7 @@ def make(family, dtype=torch.float32, **changes):
 
 
 def make_qwen3_vl(hidden=HIDDEN, inner=48):
-    """A Qwen3-VL-MoE, whose files on the hub have transposed experts; those that transformers writes have the model's."""
+    """A Qwen3-VL-MoE, whose files on the hub have transposed experts; transformers writes the model's own."""
     text = {**COMMON, "hidden_size": hidden, "intermediate_size": 96, "moe_intermediate_size": inner}
     text |= {"num_experts": E, "head_dim": 16}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden}

@@ -84,8 +84,8 @@ def fuse_loss(model: nn.Module) -> bool:
 
     The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
     loss is added up in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
-    changes nothing. It also works under DDP and FSDP2; but a head whose FSDP2 unit reshards after the forward pass makes
-    its logits, because its weight is in parts again by the time the loss is computed.
+    changes nothing. It also works under DDP and FSDP2; but a head whose FSDP2 unit reshards after the forward pass
+    makes its logits, because its weight is in parts again by the time the loss is computed.
 
     Args:
         model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
