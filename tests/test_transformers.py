@@ -359,6 +359,64 @@ def test_models_that_multiply_by_weights_themselves_compute(name, how, tmp_path)
     assert not hasattr(model, "hqq_quantized") and not hasattr(model.config, "_is_quantized")
 
 
+TINY = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+# {model: (its config, layers whose weights it reads, a layer that is quantized)}
+READING = {
+    "DebertaModel": (
+        {**TINY, "intermediate_size": 96, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+        ("encoder.layer.0.attention.self.in_proj",),
+        "encoder.layer.0.intermediate.dense",
+    ),
+    "MobileBertForMaskedLM": (
+        {**TINY, "intermediate_size": 96, "embedding_size": 32, "intra_bottleneck_size": 32},
+        ("cls.predictions.dense", "cls.predictions.decoder"),
+        "cls.predictions.transform.dense",
+    ),
+    "ReformerModelWithLMHead": (
+        {**TINY, "attention_head_size": 32, "attn_layers": ["lsh"], "num_buckets": 2, "lsh_attn_chunk_length": 8}
+        | {"axial_pos_embds": False, "feed_forward_size": 96, "hash_seed": 0, "is_decoder": True},
+        tuple(f"reformer.encoder.layers.0.attention.self_attention.{name}" for name in ("query_key", "value")),
+        "reformer.encoder.layers.0.attention.output.dense",
+    ),
+    "WavLMForXVector": (
+        {**TINY, "intermediate_size": 96, "conv_dim": (32, 32), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+        | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "tdnn_dim": (32, 48)}
+        | {"tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 32},
+        tuple(f"wavlm.encoder.layers.0.attention.{name}_proj" for name in "qkv") + ("tdnn.0.kernel", "tdnn.1.kernel"),
+        "wavlm.encoder.layers.0.feed_forward.intermediate_dense",
+    ),
+    "Gemma3nForCausalLM": (
+        {**TINY, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32, "vocab_size_per_layer_input": 64}
+        | {"hidden_size_per_layer_input": 32, "layer_types": ["full_attention"], "num_kv_shared_layers": 0}
+        | {"laurel_rank": 8, "altup_num_inputs": 2, "altup_coef_clip": 0.1, "activation_sparsity_pattern": [0.0]},
+        tuple(f"model.layers.0.altup.{name}_coefs" for name in ("prediction", "correction")),
+        "model.layers.0.mlp.up_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["live", "while loading"])
+@pytest.mark.parametrize("name", READING)
+def test_layers_whose_weights_a_model_reads_stay(name, how, tmp_path):
+    """Such a module is found by the name of its class. Gemma3n limits the coefficients of its layers while it trains."""
+    options, read, quantized = READING[name]
+    kind = getattr(transformers, name)
+    options = {**options, "pad_token_id": 0, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**options)).eval()
+    inputs = torch.randn(1, 400) if name.startswith("WavLM") else models.ids(length=16) % 64
+    expected = model(inputs)[0]
+    if how == "live":
+        qn.nn.quantize_model(model, progress=False)
+    else:
+        model.save_pretrained(tmp_path)
+        model = kind.from_pretrained(tmp_path, quantization_config=config())
+    assert all(type(model.get_submodule(path)) is nn.Linear for path in read)
+    assert isinstance(model.get_submodule(quantized), qn.nn.Linear4bit)
+    assert relative_error(model(inputs)[0], expected) < 0.3
+    model.train()(inputs)
+
+
 NARROW = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 2}
 
 

@@ -17,13 +17,24 @@ _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reas
 # Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
 _SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
-# {class of a module: linear layers below it whose weight it multiplies by itself}.
+# {class of a module: linear layers below it whose weight it multiplies by, or changes, by itself}.
 _READ = {
     "MambaMixer": ("dt_proj",),
     "MambaForCausalLM": ("lm_head",),
     "Mamba2ForCausalLM": ("lm_head",),
     "FalconMambaForCausalLM": ("lm_head",),
     "xLSTMForCausalLM": ("lm_head",),
+    "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
+    "Gemma4AssistantForCausalLM": ("lm_head",),
+    "DisentangledSelfAttention": ("in_proj",),  # of DeBERTa
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LSHSelfAttention": ("query_key", "value"),  # of Reformer
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "TDNNLayer": ("kernel",),  # of models of speech
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 
 # How a module reads the dtype of a weight below it, but not how it asks first whether that dtype is a floating one.
@@ -36,26 +47,23 @@ def kept_by_models(model: nn.Module) -> list[str]:
 
     A name that ends with "$" is a whole path, as in the patterns of transformers.
     """
-    return [*_kept_by_name(model), *layers_read_for_their_dtype(model)]
+    return [*_kept_in_fp32(model), *layers_read(model)]
 
 
-def _kept_by_name(model: nn.Module) -> list[str]:
-    names = [
-        name
-        for module in model.modules()
-        for name in (*(getattr(module, "_keep_in_fp32_modules", None) or ()), *_READ.get(type(module).__name__, ()))
-    ]
+def _kept_in_fp32(model: nn.Module) -> list[str]:
+    names = [name for module in model.modules() for name in getattr(module, "_keep_in_fp32_modules", None) or ()]
     return list(dict.fromkeys(names))
 
 
-def layers_read_for_their_dtype(model: nn.Module) -> list[str]:
-    """The paths, with "$" at the end, of linear layers to whose weight's dtype a module above casts their input.
+def layers_read(model: nn.Module) -> list[str]:
+    """The paths, with "$" at the end, of linear layers whose weight a module above reads.
 
-    The dtype of codes is uint8, to which the input must not be cast. Layers that the model keeps in fp32 are left out.
+    It multiplies by the weight itself, where codes are none, or casts the layer's input to the weight's dtype, which is
+    uint8 of codes. Layers that the model keeps in fp32 are left out.
     """
-    kept, found = _kept_by_name(model), []
+    kept, found = _kept_in_fp32(model), []
     for path, module in model.named_modules():
-        for name in _read_for_its_dtype(type(module)):
+        for name in (*_READ.get(type(module).__name__, ()), *_read_for_its_dtype(type(module))):
             try:
                 name, child = _below_peft(name, module.get_submodule(name))
             except AttributeError:  # a layer that this model goes without
@@ -63,7 +71,7 @@ def layers_read_for_their_dtype(model: nn.Module) -> list[str]:
             full = f"{path}.{name}" if path else name
             if is_linear(child) and not any(f".{each}." in f".{full}." for each in kept):
                 found.append(f"{full}$")
-    return found
+    return list(dict.fromkeys(found))
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from ..._layers.eligible import (
     has_reason,
     is_linear,
     kept_by_models,
-    layers_read_for_their_dtype,
+    layers_read,
     linears_of_routers,
     note_reason,
     unquantized_parameters,
@@ -107,7 +107,7 @@ class Quantizer(HfQuantizer):
             raise bad("mapped", "a folder in 4 bits (python -m qlora_native quantize writes one)", "one in 16 bits")
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept_by_models(model))
         with_embeddings = config.llm_int8_skip_modules == []
-        if not self.pre_quantized and (staying := linears_of_routers(model) + layers_read_for_their_dtype(model)):
+        if not self.pre_quantized and (staying := linears_of_routers(model) + layers_read(model)):
             keep = config.llm_int8_skip_modules = sorted({*keep, *staying})
         in_files = names_in_files(checkpoint_files, model) if self.pre_quantized else None
         replace_experts(model, config, keep, in_files)
