@@ -398,7 +398,7 @@ READING = {
 @pytest.mark.parametrize("how", ["live", "while loading"])
 @pytest.mark.parametrize("name", READING)
 def test_layers_whose_weights_a_model_reads_stay(name, how, tmp_path):
-    """Such a module is found by the name of its class. Gemma3n limits the coefficients of its layers while it trains."""
+    """Such a module is found by its name. Gemma3n limits the coefficients of its layers while it trains."""
     options, read, quantized = READING[name]
     kind = getattr(transformers, name)
     options = {**options, "pad_token_id": 0, "initializer_range": 0.1}
