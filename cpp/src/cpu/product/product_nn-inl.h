@@ -29,6 +29,8 @@ struct ProductNn : LayoutNn<Dot> {
   // number. Therefore the accumulators of so many panels are added to a total.
   static constexpr std::int64_t kPanelsOfTotal = 16;
 
+  // A strip's part of packed X is prefetched by so many blocks of tiles, which four chunks have.
+  static constexpr std::int64_t kBlocksAhead = 4 * 2;
   // With so few strips W is decoded stage by stage (strip_nn-inl.h), without panels.
   static constexpr std::int64_t kMaxDecodingStrips = 2;
 
@@ -81,7 +83,7 @@ struct ProductNn : LayoutNn<Dot> {
                             bool accumulate) {
     if constexpr (kByTiles) {
       const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t row, int first) {
-        multiply_tiles<row_tiles, tile_columns>(
+        multiply_tiles<row_tiles, tile_columns, Streamed::a>(
             tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
             {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
             {accumulators + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate,
@@ -283,24 +285,34 @@ struct ProductNn : LayoutNn<Dot> {
       }
   }
 
-  // Multiplies the columns of two tiles by all strips, one after another, so that this part of the panel stays in the
-  // first-level cache.
+  // Multiplies strip after strip by all columns of the panel, so that a strip's part stays in the first-level cache and
+  // the panel in the second-level one. Meanwhile the part of the next strip is prefetched. On an Intel Xeon (Granite
+  // Rapids), NF4 of 4096 x 4096, this took 0.94 to 0.87 of the time of strips that follow one another for each block of
+  // columns, with 128 to 2048 rows: those read all of packed X again for each block.
   template <class Rows>
   static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const Packed& x, const Panel& panel,
                                       const Part& part, bool accumulate) {
     const std::int64_t units = panel.units();
-    for (std::int64_t c = panel.chunks.begin; c < panel.chunks.end; ++c)
-      for (int first = 0; first < vectors_of<Rows>(c, cols); first += 2)
-        for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
-          with_constant<2>(part.all_strips.size(s) > kTileRows ? 2 : 1, [&](auto row_tiles) {
+    for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
+      with_constant<2>(part.all_strips.size(s) > kTileRows ? 2 : 1, [&](auto row_tiles) {
+        const TileGrid<const float*> rows = Layout::tiles_of(x, part.all_strips, s, panel.lines.begin);
+        const bool last = s + 1 == part.strips.end;
+        const std::int64_t next = last ? part.strips.begin : s + 1;
+        const float* ahead = Layout::tiles_of(x, part.all_strips, next, panel.lines.begin + (last ? units : 0)).data;
+        constexpr std::int64_t kBytes = kStripRows * 4 / kBlocksAhead;  // of a unit
+        std::int64_t block = 0;
+        for (std::int64_t c = panel.chunks.begin; c < panel.chunks.end; ++c)
+          for (int first = 0; first < vectors_of<Rows>(c, cols); first += 2)
             with_constant<2>(vectors_of<Rows>(c, cols) - first > 1 ? 2 : 1, [&](auto column_tiles) {
-              float* accumulators = part.accumulators_of(s, c) + Part::place(0, first);
-              multiply_tiles<row_tiles, column_tiles>(
-                  tiles, Layout::tiles_of(x, part.all_strips, s, panel.lines.begin), panel.tiles_of(c, first / 2),
-                  units, {accumulators, Part::kRowStride, kTileRows * Part::kRowStride, kLanes}, accumulate,
-                  part.accumulators_of(s + 1, c) - part.accumulators_of(s, c), NothingAhead());
+              multiply_tiles<row_tiles, column_tiles, Streamed::b>(
+                  tiles, rows, panel.tiles_of(c, first / 2), units,
+                  {part.accumulators_of(s, c) + Part::place(0, first), Part::kRowStride, kTileRows * Part::kRowStride,
+                   kLanes},
+                  accumulate, kStripRows * Part::kRowStride,
+                  BytesAhead<kBytes, kTileUnits>{reinterpret_cast<const char*>(ahead) +
+                                                 block++ % kBlocksAhead * units * kBytes});
             });
-          });
+      });
   }
 
   // Copies all accumulators of a part, or adds them to what stands there.

@@ -347,7 +347,7 @@ struct ProductNt {
                                 const Accumulators& accumulators, bool accumulate) {
     constexpr int kBlockRows = 4 / kWidth;
     const auto multiply = [&](auto tile_rows, std::int64_t row) {
-      multiply_tiles<tile_rows, kWidth>(
+      multiply_tiles<tile_rows, kWidth, Streamed::a>(
           tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, tiles_of(strip), units,
           tiles_of(Accumulators{accumulators.data + row * accumulators.row_stride, accumulators.row_stride}),
           accumulate, tile_rows * kTileRows * accumulators.row_stride,

@@ -162,7 +162,7 @@ class StripNn {
           Block::begin(tiles_, c, accumulate);
           for (std::int64_t step = 0; step < steps; ++step) {
             decode_some(next, share);
-            Block::multiply(tiles_, a, b);
+            Block::template multiply<Streamed::a>(tiles_, a, b);
             a.data += a.step;
             b.data += b.step;
           }

@@ -92,7 +92,8 @@ class StripNt {
         if (chunk + 1 < chunks) decode(chunk + 1, step, x.data + x.step);
         if (chunk < 0) continue;
         // Tiles of a block without so many rows hold anything, and give rows that nobody reads.
-        Block::multiply(tiles, {stage(chunk) + step * kStepFloats, kTileUnits, kTileRows * kTileUnits, 0}, x);
+        Block::template multiply<Streamed::a>(
+            tiles, {stage(chunk) + step * kStepFloats, kTileUnits, kTileRows * kTileUnits, 0}, x);
         x.data += x.step;
       }
     }

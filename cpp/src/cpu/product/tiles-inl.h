@@ -44,6 +44,10 @@ struct TileGrid {
   std::int64_t step;  // of A and B: from these 16 units to the next 16. Of C: from a tile to the one on its right
 };
 
+// The operand of a block whose every line is read once. The other one stays in the first-level cache, for one block
+// after the other.
+enum class Streamed { a, b };
+
 // A block of kRows x kCols tiles of accumulators, which stay in registers from begin() to end(): C in tiles 0 ... 3, A
 // in 4, B in 5. With two registers for A and two for B, 2 x 2 tiles would cost four loads a step instead of five, and
 // no time, because products take twice as long as the loads. But where another thread shares the core, each tile in use
@@ -63,16 +67,25 @@ class TileBlock {
         tiles.template zero<i * kCols + j>();
     });
   }
-  // Multiplies kTileUnits units. A is read once and B, which stays in the first-level cache, for one block after the
-  // other. Every other row of tiles goes from right to left, so it begins with the tile of B that
-  // the row above ended with.
+  // Multiplies kTileUnits units. Each tile of the streamed operand is loaded once. Every other one takes the tiles of
+  // the other operand backwards, so it begins with the tile that the one before ended with.
+  template <Streamed kStreamed>
   [[gnu::always_inline]] static void multiply(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b) {
-    each([=, &tiles](auto i, auto place) {
-      constexpr int kA = 4, kB = 5, j = i % 2 == 0 ? place : kCols - 1 - place;
-      if constexpr (place == 0) tiles.template load_once<kA>(a.data + i * a.tile, a.row);
-      if constexpr (place != 0 || i == 0) tiles.template load<kB>(b.data + j * b.tile, b.row);
-      tiles.template multiply<i * kCols + j, kA, kB>();
-    });
+    constexpr int kA = 4, kB = 5;
+    if constexpr (kStreamed == Streamed::a)
+      each<kCols>([=, &tiles](auto i, auto place) {
+        constexpr int j = i % 2 == 0 ? place : kCols - 1 - place;
+        if constexpr (place == 0) tiles.template load_once<kA>(a.data + i * a.tile, a.row);
+        if constexpr (place != 0 || i == 0) tiles.template load<kB>(b.data + j * b.tile, b.row);
+        tiles.template multiply<i * kCols + j, kA, kB>();
+      });
+    else
+      each<kRows>([=, &tiles](auto j, auto place) {
+        constexpr int i = j % 2 == 0 ? place : kRows - 1 - place;
+        if constexpr (place == 0) tiles.template load_once<kB>(b.data + j * b.tile, b.row);
+        if constexpr (place != 0 || j == 0) tiles.template load<kA>(a.data + i * a.tile, a.row);
+        tiles.template multiply<i * kCols + j, kA, kB>();
+      });
   }
   // Prefetches a part of the accumulators at `c`, one of `kTileRows` parts. Rows are counted over all tiles.
   [[gnu::always_inline]] static void prefetch(TileGrid<float*> c, std::int64_t part) {
@@ -87,19 +100,20 @@ class TileBlock {
   }
 
  private:
-  // The functions above give f the addresses by value, so that they stay in registers: as far as the compiler knows,
-  // the assembler of a tile may write any memory.
-  template <class F>
+  // Calls f(line, place in the line) for all tiles, which lie in lines of kPlaces. The functions above give f the
+  // addresses by value, so that they stay in registers: as far as the compiler knows, the assembler of a tile may write
+  // any memory.
+  template <int kPlaces = kCols, class F>
   [[gnu::always_inline]] static void each(F f) {
     [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-      (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
+      (f(std::integral_constant<int, i / kPlaces>(), std::integral_constant<int, i % kPlaces>()), ...);
     }(std::make_integer_sequence<int, kRows * kCols>());
   }
 };
 
 // A block over `units` units, a multiple of kTileUnits. The accumulators of the next block, `next_block` floats after
 // these, are prefetched, and so is what `ahead` says.
-template <int kRows, int kCols, class Tiles, class Ahead>
+template <int kRows, int kCols, Streamed kStreamed, class Tiles, class Ahead>
 [[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
                                       std::int64_t units, TileGrid<float*> c, bool accumulate, std::int64_t next_block,
                                       Ahead ahead) {
@@ -110,7 +124,7 @@ template <int kRows, int kCols, class Tiles, class Ahead>
   for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
     Block::prefetch(next, unit / kTileUnits % kTileRows);
     ahead.prefetch(unit);
-    Block::multiply(tiles, a, b);
+    Block::template multiply<kStreamed>(tiles, a, b);
     a.data += a.step;
     b.data += b.step;
   }
